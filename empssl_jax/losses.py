@@ -1,0 +1,97 @@
+"""The EMP-SSL objective (Tong et al. 2023, arXiv 2304.03977, equations 1 to 3): coding rate and invariance."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Loss(NamedTuple):
+    """The objective and its parts, each a scalar in float32."""
+
+    total: Float[Array, ""]  # minimised: invariance_coefficient * (-similarity) - coding_rate
+    coding_rate: Float[Array, ""]  # in nats, larger is more spread
+    similarity: Float[Array, ""]  # mean cosine similarity to the image's mean, at most 1
+
+
+def normalise(vectors: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """Scales vectors to unit length along the last axis; a zero vector stays zero."""
+    squared_norm = jnp.sum(vectors**2, axis=-1, keepdims=True)
+    return vectors * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-24))
+
+
+def coding_rate(projections: Float[Array, "P B D"], eps: float) -> Float[Array, ""]:
+    """Mean over the P patch positions of the coding rate of B projections, in nats.
+
+    R(Z) = 1/2 logdet(I + D / (B eps) Z^T Z) (equation 1, with the paper's eps^2 written eps). Larger means that the
+    projections fill more of the space. By Sylvester's identity the D x D and the B x B determinants are equal;
+    the smaller matrix is factored, in float32.
+
+    Args:
+        projections: P patches of B images, rows of unit length.
+        eps: the squared distortion that the code allows, positive.
+    """
+    _, num_images, dim = projections.shape
+    z = projections.astype(jnp.float32)
+    gram = "pbd,pcd->pbc" if num_images <= dim else "pbc,pbd->pcd"
+    scatter = jnp.einsum(gram, z, z, precision=jax.lax.Precision.HIGHEST)
+    identity = jnp.eye(scatter.shape[-1], dtype=jnp.float32)
+    return 0.5 * jnp.mean(_logdet(identity[None] + dim / (num_images * eps) * scatter))
+
+
+def coding_rate_bounds(num_images: int, dim: int, eps: float) -> tuple[float, float]:
+    """The smallest and largest coding rate that `num_images` unit vectors in `dim` dimensions can have, in nats.
+
+    The smallest is reached when all are equal, the largest when they are orthogonal (num_images <= dim) or spread
+    evenly over all directions (num_images > dim).
+    """
+    scale = dim / (num_images * eps)
+    smallest = 0.5 * jnp.log1p(dim / eps)
+    rank = min(num_images, dim)
+    largest = 0.5 * rank * jnp.log1p(scale * num_images / rank)
+    return float(smallest), float(largest)
+
+
+def invariance(projections: Float[Array, "P B D"]) -> Float[Array, ""]:
+    """Mean cosine similarity of each projection to the mean projection of its image (equation 2), in [-1, 1]."""
+    z = projections.astype(jnp.float32)
+    image_mean = normalise(jnp.mean(z, axis=0, keepdims=True))
+    return jnp.mean(jnp.sum(normalise(z) * image_mean, axis=-1))
+
+
+def emp_ssl_loss(projections: Float[Array, "P B D"], invariance_coefficient: float, eps: float) -> Loss:
+    """The loss that EMP-SSL minimises (equation 3): -coding_rate - invariance_coefficient * similarity.
+
+    Args:
+        projections: P patches of B images, rows of unit length.
+        invariance_coefficient: lambda of the paper, 200 there.
+        eps: the squared distortion of the coding rate, 0.2 in the paper.
+    """
+    rate = coding_rate(projections, eps)
+    similarity = invariance(projections)
+    return Loss(-rate - invariance_coefficient * similarity, rate, similarity)
+
+
+@jax.custom_vjp
+def _logdet(matrices: Float[Array, "P N N"]) -> Float[Array, " P"]:
+    """Log-determinants of symmetric positive definite matrices by Cholesky."""
+    return _logdet_forward(matrices)[0]
+
+
+def _logdet_forward(matrices):
+    factor = jnp.linalg.cholesky(matrices)
+    diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1)
+    return 2 * jnp.sum(jnp.log(diagonal), axis=-1), factor
+
+
+def _logdet_backward(factor, cotangent):
+    # d logdet(A) = tr(A^-1 dA): one solve against the factor at hand, where differentiating the factorisation
+    # itself would take several.
+    identity = jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+    half_inverse = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+    inverse = jnp.einsum("pki,pkj->pij", half_inverse, half_inverse, precision=jax.lax.Precision.HIGHEST)
+    return (cotangent[:, None, None] * inverse,)
+
+
+_logdet.defvjp(_logdet_forward, _logdet_backward)
