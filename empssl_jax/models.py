@@ -1,14 +1,27 @@
 """The encoder of EMP-SSL: a ResNet-18 for small images, a hidden layer whose output is the embedding, a projection."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key, PyTree
+
+from empssl_jax.config import ModelConfig
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # torch's initialisation, which the references rely on: torchvision's for the ResNet's convolutions (normal, fan out),
 # nn.Linear's own for the rest (kaiming uniform with a = sqrt(5), that is U(-1/sqrt(fan_in), 1/sqrt(fan_in))).
 CONVOLUTION_INIT = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 LINEAR_INIT = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class EncoderState(NamedTuple):
+    """The arrays of an encoder, as nested dictionaries."""
+
+    params: PyTree[Float[Array, "..."]]
+    batch_stats: PyTree[Float[Array, "..."]]
 
 
 class Convolution(nnx.Conv):
@@ -143,3 +156,36 @@ class Encoder(nnx.Module):
     def embed(self, patches: Float[Array, "N H W 3"]) -> Float[Array, "N E"]:
         """Embeddings alone, in the encoder's dtype."""
         return nnx.relu(self.hidden_norm(self.hidden(self.backbone(patches))))
+
+
+def default_precision() -> str:
+    """What precision "auto" means here: bfloat16 where the hardware is made for it."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def make_encoder(config: ModelConfig, rngs: nnx.Rngs, axis_name: str | None = None) -> Encoder:
+    """The encoder that a config describes, its precision resolved."""
+    return Encoder(
+        width=config.width,
+        hidden_dim=config.hidden_dim,
+        projection_dim=config.projection_dim,
+        dtype=DTYPES[config.precision],
+        axis_name=axis_name,
+        rngs=rngs,
+    )
+
+
+def encoder_graph(config: ModelConfig, axis_name: str | None = None) -> nnx.GraphDef:
+    """The encoder without its arrays: `nnx.merge(graph, *encoder_state)` makes it whole inside a jitted function."""
+    return nnx.split(nnx.eval_shape(lambda: make_encoder(config, nnx.Rngs(0), axis_name)))[0]
+
+
+def init_encoder(config: ModelConfig, key: Key[Array, ""]) -> EncoderState:
+    """Fresh parameters and BatchNorm statistics."""
+    return encoder_state(make_encoder(config, nnx.Rngs(key)))
+
+
+def encoder_state(encoder: Encoder) -> EncoderState:
+    """The arrays of an encoder."""
+    _, params, batch_stats = nnx.split(encoder, nnx.Param, nnx.BatchStat)
+    return EncoderState(nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats))

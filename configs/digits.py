@@ -1,0 +1,15 @@
+"""Built-in data: scikit-learn's 8x8 digits enlarged to 32x32, a narrow encoder; nothing is downloaded.
+
+    python train.py --config configs/digits.py
+"""
+
+from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
+
+config = Config(
+    data=DataConfig(dataset="digits"),
+    patches=PatchConfig(patch_size=16),
+    model=ModelConfig(width=16, hidden_dim=512, projection_dim=128),
+    training=TrainingConfig(batch_size=50, max_epochs=1),
+    evaluation=EvaluationConfig(valid_patches=16, untrained=True),
+    run=RunConfig(workdir="runs/digits"),
+)

@@ -1,0 +1,107 @@
+"""Bag-of-features embeddings: the mean hidden features of an image's random patches (section 3.2 of the paper)."""
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt8
+from tqdm import tqdm
+
+from empssl_jax.config import Config, UserError
+from empssl_jax.data import Batch, ImageDataset, replicated, split_images
+from empssl_jax.keys import embedding_patches_key
+from empssl_jax.linear import LabelledEmbeddings
+from empssl_jax.models import EncoderState, encoder_graph
+from empssl_jax.patches import multi_patch
+
+Embed = Callable[[EncoderState, UInt8[Array, "B H W 3"], Int[Array, " B"]], Float[Array, "B E"]]
+
+
+def make_embed(config: Config, mesh: Mesh) -> Embed:
+    """A compiled function (encoder_state, images, indices) -> embeddings of `valid_patches` patches an image.
+
+    It passes over the patches one by one, so that its memory does not grow with their number. Images are split over
+    the devices of the mesh.
+    """
+    graph = encoder_graph(config.model)
+    num_patches = config.evaluation.valid_patches
+
+    def embed(encoder_state, images, indices):
+        encoder = nnx.merge(graph, *encoder_state)
+        encoder.eval()
+        key = embedding_patches_key(config.training.seed)
+
+        def add_patch(number, total):
+            patches = multi_patch(
+                key,
+                images,
+                1,
+                patch_area=config.patches.patch_area,
+                patch_size=config.patches.patch_size,
+                indices=indices,
+                first_patch=number,
+            )
+            return total + encoder.embed(patches[:, 0]).astype(jnp.float32)
+
+        zeros = jnp.zeros((len(images), config.model.hidden_dim), jnp.float32)
+        return jax.lax.fori_loop(0, num_patches, add_patch, zeros) / num_patches
+
+    whole, split = replicated(mesh), split_images(mesh)
+    return jax.jit(embed, in_shardings=(whole, split, split), out_shardings=split)
+
+
+def embed_dataset(
+    embed: Embed, encoder_state: EncoderState, dataset: ImageDataset, batch_size: int, mesh: Mesh, name: str
+) -> LabelledEmbeddings:
+    """Embeddings of all images, with a progress bar; the last batch is filled up and cut again.
+
+    Raises:
+        UserError: an embedding is not finite, which says that training went wrong.
+    """
+    size = len(dataset.images)
+    batch_size = -(-min(batch_size, size) // mesh.size) * mesh.size
+    parts = []
+    with tqdm(total=size, desc=f"embedding {name}", unit=" images", disable=None) as bar:
+        for start in range(0, size, batch_size):
+            indices = np.arange(start, start + batch_size, dtype=np.int32)
+            kept = min(batch_size, size - start)
+            batch = Batch(dataset.images[indices % size], indices)
+            images, numbers = jax.device_put(batch, split_images(mesh))
+            parts.append(np.asarray(embed(encoder_state, images, numbers))[:kept])
+            bar.update(kept)
+    embeddings = np.concatenate(parts)
+    if not np.isfinite(embeddings).all():
+        raise UserError(f"The {name} embeddings are not all finite: train again, or evaluate an earlier checkpoint by --step.")
+    return LabelledEmbeddings(embeddings, dataset.labels)
+
+
+def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:
+    """Writes an .npz with `embeddings` (N, E) float32 and `labels` (N,) int32; a crash leaves no partial file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, embeddings=split.embeddings, labels=split.labels)
+    temporary.replace(path)
+
+
+def load_embeddings(path: Path) -> LabelledEmbeddings:
+    """Reads what `save_embeddings` wrote; raises UserError if the file is missing, damaged or not finite."""
+    remedy = "give a folder with train.npz and test.npz, or leave --embeddings out to compute them"
+    if not path.is_file():
+        raise UserError(f"--embeddings: there is no {path}: {remedy}.")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            embeddings, labels = np.asarray(arrays["embeddings"], np.float32), np.asarray(arrays["labels"])
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"--embeddings: {path} cannot be read ({error}): {remedy}.") from error
+    shapes_fit = embeddings.ndim == 2 and labels.shape == embeddings.shape[:1] and len(labels) > 0
+    if not (shapes_fit and np.issubdtype(labels.dtype, np.integer) and labels.min() >= 0):
+        raise UserError(f"--embeddings: {path} has embeddings {embeddings.shape} and labels {labels.shape}: {remedy}.")
+    if not np.isfinite(embeddings).all():
+        raise UserError(f"--embeddings: {path} holds values that are not finite: {remedy}.")
+    return LabelledEmbeddings(embeddings, labels.astype(np.int32))

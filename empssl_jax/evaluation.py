@@ -1,0 +1,175 @@
+"""What eval.py runs: embeddings of a trained encoder, kNN and a linear classifier on them, a table and results.json."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+
+from empssl_jax import data
+from empssl_jax.checkpoints import Checkpoints, load_config
+from empssl_jax.config import Config, EvaluationConfig, UserError, require
+from empssl_jax.embeddings import embed_dataset, load_embeddings, make_embed, save_embeddings
+from empssl_jax.keys import classifier_key, parameters_key
+from empssl_jax.knn import knn_scores, top_k_accuracy
+from empssl_jax.linear import LabelledEmbeddings, linear_accuracy
+from empssl_jax.models import EncoderState, init_encoder
+
+RESULTS_FILE = "results.json"
+
+Accuracy = dict[str, float]  # "top1" and "top5", as fractions
+Embeddings = dict[data.Split, LabelledEmbeddings]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to evaluate and how."""
+
+    workdir: str = "runs/cifar10"
+    """Folder of a run of train.py."""
+    step: int | Literal["latest", "best"] = "latest"
+    """Checkpoint to restore: its step, or the newest, or the one with the lowest loss."""
+    embeddings: str | None = None
+    """Folder with train.npz and test.npz to evaluate, in place of a checkpoint."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS data sets; by default the run's, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EvaluationConfig)
+
+
+def parse_evaluate_options(arguments: Sequence[str]) -> EvaluateOptions:
+    """The options of `eval.py`; what is not given is as the run in --workdir had it."""
+
+    @dataclass(frozen=True)
+    class Source:
+        workdir: str = EvaluateOptions.workdir
+        embeddings: str | None = None
+
+    source, _ = tyro.cli(Source, args=list(arguments), return_unknown_args=True, add_help=False)
+    default = EvaluateOptions()
+    if source.embeddings is None and not {"-h", "--help"} & set(arguments):
+        config = load_config(Path(source.workdir))
+        default = EvaluateOptions(data_dir=config.run.data_dir, evaluation=config.evaluation)
+    description = "Measures the embeddings of a trained encoder by kNN and a linear classifier."
+    return tyro.cli(EvaluateOptions, args=list(arguments), default=default, description=description)
+
+
+def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
+    """Measures a run, or given embeddings; prints a table and writes results.json beside what was measured."""
+    if options.embeddings is not None:
+        folder, seed = Path(options.embeddings), Config().training.seed
+        embeddings: Embeddings = {"train": load_embeddings(folder / "train.npz"), "test": load_embeddings(folder / "test.npz")}
+    else:
+        folder = Path(options.workdir)
+        config = load_config(folder)
+        seed = config.training.seed
+        require(options.evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches to embed, as 128")
+        run = dataclasses.replace(config.run, data_dir=options.data_dir)
+        config = dataclasses.replace(config, evaluation=options.evaluation, run=run)
+        embeddings = _embed_checkpoint(config, folder, options.step)
+    results = {"knn": measure_knn(embeddings, options.evaluation)}
+    if options.evaluation.linear_epochs > 0:
+        results |= measure_linear(embeddings, options.evaluation, seed)
+    print(format_table(results))
+    add_results(folder, results)
+    return results
+
+
+def _embed_checkpoint(config: Config, workdir: Path, step: int | Literal["latest", "best"]) -> Embeddings:
+    """Restores an encoder, embeds both splits and saves the embeddings."""
+    mesh = data.device_mesh()
+    template = jax.eval_shape(lambda: init_encoder(config.model, parameters_key(0)))
+    with Checkpoints(workdir) as checkpoints:
+        step, encoder = checkpoints.restore_encoder(template, data.replicated(mesh), step)
+    print(f"evaluating step {step} of {workdir} with {config.evaluation.valid_patches} patches an image")
+    datasets = load_datasets(config)
+    return embed_and_save(config, encoder, datasets, mesh, workdir)
+
+
+def load_datasets(config: Config) -> dict[data.Split, data.ImageDataset]:
+    """Both splits; raises UserError if there are fewer training images than kNN asks."""
+    datasets = {split: data.load(config.data, split, config.run.data_dir) for split in ("train", "test")}
+    size = len(datasets["train"].labels)
+    remedy = f"there are only {size} training images to look among"
+    require(config.evaluation.num_neighbours <= size, "num_neighbours", config.evaluation.num_neighbours, remedy)
+    return datasets
+
+
+def embed_and_save(
+    config: Config, encoder: EncoderState, datasets: dict[data.Split, data.ImageDataset], mesh: Mesh, workdir: Path
+) -> Embeddings:
+    """Embeddings of both splits, left behind in the run's embeddings/{train,test}.npz."""
+    embeddings = embed_splits(config, encoder, datasets, mesh)
+    for split, labelled in embeddings.items():
+        save_embeddings(workdir / "embeddings" / f"{split}.npz", labelled)
+    return embeddings
+
+
+def embed_splits(
+    config: Config, encoder: EncoderState, datasets: dict[data.Split, data.ImageDataset], mesh: Mesh
+) -> Embeddings:
+    """Embeddings of both splits."""
+    embed, batch_size = make_embed(config, mesh), config.evaluation.embedding_batch_size
+    return {split: embed_dataset(embed, encoder, images, batch_size, mesh, split) for split, images in datasets.items()}
+
+
+def measure_knn(embeddings: Embeddings, config: EvaluationConfig) -> Accuracy:
+    """Accuracy of weighted kNN on the test embeddings."""
+    train, test = embeddings["train"], embeddings["test"]
+    scores = knn_scores(
+        jnp.asarray(test.embeddings),
+        jnp.asarray(train.embeddings),
+        jnp.asarray(train.labels),
+        num_classes=_num_classes(embeddings),
+        num_neighbours=config.num_neighbours,
+        temperature=config.temperature,
+    )
+    labels = jnp.asarray(test.labels)
+    return {"top1": top_k_accuracy(scores, labels, 1), "top5": top_k_accuracy(scores, labels, 5)}
+
+
+def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> dict[str, Accuracy]:
+    """Accuracy of the linear classifier on the test embeddings, after its last epoch and at its best on the test."""
+    arrays = {split: jax.tree.map(jnp.asarray, labelled) for split, labelled in embeddings.items()}
+    key = classifier_key(seed)
+    top1, top5 = linear_accuracy(key, arrays["train"], arrays["test"], _num_classes(embeddings), config)
+    best = int(jnp.argmax(top1))
+    return {
+        "linear": {"top1": float(top1[-1]), "top5": float(top5[-1])},
+        "linear, best epoch on test": {"top1": float(top1[best]), "top5": float(top5[best])},
+    }
+
+
+def _num_classes(embeddings: Embeddings) -> int:
+    return 1 + max(int(np.max(labelled.labels)) for labelled in embeddings.values())
+
+
+def format_table(results: dict[str, Accuracy]) -> str:
+    """Accuracies in percent, a line each."""
+    width = max(map(len, results))
+    lines = [f"{'':{width}}   top-1   top-5"]
+    lines += [f"{name:{width}}  {100 * value['top1']:5.2f}%  {100 * value['top5']:5.2f}%" for name, value in results.items()]
+    return "\n".join(lines)
+
+
+def add_results(folder: Path, results: dict[str, Accuracy]) -> None:
+    """Writes results into the folder's results.json, beside those of other names that are there."""
+    path = folder / RESULTS_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(load_results(folder) | results, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def load_results(folder: Path) -> dict[str, Accuracy]:
+    """What results.json holds, nothing if there is none."""
+    path = folder / RESULTS_FILE
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it.") from error

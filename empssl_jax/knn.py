@@ -1,0 +1,57 @@
+"""Weighted k-nearest-neighbour classification of embeddings by cosine similarity."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from empssl_jax.config import require
+from empssl_jax.losses import normalise
+
+
+def knn_scores(
+    queries: Float[Array, "Q E"],
+    bank: Float[Array, "N E"],
+    bank_labels: Int[Array, " N"],
+    *,
+    num_classes: int,
+    num_neighbours: int,
+    temperature: float,
+    queries_at_once: int = 256,
+) -> Float[Array, "Q C"]:
+    """Votes of each query's nearest neighbours for each class (Wu et al. 2018, section 3.4).
+
+    A neighbour of cosine similarity s has exp(s / temperature) votes. Memory grows with `queries_at_once`, not with
+    the number of queries.
+
+    Args:
+        queries: embeddings to classify, of any length.
+        bank: labelled embeddings.
+        bank_labels: class of each, 0 to `num_classes` - 1.
+        num_classes: C.
+        num_neighbours: k, at most the size of the bank.
+        temperature: positive.
+        queries_at_once: queries compared with the bank together.
+    """
+    size = len(bank)
+    require(num_neighbours <= size, "num_neighbours", num_neighbours, f"there are only {size} training images to look among")
+    return _scores(queries, bank, bank_labels, num_classes, num_neighbours, temperature, queries_at_once)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 6))
+def _scores(queries, bank, bank_labels, num_classes, num_neighbours, temperature, queries_at_once):
+    bank = normalise(bank)
+
+    def scores_of(query):
+        similarities = jnp.einsum("e,ne->n", normalise(query), bank, precision=jax.lax.Precision.HIGHEST)
+        nearest, indices = jax.lax.top_k(similarities, num_neighbours)
+        return jnp.zeros(num_classes).at[bank_labels[indices]].add(jnp.exp(nearest / temperature))
+
+    return jax.lax.map(scores_of, queries, batch_size=queries_at_once)
+
+
+def top_k_accuracy(scores: Float[Array, "Q C"], labels: Int[Array, " Q"], k: int) -> float:
+    """Fraction of queries whose class is among the k of the highest scores; of equal scores the lower class counts."""
+    _, classes = jax.lax.top_k(scores, min(k, scores.shape[1]))
+    return float(jnp.mean(jnp.any(classes == labels[:, None], axis=1)))

@@ -1,0 +1,275 @@
+"""The train state, the train step, and the loop around it."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Int
+
+from empssl_jax import checkpoints, data, evaluation
+from empssl_jax.checkpoints import Checkpoints
+from empssl_jax.config import Config, TrainingConfig, UserError, require, training_differences
+from empssl_jax.keys import parameters_key, training_patches_key
+from empssl_jax.lars import lars
+from empssl_jax.losses import coding_rate_bounds, emp_ssl_loss, normalise
+from empssl_jax.metrics import Metrics, MetricsWriter
+from empssl_jax.models import EncoderState, default_precision, encoder_graph, encoder_state, init_encoder
+from empssl_jax.patches import multi_patch
+
+STATISTICS_PASSES = 10  # steps that set BatchNorm's statistics of an untrained encoder
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "encoder", "optimizer"], meta_fields=[])
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes."""
+
+    step: Int[Array, ""]  # updates made so far
+    encoder: EncoderState
+    optimizer: optax.OptState
+
+
+TrainStep = Callable[[TrainState, data.Batch], tuple[TrainState, dict[str, Array]]]
+
+
+class Diverged(UserError):
+    """The loss or an update is not finite any more."""
+
+    exit_code = 1
+
+
+def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
+    """From the learning rate to 0 along a half cosine over all steps, after a linear rise if there is a warm-up."""
+    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    cosine_steps = config.max_epochs * steps_per_epoch - warmup_steps
+    cosine = optax.cosine_decay_schedule(config.learning_rate, cosine_steps)
+    rise = optax.linear_schedule(0.0, config.learning_rate, warmup_steps)
+    return optax.join_schedules([rise, cosine], [warmup_steps]) if warmup_steps else cosine
+
+
+def make_optimizer(config: TrainingConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """LARS as the config has it."""
+    return lars(schedule, config.weight_decay, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
+
+
+def create_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    encoder = init_encoder(config.model, parameters_key(config.training.seed))
+    return TrainState(jnp.zeros([], jnp.int32), encoder, optimizer.init(encoder.params))
+
+
+def make_train_step(
+    config: Config, optimizer: optax.GradientTransformation, schedule: optax.Schedule, steps_per_epoch: int, mesh: Mesh
+) -> TrainStep:
+    """The compiled step (state, batch) -> (state, metrics), data parallel over the devices of the mesh.
+
+    It is `jax.jit(jax.shard_map(...))`, which is what `jax.pmap` has become: each device augments and encodes its
+    share of the images; BatchNorm shares its statistics; the projections are gathered, so that the coding rate and its
+    gradient are those of the whole batch. The result does not depend on the number of devices. The state is donated:
+    the caller's copy is gone.
+    """
+    graph = encoder_graph(config.model, data.DATA_AXIS)
+
+    def loss_fn(params, batch_stats, patches):
+        num_images, num_patches = patches.shape[:2]
+        encoder = nnx.merge(graph, params, batch_stats)
+        encoder.train()
+        _, projections = encoder(patches.reshape(-1, *patches.shape[2:]))
+        ours = normalise(projections).reshape(num_images, num_patches, -1)
+        everyones = jax.lax.all_gather(ours, data.DATA_AXIS, tiled=True)
+        by_patch = jnp.swapaxes(everyones, 0, 1)
+        loss = emp_ssl_loss(by_patch, config.training.invariance_coefficient, config.training.coding_rate_eps)
+        # Equal on all devices: the mean changes nothing, and tells shard_map so, which then sums the gradients.
+        loss = jax.tree.map(lambda x: jax.lax.pmean(x, data.DATA_AXIS), loss)
+        return loss.total, (loss, encoder_state(encoder).batch_stats)
+
+    def step(state: TrainState, batch: data.Batch) -> tuple[TrainState, dict[str, Array]]:
+        patches = multi_patch(
+            training_patches_key(config.training.seed, state.step // steps_per_epoch),
+            batch.images,
+            config.patches.train_patches,
+            patch_area=config.patches.patch_area,
+            patch_size=config.patches.patch_size,
+            indices=batch.indices,
+        )
+        gradients, (loss, batch_stats) = jax.grad(loss_fn, has_aux=True)(*state.encoder, patches)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.encoder.params)
+        encoder = EncoderState(optax.apply_updates(state.encoder.params, updates), batch_stats)
+        metrics = {
+            "loss": loss.total,
+            "coding_rate": loss.coding_rate,
+            "similarity": loss.similarity,
+            "learning_rate": schedule(state.step),
+            "update_norm": optax.global_norm(updates),
+        }
+        return TrainState(state.step + 1, encoder, optimizer_state), metrics
+
+    whole, split = PartitionSpec(), PartitionSpec(data.DATA_AXIS)
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, split), out_specs=whole), donate_argnums=0)
+
+
+def train(config: Config) -> None:
+    """Trains, or goes on training, the run in `config.run.workdir`, then embeds and measures.
+
+    SIGTERM and Ctrl-C save a checkpoint and raise SystemExit with 128 + the signal's number.
+
+    Raises:
+        UserError: the options do not fit the data, the devices, or the run that is in the folder.
+        Diverged: the loss became NaN or infinite.
+    """
+    if config.model.precision == "auto":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=default_precision()))
+    mesh, workdir = data.device_mesh(), Path(config.run.workdir)
+    _check_devices(config, mesh)
+    resuming = _claim(workdir, config)
+    datasets = evaluation.load_datasets(config)
+    data.count_steps(datasets["train"], config.training.batch_size)
+    if config.evaluation.untrained and config.evaluation.valid_patches > 0 and not resuming:
+        _measure_untrained(config, datasets, mesh, workdir)
+    encoder = _fit(config, datasets["train"], mesh, workdir)
+    if config.evaluation.valid_patches > 0:
+        embeddings = evaluation.embed_and_save(config, encoder, datasets, mesh, workdir)
+        evaluation.add_results(workdir, {"knn": evaluation.measure_knn(embeddings, config.evaluation)})
+        print(evaluation.format_table(evaluation.load_results(workdir)))
+
+
+def _check_devices(config: Config, mesh: Mesh) -> None:
+    batch_size = config.training.batch_size
+    remedy = f"it must be a multiple of the {mesh.size} devices"
+    require(batch_size % mesh.size == 0, "batch_size", batch_size, remedy)
+
+
+def _claim(workdir: Path, config: Config) -> bool:
+    """Makes the run's folder, or checks that the run in it is this one; returns whether there was one."""
+    if (workdir / checkpoints.CONFIG_FILE).exists():
+        differences = training_differences(config, checkpoints.load_config(workdir))
+        if differences:
+            listed = ", ".join(differences)
+            raise UserError(f"--workdir {workdir} holds another run: {listed}; give those values or another folder.")
+        return True
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoints.save_config(workdir, config)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}): give another folder.") from error
+    return False
+
+
+def _fit(config: Config, dataset: data.ImageDataset, mesh: Mesh, workdir: Path) -> EncoderState:
+    """Runs the steps that are left of the run and returns the trained encoder."""
+    steps_per_epoch = data.count_steps(dataset, config.training.batch_size)
+    last_step = steps_per_epoch * config.training.max_epochs
+    schedule = learning_rate_schedule(config.training, steps_per_epoch)
+    optimizer = make_optimizer(config.training, schedule)
+    train_step = make_train_step(config, optimizer, schedule, steps_per_epoch, mesh)
+    patches_per_step = config.training.batch_size * config.patches.train_patches
+    with Checkpoints(workdir, config.run.max_to_keep) as store, deferred_signals() as signals:
+        state = _initial_state(config, optimizer, store, mesh)
+        first_step = int(state.step)
+        if first_step:
+            print(f"resuming {workdir} at step {first_step} of {last_step}")
+        with MetricsWriter(workdir, first_step, last_step, patches_per_step) as writer:
+            record = functools.partial(_record, writer, config)
+            pending = None
+            losses: list[float] = []
+            for step, batch in _placed_batches(config, dataset, first_step, last_step, mesh):
+                state, metrics = train_step(state, batch)
+                # One step late, so that the devices never wait for the host.
+                if pending:
+                    losses.append(record(*pending))
+                pending = (step, metrics)
+                done = step + 1
+                every = config.run.checkpoint_every or steps_per_epoch
+                if done % every == 0 or done % steps_per_epoch == 0 or signals:
+                    losses.append(record(*pending))
+                    pending = None
+                    store.save(done, state.encoder, state.optimizer, sum(losses) / len(losses))
+                    losses = []
+                if signals:
+                    store.wait()
+                    print(f"stopped and saved at step {done} of {last_step}: the same command resumes there")
+                    raise SystemExit(128 + signals[0])
+        store.wait()
+    return state.encoder
+
+
+def _initial_state(config: Config, optimizer, store: Checkpoints, mesh: Mesh) -> TrainState:
+    """The newest checkpoint's state, or a fresh one."""
+    create = functools.partial(create_state, config, optimizer)
+    sharding = data.replicated(mesh)
+    if store.latest_step() is None:
+        return jax.jit(create, out_shardings=sharding)()
+    template = jax.eval_shape(create)
+    step, encoder, optimizer_state = store.restore(template.encoder, template.optimizer, sharding, "latest")
+    return TrainState(jax.device_put(jnp.int32(step), sharding), encoder, optimizer_state)
+
+
+def _placed_batches(config: Config, dataset, first_step: int, last_step: int, mesh: Mesh) -> Iterator[tuple[int, data.Batch]]:
+    """The steps and their batches, on the devices."""
+    batches = data.batches(dataset, config.training.batch_size, config.training.seed, first_step, last_step)
+    for step, batch in enumerate(batches, start=first_step):
+        yield step, jax.device_put(batch, data.split_images(mesh))
+
+
+def _record(writer: MetricsWriter, config: Config, step: int, metrics: dict[str, Array]) -> float:
+    """Fetches a step's metrics, stops the run if they are not finite, writes them down and returns the loss."""
+    values: Metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not all(map(math.isfinite, values.values())):
+        raise Diverged(
+            f"Step {step} has loss {values['loss']} and update norm {values['update_norm']}: the last checkpoint before "
+            "it is kept; try a lower --learning-rate."
+        )
+    training = config.training
+    smallest, largest = coding_rate_bounds(training.batch_size, config.model.projection_dim, training.coding_rate_eps)
+    values["coding_rate_fraction"] = (values["coding_rate"] - smallest) / (largest - smallest)
+    writer.write(step, values)
+    return values["loss"]
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT, for the loop to stop at the end of its step; a second one interrupts at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _measure_untrained(config: Config, datasets: dict[data.Split, data.ImageDataset], mesh: Mesh, workdir: Path) -> None:
+    """Measures kNN with the initial parameters, for comparison, and writes it into results.json.
+
+    No handicap: BatchNorm gets the statistics of real batches of training patches, from steps whose optimizer changes
+    nothing. They start at mean 0 and variance 1 and keep 0.9 of themselves in each pass; the share of that start is
+    taken out again.
+    """
+    dataset = datasets["train"]
+    steps_per_epoch = data.count_steps(dataset, config.training.batch_size)
+    nothing = optax.set_to_zero()
+    step = make_train_step(config, nothing, optax.constant_schedule(0.0), steps_per_epoch, mesh)
+    state = jax.jit(functools.partial(create_state, config, nothing), out_shardings=data.replicated(mesh))()
+    start = jax.tree.map(jnp.copy, state.encoder.batch_stats)
+    for _, batch in _placed_batches(config, dataset, 0, STATISTICS_PASSES, mesh):
+        state, _ = step(state, batch)
+    kept = 0.9**STATISTICS_PASSES
+    batch_stats = jax.tree.map(lambda now, first: (now - kept * first) / (1 - kept), state.encoder.batch_stats, start)
+    embeddings = evaluation.embed_splits(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
+    evaluation.add_results(workdir, {"kNN before training": evaluation.measure_knn(embeddings, config.evaluation)})

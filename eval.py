@@ -1,0 +1,10 @@
+"""Measures a trained encoder: python eval.py --workdir runs/cifar10 [options]. See --help."""
+
+import sys
+
+from empssl_jax.config import user_errors_exit
+from empssl_jax.evaluation import evaluate, parse_evaluate_options
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        evaluate(parse_evaluate_options(sys.argv[1:]))

@@ -1,0 +1,11 @@
+"""Trains an EMP-SSL encoder: python train.py [--config configs/cifar10.py] [options]. See --help."""
+
+import sys
+from pathlib import Path
+
+from empssl_jax.config import parse_train_options, user_errors_exit
+from empssl_jax.training import train
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        train(parse_train_options(sys.argv[1:], Path(__file__).parent / "configs" / "cifar10.py"))
