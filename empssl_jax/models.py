@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from empssl_jax.config import ModelConfig
@@ -27,7 +28,7 @@ class EncoderState(NamedTuple):
 class Convolution(nnx.Conv):
     """A convolution without bias, padded as torch pads it."""
 
-    def __init__(self, features_in: int, features_out: int, size: int, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, features_in: int, features_out: int, size: int, stride: int, dtype: DTypeLike, rngs: nnx.Rngs):
         super().__init__(
             features_in,
             features_out,
@@ -63,7 +64,7 @@ class BatchNorm(nnx.BatchNorm):
     matters for the small batches of the golden numbers and costs nothing.
     """
 
-    def __init__(self, features: int, dtype: jnp.dtype, axis_name: str | None, rngs: nnx.Rngs):
+    def __init__(self, features: int, dtype: DTypeLike, axis_name: str | None, rngs: nnx.Rngs):
         super().__init__(features, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name, rngs=rngs)
 
     def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
@@ -131,17 +132,18 @@ class Encoder(nnx.Module):
     """
 
     def __init__(self, *, width: int, hidden_dim: int, projection_dim: int, dtype, axis_name: str | None, rngs):
-        def linear(features_in, features_out):
-            return nnx.Linear(
-                features_in, features_out, use_bias=False, dtype=dtype, kernel_init=LINEAR_INIT, rngs=rngs
-            )
+        def linear(features_in, features_out, use_bias=False):
+            bound = features_in**-0.5  # of torch's biases; jax's `uniform` draws from [0, scale)
+            bias_init = lambda *args: 2 * jax.nn.initializers.uniform(bound)(*args) - bound  # noqa: E731
+            options = {"kernel_init": LINEAR_INIT, "bias_init": bias_init, "use_bias": use_bias}
+            return nnx.Linear(features_in, features_out, dtype=dtype, rngs=rngs, **options)
 
         self.backbone = ResNet18(width, dtype=dtype, axis_name=axis_name, rngs=rngs)
         self.hidden = linear(8 * width, hidden_dim)
         self.hidden_norm = BatchNorm(hidden_dim, dtype, axis_name, rngs)
         self.projector = linear(hidden_dim, hidden_dim)
         self.projector_norm = BatchNorm(hidden_dim, dtype, axis_name, rngs)
-        self.projection = linear(hidden_dim, projection_dim)
+        self.projection = linear(hidden_dim, projection_dim, use_bias=True)
 
     def __call__(self, patches: Float[Array, "N H W 3"]) -> tuple[Float[Array, "N E"], Float[Array, "N D"]]:
         """Embeddings and projections of N patches with values in [-1, 1], in float32; neither is normalised.
