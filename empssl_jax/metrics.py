@@ -1,5 +1,6 @@
 """What a run writes down while it trains: a progress bar, metrics.jsonl and TensorBoard event files."""
 
+import collections
 import json
 import sys
 import time
@@ -30,7 +31,7 @@ class MetricsWriter:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step, write_to_disk=True)
         self._bar = tqdm(total=last_step, initial=first_step, desc="training", unit="step", disable=None)
         self._patches_per_step = patches_per_step
-        self._last_time = time.perf_counter()
+        self._times = collections.deque([time.perf_counter()], maxlen=10)
 
     def __enter__(self) -> Self:
         return self
@@ -41,10 +42,10 @@ class MetricsWriter:
         self._events.close()
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Writes the metrics of step `step`, and the patches a second since the last call."""
-        now = time.perf_counter()
-        patches_per_second = self._patches_per_step / (now - self._last_time)
-        self._last_time = now
+        """Writes the metrics of step `step`, and the patches a second over the last steps."""
+        self._times.append(time.perf_counter())
+        steps_per_second = (len(self._times) - 1) / (self._times[-1] - self._times[0])
+        patches_per_second = steps_per_second * self._patches_per_step
         self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
         self._lines.flush()
         for name, value in metrics.items():

@@ -44,23 +44,23 @@ def multi_patch(
     """
     indices = jnp.arange(len(images)) if indices is None else indices
     patch_numbers = first_patch + jnp.arange(num_patches)
-    crop_table = _crop_table(images.shape[1], patch_area, patch_size)
+    table = crop_table(images.shape[1], crop_side(images.shape[1], patch_area), patch_size)
 
     def patches_of(image, index):
         planes = jnp.moveaxis(image, -1, 0).astype(jnp.float32)
         image_key = jax.random.fold_in(key, index)
-        return jax.vmap(lambda p: _augmented_patch(jax.random.fold_in(image_key, p), planes, crop_table))(patch_numbers)
+        return jax.vmap(lambda p: _augmented_patch(jax.random.fold_in(image_key, p), planes, table))(patch_numbers)
 
     patches = jax.vmap(patches_of)(images, indices)
     return jnp.moveaxis(patches, 2, -1) / 127.5 - 1.0
 
 
-def _augmented_patch(key, image: Patch, crop_table) -> Patch:
+def _augmented_patch(key, image: Patch, table) -> Float[Array, "3 size size"]:
     """One patch by the paper's recipe."""
     crop_key, jitter_key, apply_key, sigma_key = jax.random.split(key, 4)
     jitter, to_gray, to_blur, to_solarize = jax.random.uniform(apply_key, 4) < jnp.array([0.8, 0.2, 0.1, 0.1])
     sigma = jax.random.uniform(sigma_key, minval=0.1, maxval=2.0)
-    patch = random_crop_flip(crop_key, image, crop_table)
+    patch = random_crop_flip(crop_key, image, table)
     patch = jnp.where(jitter, color_jitter(jitter_key, patch), patch)
     patch = jnp.where(to_gray, grayscale(patch), patch)
     patch = gaussian_blur(patch, jnp.where(to_blur, sigma, 0.0))
@@ -72,9 +72,8 @@ def crop_side(image_side: int, patch_area: float) -> int:
     return max(1, round(math.sqrt(patch_area) * image_side))
 
 
-def _crop_table(image_side: int, patch_area: float, patch_size: int) -> Float[Array, "offsets size side"]:
+def crop_table(image_side: int, crop: int, patch_size: int) -> Float[Array, "offsets size side"]:
     """For each integer offset the matrix that crops and resizes one axis."""
-    crop = crop_side(image_side, patch_area)
     resize = bilinear_matrix(crop, patch_size)
     offsets = range(image_side - crop + 1)
     return jnp.stack([jnp.pad(resize, ((0, 0), (o, image_side - crop - o))) for o in offsets])
@@ -89,17 +88,20 @@ def bilinear_matrix(source: int, target: int) -> Float[Array, "target source"]:
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
-def random_crop_flip(key, image: Patch, crop_table) -> Patch:
+def random_crop_flip(key, image: Patch, table) -> Float[Array, "3 size size"]:
     """A crop at a uniform integer offset, resized, and mirrored with probability 1/2."""
-    top, left = jax.random.randint(key, (2,), 0, len(crop_table))
+    top, left = jax.random.randint(key, (2,), 0, len(table))
     flip = jax.random.bernoulli(jax.random.fold_in(key, 2))
-    rows, columns = crop_table[top], crop_table[left]
+    rows, columns = table[top], table[left]
     columns = jnp.where(flip, columns[::-1], columns)
-    return _per_axis(rows, image, columns)
+    return apply_to_axes(image, rows, columns)
 
 
-def _per_axis(rows, planes, columns):
-    return jnp.einsum("ih,chw,jw->cij", rows, planes, columns, precision=jax.lax.Precision.HIGHEST)
+def apply_to_axes(
+    patch: Float[Array, "C H W"], rows: Float[Array, "I H"], columns: Float[Array, "J W"]
+) -> Float[Array, "C I J"]:
+    """Applies a matrix to each axis of all planes."""
+    return jnp.einsum("ih,chw,jw->cij", rows, patch, columns, precision=jax.lax.Precision.HIGHEST)
 
 
 def color_jitter(key, patch: Patch) -> Patch:
@@ -178,7 +180,7 @@ def grayscale(patch: Patch) -> Patch:
 def gaussian_blur(patch: Patch, sigma: Scalar) -> Patch:
     """Blur of standard deviation `sigma` pixels as PIL approximates a Gaussian; 0 changes nothing."""
     rows, columns = (_blur_matrix(side, sigma) for side in patch.shape[1:])
-    return _per_axis(rows, patch, columns)
+    return apply_to_axes(patch, rows, columns)
 
 
 def _blur_matrix(side, sigma):
