@@ -1,6 +1,6 @@
 """Built-in data: scikit-learn's 8x8 digits enlarged to 32x32, a narrow encoder; nothing is downloaded.
 
-    python train.py --config configs/digits.py
+python train.py --config configs/digits.py
 """
 
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig

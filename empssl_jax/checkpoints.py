@@ -1,7 +1,7 @@
 """Checkpoints of a run by Orbax: the encoder, the optimizer, and beside them the config as JSON."""
 
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -12,7 +12,6 @@ from empssl_jax.config import Config, UserError, from_json, to_json
 from empssl_jax.models import EncoderState
 
 CONFIG_FILE = "config.json"
-State = TypeVar("State")
 Which = int | Literal["latest", "best"]
 
 
@@ -35,7 +34,7 @@ class Checkpoints:
         self._folder = workdir.absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -62,7 +61,9 @@ class Checkpoints:
         step, items = self._restore(which, sharding, encoder=template)
         return step, items.encoder
 
-    def restore(self, encoder: EncoderState, optimizer: Any, sharding: Sharding, which: Which) -> tuple[int, EncoderState, Any]:
+    def restore(
+        self, encoder: EncoderState, optimizer: Any, sharding: Sharding, which: Which
+    ) -> tuple[int, EncoderState, Any]:
         """The step, encoder and optimizer state of a checkpoint.
 
         Args:
@@ -90,8 +91,8 @@ class Checkpoints:
         except Exception as error:  # Orbax, TensorStore and the file system each raise their own
             reason = str(error).strip().split("\n")[0][:200]
             raise UserError(
-                f"Checkpoint {step} in {self._folder} cannot be restored ({reason}): delete the folder {step} there to use "
-                "the checkpoint before it."
+                f"Checkpoint {step} in {self._folder} cannot be restored ({reason}): delete the folder {step} there "
+                "to use the checkpoint before it."
             ) from error
 
     def _find(self, which: Which) -> int:

@@ -41,13 +41,17 @@ class _Checked:
 
 
 def _whole(default: int | None, low: int, high: int = 2**31 - 1) -> Any:
-    remedy = f"give a whole number from {low} to {high}" if high < 2**31 - 1 else f"give a whole number of at least {low}"
+    remedy = (
+        f"give a whole number from {low} to {high}" if high < 2**31 - 1 else f"give a whole number of at least {low}"
+    )
     limits = {"low": low, "high": high, "open": False, "whole": True, "remedy": remedy}
     return dataclasses.field(default=default, metadata=limits)
 
 
 def _real(default: float, low: float, high: float = 1e9, *, above: bool = False) -> Any:
-    remedy = f"give a number {'above' if above else 'of at least'} {low:g}" + (f", {high:g} at most" if high < 1e9 else "")
+    remedy = f"give a number {'above' if above else 'of at least'} {low:g}" + (
+        f", {high:g} at most" if high < 1e9 else ""
+    )
     limits = {"low": low, "high": high, "open": above, "whole": False, "remedy": remedy}
     return dataclasses.field(default=default, metadata=limits)
 
@@ -235,7 +239,11 @@ class _ConfigOption:
 def parse_train_options(arguments: Sequence[str], default_config: Path) -> Config:
     """The config of `train.py [--config FILE] [options]`: the file's values, then those of the options."""
     chosen, rest = tyro.cli(
-        _ConfigOption, args=list(arguments), default=_ConfigOption(str(default_config)), return_unknown_args=True, add_help=False
+        _ConfigOption,
+        args=list(arguments),
+        default=_ConfigOption(str(default_config)),
+        return_unknown_args=True,
+        add_help=False,
     )
     description = (
         "Trains an EMP-SSL encoder and measures its embeddings.\n\n--config FILE chooses an experiment of configs/ "

@@ -33,8 +33,8 @@ class ImageDataset(NamedTuple):
 class Batch(NamedTuple):
     """Images of one step and their indices in the data set."""
 
-    images: UInt8[np.ndarray, "B H W 3"]
-    indices: Int32[np.ndarray, " B"]
+    images: UInt8[jax.Array | np.ndarray, "B H W 3"]
+    indices: Int32[jax.Array | np.ndarray, " B"]
 
 
 def load(config: DataConfig, split: Split, data_dir: str | None) -> ImageDataset:
@@ -55,7 +55,7 @@ def load(config: DataConfig, split: Split, data_dir: str | None) -> ImageDataset
         dataset, ids = _load_tfds(config.dataset, split, data_dir)
     if per_class is None:
         return dataset
-    kept = _first_of_each_class(dataset.labels, ids, per_class)
+    kept = first_of_each_class(dataset.labels, ids, per_class)
     return dataset._replace(images=dataset.images[kept], labels=dataset.labels[kept])
 
 
@@ -85,7 +85,7 @@ def count_steps(dataset: ImageDataset, batch_size: int) -> int:
     return len(dataset.labels) // batch_size
 
 
-def _first_of_each_class(labels, ids, per_class) -> Int[np.ndarray, " K"]:
+def first_of_each_class(labels, ids, per_class) -> Int[np.ndarray, " K"]:
     """Positions, ascending, of the first `per_class` images of each class by id."""
     order = np.arange(len(labels)) if ids is None else np.argsort(ids, kind="stable")
     kept = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
@@ -97,7 +97,10 @@ def _load_digits(split: Split) -> ImageDataset:
     digits, labels = load_digits(return_X_y=True)
     parts = train_test_split(digits.reshape(-1, 8, 8), labels, test_size=360, stratify=labels, random_state=0)
     digits, labels = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
-    enlarged = [PIL.Image.fromarray(np.uint8(digit * 255 / 16)).resize((32, 32), PIL.Image.BILINEAR) for digit in digits]
+    enlarged = [
+        PIL.Image.fromarray(np.uint8(digit * 255 / 16)).resize((32, 32), PIL.Image.Resampling.BILINEAR)
+        for digit in digits
+    ]
     images = np.stack([np.asarray(image.convert("RGB")) for image in enlarged])
     return ImageDataset(images, labels.astype(np.int32), 10)
 
@@ -111,16 +114,24 @@ def _load_tfds(name: str, split: Split, data_dir: str | None) -> tuple[ImageData
     size = builder.info.splits[split].num_examples
 
     def read(start):
-        return [(example, _decode(example["image"])) for example in source.__getitems__(range(start, min(start + 256, size)))]
+        return [
+            (example, _decode(example["image"]))
+            for example in source.__getitems__(range(start, min(start + 256, size)))
+        ]
 
     examples = []
-    with ThreadPoolExecutor() as threads, tqdm(total=size, desc=f"decoding {name} {split}", unit=" images", disable=None) as bar:
+    with (
+        ThreadPoolExecutor() as threads,
+        tqdm(total=size, desc=f"decoding {name} {split}", unit=" images", disable=None) as bar,
+    ):
         for chunk in threads.map(read, range(0, size, 256)):
             examples.extend(chunk)
             bar.update(len(chunk))
     shapes = {image.shape for _, image in examples}
     if len(shapes) != 1 or len(set(next(iter(shapes))[:2])) != 1:
-        raise UserError(f"--dataset {name!r} has {split} images of shapes {sorted(shapes)[:3]}: they must be square and alike.")
+        raise UserError(
+            f"--dataset {name!r} has {split} images of shapes {sorted(shapes)[:3]}: they must be square and alike."
+        )
     labels = np.array([example["label"] for example, _ in examples], np.int32)
     ids = np.array([example["id"] for example, _ in examples]) if "id" in builder.info.features else None
     images = np.stack([image for _, image in examples])
@@ -140,20 +151,23 @@ def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuild
     if builder.is_prepared():
         return builder
     folder = builder.data_dir
-    print(f"{name} is not in {folder}: TFDS downloads it there. With {name} elsewhere on disk, stop and give --data-dir.")
+    print(
+        f"{name} is not in {folder}: TFDS downloads it there. With {name} elsewhere on disk, stop and give --data-dir."
+    )
     try:
         builder.download_and_prepare()
     except Exception as error:  # TFDS, requests, archives and file systems fail each in their own way
         raise UserError(
-            f"{name} is not in {folder} and cannot be downloaded ({type(error).__name__}): give the folder that has it as "
-            "--data-dir or $TFDS_DATA_DIR, or try the built-in data with --config configs/digits.py."
+            f"{name} is not in {folder} and cannot be downloaded ({type(error).__name__}): give the folder that has it "
+            "as --data-dir or $TFDS_DATA_DIR, or try the built-in data with --config configs/digits.py."
         ) from error
     return builder
 
 
-def device_mesh() -> Mesh:
-    """All devices in a row, along an axis over which the images of a batch are split."""
-    return jax.make_mesh((jax.device_count(),), (DATA_AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+def device_mesh(num_devices: int | None = None) -> Mesh:
+    """All devices, or the first so many, along an axis over which the images of a batch are split."""
+    devices = jax.devices()[:num_devices]
+    return jax.make_mesh((len(devices),), (DATA_AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 
 def split_images(mesh: Mesh) -> NamedSharding:

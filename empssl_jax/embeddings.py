@@ -76,7 +76,9 @@ def embed_dataset(
             bar.update(kept)
     embeddings = np.concatenate(parts)
     if not np.isfinite(embeddings).all():
-        raise UserError(f"The {name} embeddings are not all finite: train again, or evaluate an earlier checkpoint by --step.")
+        raise UserError(
+            f"The {name} embeddings are not all finite: train again, or evaluate an earlier checkpoint by --step."
+        )
     return LabelledEmbeddings(embeddings, dataset.labels)
 
 

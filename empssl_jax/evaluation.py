@@ -23,8 +23,10 @@ from empssl_jax.linear import LabelledEmbeddings, linear_accuracy
 from empssl_jax.models import EncoderState, init_encoder
 
 RESULTS_FILE = "results.json"
+SPLITS: tuple[data.Split, ...] = ("train", "test")
 
 Accuracy = dict[str, float]  # "top1" and "top5", as fractions
+Datasets = dict[data.Split, data.ImageDataset]
 Embeddings = dict[data.Split, LabelledEmbeddings]
 
 
@@ -40,7 +42,9 @@ class EvaluateOptions:
     """Folder with train.npz and test.npz to evaluate, in place of a checkpoint."""
     data_dir: str | None = None
     """Folder of prepared TFDS data sets; by default the run's, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EvaluationConfig)
+    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=EvaluationConfig
+    )
 
 
 def parse_evaluate_options(arguments: Sequence[str]) -> EvaluateOptions:
@@ -64,7 +68,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     """Measures a run, or given embeddings; prints a table and writes results.json beside what was measured."""
     if options.embeddings is not None:
         folder, seed = Path(options.embeddings), Config().training.seed
-        embeddings: Embeddings = {"train": load_embeddings(folder / "train.npz"), "test": load_embeddings(folder / "test.npz")}
+        embeddings = {split: load_embeddings(folder / f"{split}.npz") for split in SPLITS}
     else:
         folder = Path(options.workdir)
         config = load_config(folder)
@@ -73,7 +77,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
         run = dataclasses.replace(config.run, data_dir=options.data_dir)
         config = dataclasses.replace(config, evaluation=options.evaluation, run=run)
         embeddings = _embed_checkpoint(config, folder, options.step)
-    results = {"knn": measure_knn(embeddings, options.evaluation)}
+    results = {"kNN": measure_knn(embeddings, options.evaluation)}
     if options.evaluation.linear_epochs > 0:
         results |= measure_linear(embeddings, options.evaluation, seed)
     print(format_table(results))
@@ -92,18 +96,16 @@ def _embed_checkpoint(config: Config, workdir: Path, step: int | Literal["latest
     return embed_and_save(config, encoder, datasets, mesh, workdir)
 
 
-def load_datasets(config: Config) -> dict[data.Split, data.ImageDataset]:
+def load_datasets(config: Config) -> Datasets:
     """Both splits; raises UserError if there are fewer training images than kNN asks."""
-    datasets = {split: data.load(config.data, split, config.run.data_dir) for split in ("train", "test")}
+    datasets = {split: data.load(config.data, split, config.run.data_dir) for split in SPLITS}
     size = len(datasets["train"].labels)
     remedy = f"there are only {size} training images to look among"
     require(config.evaluation.num_neighbours <= size, "num_neighbours", config.evaluation.num_neighbours, remedy)
     return datasets
 
 
-def embed_and_save(
-    config: Config, encoder: EncoderState, datasets: dict[data.Split, data.ImageDataset], mesh: Mesh, workdir: Path
-) -> Embeddings:
+def embed_and_save(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh, workdir: Path) -> Embeddings:
     """Embeddings of both splits, left behind in the run's embeddings/{train,test}.npz."""
     embeddings = embed_splits(config, encoder, datasets, mesh)
     for split, labelled in embeddings.items():
@@ -111,9 +113,7 @@ def embed_and_save(
     return embeddings
 
 
-def embed_splits(
-    config: Config, encoder: EncoderState, datasets: dict[data.Split, data.ImageDataset], mesh: Mesh
-) -> Embeddings:
+def embed_splits(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh) -> Embeddings:
     """Embeddings of both splits."""
     embed, batch_size = make_embed(config, mesh), config.evaluation.embedding_batch_size
     return {split: embed_dataset(embed, encoder, images, batch_size, mesh, split) for split, images in datasets.items()}
@@ -154,7 +154,9 @@ def format_table(results: dict[str, Accuracy]) -> str:
     """Accuracies in percent, a line each."""
     width = max(map(len, results))
     lines = [f"{'':{width}}   top-1   top-5"]
-    lines += [f"{name:{width}}  {100 * value['top1']:5.2f}%  {100 * value['top5']:5.2f}%" for name, value in results.items()]
+    lines += [
+        f"{name:{width}}  {100 * value['top1']:5.2f}%  {100 * value['top5']:5.2f}%" for name, value in results.items()
+    ]
     return "\n".join(lines)
 
 

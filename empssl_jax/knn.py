@@ -35,7 +35,9 @@ def knn_scores(
         queries_at_once: queries compared with the bank together.
     """
     size = len(bank)
-    require(num_neighbours <= size, "num_neighbours", num_neighbours, f"there are only {size} training images to look among")
+    require(
+        num_neighbours <= size, "num_neighbours", num_neighbours, f"there are only {size} training images to look among"
+    )
     return _scores(queries, bank, bank_labels, num_classes, num_neighbours, temperature, queries_at_once)
 
 

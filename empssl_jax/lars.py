@@ -10,7 +10,7 @@ import optax
 class ClippedTrustRatioState(NamedTuple):
     """Number of updates made so far: the schedule's position."""
 
-    count: jax.Array
+    step: jax.Array
 
 
 def lars(
@@ -53,10 +53,10 @@ def _clipped_trust_ratio(learning_rate, weight_decay, trust_coefficient, eps, cl
 
     def init(params):
         del params
-        return ClippedTrustRatioState(count=jnp.zeros([], jnp.int32))
+        return ClippedTrustRatioState(step=jnp.zeros([], jnp.int32))
 
     def update(updates, state, params):
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
 
         def adapt(g, w):
             w_norm, g_norm = jnp.linalg.norm(w.ravel()), jnp.linalg.norm(g.ravel())
@@ -65,6 +65,6 @@ def _clipped_trust_ratio(learning_rate, weight_decay, trust_coefficient, eps, cl
                 ratio = jnp.minimum(ratio / rate, 1.0)
             return jnp.where((w_norm > 0) & (g_norm > 0), (g + weight_decay * w) * ratio, g)
 
-        return jax.tree.map(adapt, updates, params), ClippedTrustRatioState(count=state.count + 1)
+        return jax.tree.map(adapt, updates, params), ClippedTrustRatioState(step=state.step + 1)
 
     return optax.GradientTransformation(init, update)

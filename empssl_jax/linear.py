@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
@@ -16,8 +17,8 @@ MOMENTUM = 0.9
 class LabelledEmbeddings(NamedTuple):
     """Embeddings of a split and the classes of its images."""
 
-    embeddings: Float[Array, "N E"]
-    labels: Int[Array, " N"]
+    embeddings: Float[Array | np.ndarray, "N E"]
+    labels: Int[Array | np.ndarray, " N"]
 
 
 class LinearAccuracy(NamedTuple):
@@ -57,7 +58,7 @@ def _run(key, train, test, num_classes, config):
     optimizer = optax.chain(
         optax.add_decayed_weights(config.linear_weight_decay), optax.sgd(learning_rate, momentum=MOMENTUM)
     )
-    params = _init(jax.random.fold_in(key, 0), dim, num_classes)
+    params = init(jax.random.fold_in(key, 0), dim, num_classes)
 
     def loss_fn(params, batch, weights):
         losses = optax.softmax_cross_entropy_with_integer_labels(_logits(params, batch.embeddings), batch.labels)
@@ -81,7 +82,7 @@ def _run(key, train, test, num_classes, config):
     return accuracy
 
 
-def _init(key, dim, num_classes):
+def init(key, dim, num_classes):
     """As torch's nn.Linear: everything uniform within 1 / sqrt(dim)."""
     kernel_key, bias_key = jax.random.split(key)
     bound = dim**-0.5

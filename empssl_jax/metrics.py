@@ -5,7 +5,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Self
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -33,7 +32,7 @@ class MetricsWriter:
         self._patches_per_step = patches_per_step
         self._times = collections.deque([time.perf_counter()], maxlen=10)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:

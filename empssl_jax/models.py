@@ -1,6 +1,6 @@
 """The encoder of EMP-SSL: a ResNet-18 for small images, a hidden layer whose output is the embedding, a projection."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +41,10 @@ class Convolution(nnx.Conv):
             rngs=rngs,
         )
 
-    def __call__(self, x):
-        if x.shape[1:3] == (2, 2) and self.kernel_size == (3, 3) and self.strides == 1:
-            return self._on_2x2(x)
-        return super().__call__(x)
+    def __call__(self, inputs, out_sharding=None):
+        if inputs.shape[1:3] == (2, 2) and self.kernel_size == (3, 3) and self.strides == 1:
+            return self._on_2x2(inputs)
+        return super().__call__(inputs, out_sharding=out_sharding)
 
     def _on_2x2(self, x):
         """A padded 3x3 convolution of a 2x2 map is a dense layer from 4 to 4 positions.
@@ -160,7 +160,7 @@ class Encoder(nnx.Module):
         return nnx.relu(self.hidden_norm(self.hidden(self.backbone(patches))))
 
 
-def default_precision() -> str:
+def default_precision() -> Literal["float32", "bfloat16"]:
     """What precision "auto" means here: bfloat16 where the hardware is made for it."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
@@ -179,7 +179,7 @@ def make_encoder(config: ModelConfig, rngs: nnx.Rngs, axis_name: str | None = No
 
 def encoder_graph(config: ModelConfig, axis_name: str | None = None) -> nnx.GraphDef:
     """The encoder without its arrays: `nnx.merge(graph, *encoder_state)` makes it whole inside a jitted function."""
-    return nnx.split(nnx.eval_shape(lambda: make_encoder(config, nnx.Rngs(0), axis_name)))[0]
+    return nnx.graphdef(nnx.eval_shape(lambda: make_encoder(config, nnx.Rngs(0), axis_name)))
 
 
 def init_encoder(config: ModelConfig, key: Key[Array, ""]) -> EncoderState:
@@ -189,5 +189,5 @@ def init_encoder(config: ModelConfig, key: Key[Array, ""]) -> EncoderState:
 
 def encoder_state(encoder: Encoder) -> EncoderState:
     """The arrays of an encoder."""
-    _, params, batch_stats = nnx.split(encoder, nnx.Param, nnx.BatchStat)
-    return EncoderState(nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats))
+    params, batch_stats = (nnx.to_pure_dict(nnx.state(encoder, kind)) for kind in (nnx.Param, nnx.BatchStat))
+    return EncoderState(params, batch_stats)

@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 Patch = Float[Array, "3 H W"]
@@ -20,12 +21,12 @@ GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, PIL's conversion to L
 
 def multi_patch(
     key: Key[Array, ""],
-    images: Shaped[Array, "B H W 3"],
+    images: Shaped[Array | np.ndarray, "B H W 3"],
     num_patches: int,
     *,
     patch_area: float = 0.25,
     patch_size: int = 32,
-    indices: Int[Array, " B"] | None = None,
+    indices: Int[Array | np.ndarray, " B"] | None = None,
     first_patch: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B P size size 3"]:
     """Random augmented patches of images, float32 in [-1, 1] (section 3.1 and appendix of the paper).
@@ -58,7 +59,7 @@ def multi_patch(
 def _augmented_patch(key, image: Patch, table) -> Float[Array, "3 size size"]:
     """One patch by the paper's recipe."""
     crop_key, jitter_key, apply_key, sigma_key = jax.random.split(key, 4)
-    jitter, to_gray, to_blur, to_solarize = jax.random.uniform(apply_key, 4) < jnp.array([0.8, 0.2, 0.1, 0.1])
+    jitter, to_gray, to_blur, to_solarize = jax.random.uniform(apply_key, (4,)) < jnp.array([0.8, 0.2, 0.1, 0.1])
     sigma = jax.random.uniform(sigma_key, minval=0.1, maxval=2.0)
     patch = random_crop_flip(crop_key, image, table)
     patch = jnp.where(jitter, color_jitter(jitter_key, patch), patch)
@@ -109,7 +110,7 @@ def color_jitter(key, patch: Patch) -> Patch:
     order_key, factor_key, hue_key = jax.random.split(key, 3)
     # position[i] is operation i's place in the order; the hue is operation 3.
     position = jax.random.permutation(order_key, 4)
-    factors = jax.random.uniform(factor_key, 3, minval=0.6, maxval=1.4)
+    factors = jax.random.uniform(factor_key, (3,), minval=0.6, maxval=1.4)
     shift = jax.random.uniform(hue_key, minval=-0.2, maxval=0.2)
 
     def blend_at(place, patch):

@@ -6,8 +6,8 @@ import functools
 import math
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,7 @@ from empssl_jax.patches import multi_patch
 STATISTICS_PASSES = 10  # steps that set BatchNorm's statistics of an untrained encoder
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "encoder", "optimizer"], meta_fields=[])
-@dataclass(frozen=True)
-class TrainState:
+class TrainState(NamedTuple):
     """Everything that training changes."""
 
     step: Int[Array, ""]  # updates made so far
@@ -42,7 +40,7 @@ class TrainState:
 TrainStep = Callable[[TrainState, data.Batch], tuple[TrainState, dict[str, Array]]]
 
 
-class Diverged(UserError):
+class DivergenceError(UserError):
     """The loss or an update is not finite any more."""
 
     exit_code = 1
@@ -110,7 +108,7 @@ def make_train_step(
             "coding_rate": loss.coding_rate,
             "similarity": loss.similarity,
             "learning_rate": schedule(state.step),
-            "update_norm": optax.global_norm(updates),
+            "update_norm": optax.tree.norm(updates),
         }
         return TrainState(state.step + 1, encoder, optimizer_state), metrics
 
@@ -125,21 +123,22 @@ def train(config: Config) -> None:
 
     Raises:
         UserError: the options do not fit the data, the devices, or the run that is in the folder.
-        Diverged: the loss became NaN or infinite.
+        DivergenceError: the loss became NaN or infinite.
     """
     if config.model.precision == "auto":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=default_precision()))
     mesh, workdir = data.device_mesh(), Path(config.run.workdir)
     _check_devices(config, mesh)
-    resuming = _claim(workdir, config)
+    _check_workdir(workdir, config)
     datasets = evaluation.load_datasets(config)
     data.count_steps(datasets["train"], config.training.batch_size)
-    if config.evaluation.untrained and config.evaluation.valid_patches > 0 and not resuming:
+    checkpoints.save_config(workdir, config)
+    if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         _measure_untrained(config, datasets, mesh, workdir)
     encoder = _fit(config, datasets["train"], mesh, workdir)
     if config.evaluation.valid_patches > 0:
         embeddings = evaluation.embed_and_save(config, encoder, datasets, mesh, workdir)
-        evaluation.add_results(workdir, {"knn": evaluation.measure_knn(embeddings, config.evaluation)})
+        evaluation.add_results(workdir, {"kNN": evaluation.measure_knn(embeddings, config.evaluation)})
         print(evaluation.format_table(evaluation.load_results(workdir)))
 
 
@@ -149,20 +148,18 @@ def _check_devices(config: Config, mesh: Mesh) -> None:
     require(batch_size % mesh.size == 0, "batch_size", batch_size, remedy)
 
 
-def _claim(workdir: Path, config: Config) -> bool:
-    """Makes the run's folder, or checks that the run in it is this one; returns whether there was one."""
-    if (workdir / checkpoints.CONFIG_FILE).exists():
-        differences = training_differences(config, checkpoints.load_config(workdir))
-        if differences:
-            listed = ", ".join(differences)
-            raise UserError(f"--workdir {workdir} holds another run: {listed}; give those values or another folder.")
-        return True
+def _check_workdir(workdir: Path, config: Config) -> None:
+    """Makes the run's folder; refuses one with checkpoints of a run that learns something else."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints.save_config(workdir, config)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}): give another folder.") from error
-    return False
+    with Checkpoints(workdir) as store:
+        started = store.latest_step() is not None
+    differences = training_differences(config, checkpoints.load_config(workdir)) if started else []
+    if differences:
+        listed = ", ".join(differences)
+        raise UserError(f"--workdir {workdir} holds another run: {listed}; give those values or another folder.")
 
 
 def _fit(config: Config, dataset: data.ImageDataset, mesh: Mesh, workdir: Path) -> EncoderState:
@@ -214,7 +211,9 @@ def _initial_state(config: Config, optimizer, store: Checkpoints, mesh: Mesh) ->
     return TrainState(jax.device_put(jnp.int32(step), sharding), encoder, optimizer_state)
 
 
-def _placed_batches(config: Config, dataset, first_step: int, last_step: int, mesh: Mesh) -> Iterator[tuple[int, data.Batch]]:
+def _placed_batches(
+    config: Config, dataset, first_step: int, last_step: int, mesh: Mesh
+) -> Iterator[tuple[int, data.Batch]]:
     """The steps and their batches, on the devices."""
     batches = data.batches(dataset, config.training.batch_size, config.training.seed, first_step, last_step)
     for step, batch in enumerate(batches, start=first_step):
@@ -225,9 +224,9 @@ def _record(writer: MetricsWriter, config: Config, step: int, metrics: dict[str,
     """Fetches a step's metrics, stops the run if they are not finite, writes them down and returns the loss."""
     values: Metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not all(map(math.isfinite, values.values())):
-        raise Diverged(
-            f"Step {step} has loss {values['loss']} and update norm {values['update_norm']}: the last checkpoint before "
-            "it is kept; try a lower --learning-rate."
+        raise DivergenceError(
+            f"Step {step} has loss {values['loss']} and update norm {values['update_norm']}: the last checkpoint "
+            "before it is kept; try a lower --learning-rate."
         )
     training = config.training
     smallest, largest = coding_rate_bounds(training.batch_size, config.model.projection_dim, training.coding_rate_eps)
@@ -254,13 +253,18 @@ def deferred_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _measure_untrained(config: Config, datasets: dict[data.Split, data.ImageDataset], mesh: Mesh, workdir: Path) -> None:
+def _measure_untrained(
+    config: Config, datasets: dict[data.Split, data.ImageDataset], mesh: Mesh, workdir: Path
+) -> None:
     """Measures kNN with the initial parameters, for comparison, and writes it into results.json.
 
     No handicap: BatchNorm gets the statistics of real batches of training patches, from steps whose optimizer changes
     nothing. They start at mean 0 and variance 1 and keep 0.9 of themselves in each pass; the share of that start is
     taken out again.
     """
+    name = "kNN before training"
+    if name in evaluation.load_results(workdir):
+        return
     dataset = datasets["train"]
     steps_per_epoch = data.count_steps(dataset, config.training.batch_size)
     nothing = optax.set_to_zero()
@@ -272,4 +276,4 @@ def _measure_untrained(config: Config, datasets: dict[data.Split, data.ImageData
     kept = 0.9**STATISTICS_PASSES
     batch_stats = jax.tree.map(lambda now, first: (now - kept * first) / (1 - kept), state.encoder.batch_stats, start)
     embeddings = evaluation.embed_splits(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
-    evaluation.add_results(workdir, {"kNN before training": evaluation.measure_knn(embeddings, config.evaluation)})
+    evaluation.add_results(workdir, {name: evaluation.measure_knn(embeddings, config.evaluation)})

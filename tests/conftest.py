@@ -11,7 +11,10 @@ import pytest
 # Eight virtual CPU devices, so that every test of the train step can choose between one and eight.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-jaxtyping.install_import_hook("empssl_jax", "beartype.beartype")
+# Not the config: it checks its values itself, and is tested with values of wrong types.
+CHECKED = ("checkpoints", "data", "embeddings", "evaluation", "keys", "knn", "lars", "linear", "losses", "metrics")
+CHECKED += ("models", "patches", "training")
+jaxtyping.install_import_hook([f"empssl_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -67,7 +70,12 @@ def torch_names(names) -> dict[str, tuple[str, ...]]:
         else:
             path = heads[module]
         is_norm = "norm" in path.rsplit("/", 1)[-1] or path.endswith("layers/1")
-        leaves = {"weight": "scale" if is_norm else "kernel", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+        leaves = {
+            "weight": "scale" if is_norm else "kernel",
+            "bias": "bias",
+            "running_mean": "mean",
+            "running_var": "var",
+        }
         paths[name] = (*path.split("/"), leaves[leaf])
     return paths
 

@@ -135,7 +135,7 @@ def test_color_jitter_equals_its_operations_in_order(golden):
         key = jax.random.key(seed)
         order_key, factor_key, hue_key = jax.random.split(key, 3)
         position = np.asarray(jax.random.permutation(order_key, 4))
-        factors = jax.random.uniform(factor_key, 3, minval=0.6, maxval=1.4)
+        factors = jax.random.uniform(factor_key, (3,), minval=0.6, maxval=1.4)
         shift = jax.random.uniform(hue_key, minval=-0.2, maxval=0.2)
         operations = [patches.adjust_brightness, patches.adjust_contrast, patches.adjust_saturation, patches.adjust_hue]
         expected = image

@@ -1,0 +1,73 @@
+"""Saving, keeping, restoring and refusing checkpoints."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from empssl_jax import checkpoints, data
+from empssl_jax.config import UserError
+from empssl_jax.models import EncoderState
+
+
+def encoder_of(value: float) -> EncoderState:
+    return EncoderState({"w": jnp.full((4, 3), value)}, {"mean": jnp.full(3, -value)})
+
+
+OPTIMIZER = ({"trace": jnp.arange(5.0)}, jnp.int32(7))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run with checkpoints at steps 1 to 4, of which step 1 has the lowest loss."""
+    with checkpoints.Checkpoints(tmp_path, max_to_keep=2) as store:
+        for step, loss in [(1, -9.0), (2, -5.0), (3, -6.0), (4, -7.0)]:
+            store.save(step, encoder_of(step), OPTIMIZER, loss)
+    return tmp_path
+
+
+def restore(workdir, which):
+    with checkpoints.Checkpoints(workdir) as store:
+        templates = jax.eval_shape(lambda: (encoder_of(0.0), OPTIMIZER))
+        return store.restore(*templates, data.replicated(data.device_mesh(1)), which)
+
+
+@pytest.mark.parametrize(("which", "step"), [("latest", 4), ("best", 1), (3, 3)])
+def test_restores_what_was_saved(workdir, which, step):
+    restored, encoder, optimizer = restore(workdir, which)
+    assert restored == step
+    np.testing.assert_array_equal(encoder.params["w"], np.full((4, 3), step))
+    np.testing.assert_array_equal(encoder.batch_stats["mean"], np.full(3, -step))
+    assert jax.tree.structure(optimizer) == jax.tree.structure(OPTIMIZER)
+    np.testing.assert_array_equal(optimizer[0]["trace"], np.arange(5))
+
+
+def test_keeps_the_newest_and_the_best(workdir):
+    kept = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
+    assert kept == {1, 3, 4}
+
+
+def test_a_missing_step_is_refused_with_those_there(workdir):
+    with pytest.raises(UserError, match=r"--step is 2: .* has 1, 3, 4"):
+        restore(workdir, 2)
+
+
+def test_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        restore(tmp_path, "latest")
+
+
+def test_a_truncated_checkpoint_is_refused(workdir):
+    for path in (workdir / "checkpoints" / "4" / "encoder").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(UserError, match=r"Checkpoint 4 in .* cannot be restored"):
+        restore(workdir, "latest")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        checkpoints.load_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"data": 3}')
+    with pytest.raises(UserError, match="is not a config of this version"):
+        checkpoints.load_config(tmp_path)

@@ -1,0 +1,102 @@
+"""Options: their checks, their way to JSON and back, and the command line."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from empssl_jax import config
+from empssl_jax.config import Config, UserError
+
+REPOSITORY = Path(__file__).parent.parent
+GROUPS = [field.default_factory for field in dataclasses.fields(Config)]
+
+
+def out_of_range():
+    """Every checked field with values that it must refuse."""
+    for group in GROUPS:
+        for field in dataclasses.fields(group):
+            limits = field.metadata
+            if "remedy" in limits:
+                below = limits["low"] if limits["open"] else limits["low"] - 1
+                wrong = [below, float("nan"), float("inf"), "3", True]
+                wrong += [limits["low"] + 0.5] if limits["whole"] else []
+                wrong += [limits["high"] + 1] if limits["high"] < 1e9 else []
+                yield from ((group, field.name, value) for value in wrong)
+
+
+@pytest.mark.parametrize(("group", "name", "value"), out_of_range())
+def test_values_out_of_range_name_option_value_and_remedy(group, name, value):
+    with pytest.raises(UserError) as caught:
+        group(**{name: value})
+    assert str(caught.value).startswith(f"--{name.replace('_', '-')} is {value!r}: give a")
+
+
+@pytest.mark.parametrize(("name", "group"), [("dataset", config.DataConfig), ("workdir", config.RunConfig)])
+def test_empty_names_are_refused(name, group):
+    with pytest.raises(UserError, match=f"--{name} is ''"):
+        group(**{name: ""})
+
+
+def test_warm_up_must_end_before_training_does():
+    with pytest.raises(UserError, match=r"--warmup-epochs is 2.0: give less than --max-epochs, which is 2"):
+        config.TrainingConfig(max_epochs=2, warmup_epochs=2.0)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_file_survives_json(path):
+    loaded = config.load_config(path)
+    assert config.from_json(config.to_json(loaded), "config.json") == loaded
+    assert "python train.py" in path.read_text()
+
+
+def test_options_override_the_file_which_overrides_the_defaults():
+    digits = REPOSITORY / "configs" / "digits.py"
+    parsed = config.parse_train_options(["--config", str(digits), "--batch-size", "64", "--seed=7"], Path("unused"))
+    assert (parsed.training.batch_size, parsed.training.seed, parsed.data.dataset) == (64, 7, "digits")
+    assert parsed.training.learning_rate == config.TrainingConfig().learning_rate
+
+
+def test_the_flags_and_defaults_of_the_reference():
+    flags = "--dataset cifar10 --invariance-coefficient 200 --batch-size 100 --train-patches 20 --valid-patches 128 "
+    flags += "--max-epochs 1 --learning-rate 0.3 --weight-decay 1e-4 --projection-dim 1024 --hidden-dim 4096 "
+    flags += "--num-neighbours 20 --temperature 0.07 --seed 42"
+    default = REPOSITORY / "configs" / "cifar10.py"
+    assert config.parse_train_options(flags.split(), default) == config.parse_train_options([], default) == Config()
+
+
+def test_help_shows_each_option_with_its_default_in_that_config(capsys):
+    with pytest.raises(SystemExit):
+        config.parse_train_options(["--config", str(REPOSITORY / "configs" / "digits.py"), "--help"], Path("unused"))
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for group in GROUPS:
+        for field in dataclasses.fields(group):
+            assert f"--{field.name.replace('_', '-')}" in shown
+    assert "(default: runs/digits)" in shown
+    assert "--config FILE" in shown
+
+
+def test_training_differences_are_those_that_change_what_is_learned():
+    ours = Config()
+    same = dataclasses.replace(
+        ours,
+        run=config.RunConfig(workdir="elsewhere", max_to_keep=5),
+        evaluation=config.EvaluationConfig(valid_patches=1),
+        data=config.DataConfig(test_images_per_class=3),
+    )
+    assert config.training_differences(ours, same) == []
+    other = dataclasses.replace(ours, training=config.TrainingConfig(learning_rate=0.1))
+    assert config.training_differences(ours, other) == ["--learning-rate 0.3 (was 0.1)"]
+
+
+def test_the_user_s_xla_flags_stand():
+    import subprocess
+    import sys
+
+    code = "import os, empssl_jax; print(os.environ['XLA_FLAGS'])"
+    for given, expected in [
+        ("--xla_cpu_experimental_ynn_fusion_type=x", "--xla_cpu_experimental_ynn_fusion_type=x"),
+        ("--a=b", "--a=b --xla_cpu_experimental_ynn_fusion_type="),
+    ]:
+        printed = subprocess.check_output([sys.executable, "-c", code], env={"XLA_FLAGS": given}, text=True)
+        assert printed.strip() == expected

@@ -1,0 +1,44 @@
+"""Weighted kNN against the reference's numbers and a plain oracle."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from empssl_jax.config import UserError
+from empssl_jax.knn import knn_scores, top_k_accuracy
+
+
+def scores_of(numbers, **options):
+    return knn_scores(
+        jnp.asarray(numbers["queries"]),
+        jnp.asarray(numbers["bank"]),
+        jnp.asarray(numbers["bank_labels"], jnp.int32),
+        num_classes=numbers["scores"].shape[1],
+        num_neighbours=int(numbers["k"]),
+        temperature=float(numbers["temperature"]),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("queries_at_once", [7, 256])
+def test_golden_scores_and_accuracies(golden, queries_at_once):
+    numbers = golden("knn")
+    scores = scores_of(numbers, queries_at_once=queries_at_once)
+    expected = numbers["scores"]
+    # The reference may divide the votes by their sum.
+    scale = np.sum(expected, axis=1, keepdims=True) / np.sum(scores, axis=1, keepdims=True)
+    np.testing.assert_allclose(scores * scale, expected, rtol=1e-4, atol=1e-5 * expected.max())
+    labels = jnp.asarray(numbers["query_labels"], jnp.int32)
+    assert top_k_accuracy(scores, labels, 1) == pytest.approx(float(numbers["top1"]), abs=1e-6)
+    assert top_k_accuracy(scores, labels, 5) == pytest.approx(float(numbers["top5"]), abs=1e-6)
+
+
+def test_length_of_embeddings_does_not_matter(golden):
+    numbers = golden("knn")
+    longer = numbers | {"queries": 3 * numbers["queries"], "bank": 0.1 * numbers["bank"]}
+    np.testing.assert_allclose(scores_of(numbers), scores_of(longer), rtol=1e-3)
+
+
+def test_more_neighbours_than_images_are_refused():
+    with pytest.raises(UserError, match="--num-neighbours is 4: there are only 3 training images"):
+        knn_scores(jnp.eye(3), jnp.eye(3), jnp.arange(3), num_classes=3, num_neighbours=4, temperature=0.1)

@@ -1,0 +1,60 @@
+"""The linear classifier against the same SGD in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from empssl_jax import linear
+from empssl_jax.config import EvaluationConfig
+
+CLASSES = 6
+
+
+def blobs(size, seed):
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).standard_normal((CLASSES, 8))
+    labels = random.integers(0, CLASSES, size)
+    embeddings = centres[labels] + random.standard_normal((size, 8))
+    return linear.LabelledEmbeddings(jnp.float32(embeddings), jnp.int32(labels))
+
+
+def numpy_accuracies(key, train, test, config):
+    """Plain SGD in float64: momentum, L2 penalty, mean cross entropy, half cosine by epoch, incomplete last batch."""
+    x, y = np.float64(train.embeddings), np.asarray(train.labels)
+    start = linear.init(jax.random.fold_in(key, 0), x.shape[1], CLASSES)
+    params = [np.float64(start["kernel"]), np.float64(start["bias"])]
+    momenta = [np.zeros_like(p) for p in params]
+    top1 = []
+    for epoch in range(config.linear_epochs):
+        rate = config.linear_learning_rate * 0.5 * (1 + np.cos(np.pi * epoch / config.linear_epochs))
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch + 1), len(y)))
+        for first in range(0, len(y), config.linear_batch_size):
+            rows = order[first : first + config.linear_batch_size]
+            logits = x[rows] @ params[0] + params[1]
+            errors = np.exp(logits - logits.max(1, keepdims=True))
+            errors = errors / errors.sum(1, keepdims=True) - np.eye(CLASSES)[y[rows]]
+            gradients = [x[rows].T @ errors / len(rows), errors.mean(0)]
+            for i in range(2):
+                momenta[i] = 0.9 * momenta[i] + gradients[i] + config.linear_weight_decay * params[i]
+                params[i] = params[i] - rate * momenta[i]
+        logits = np.float64(test.embeddings) @ params[0] + params[1]
+        top1.append(np.mean(logits.argmax(1) == np.asarray(test.labels)))
+    return np.array(top1)
+
+
+def test_accuracies_equal_numpys():
+    key, train, test = jax.random.key(5), blobs(330, 1), blobs(500, 2)
+    config = EvaluationConfig(linear_epochs=5, linear_batch_size=50)
+    accuracy = linear.linear_accuracy(key, train, test, CLASSES, config)
+    np.testing.assert_allclose(accuracy.top1, numpy_accuracies(key, train, test, config), atol=0.0021)
+    assert np.all(accuracy.top5 >= accuracy.top1)
+
+
+def test_separable_classes_are_learned():
+    embeddings = 4 * jnp.eye(CLASSES)[jnp.arange(120) % CLASSES]
+    split = linear.LabelledEmbeddings(embeddings, jnp.arange(120) % CLASSES)
+    config = EvaluationConfig(linear_epochs=20, linear_batch_size=1000)
+    assert float(linear.linear_accuracy(jax.random.key(0), split, split, CLASSES, config).top1[-1]) == pytest.approx(
+        1.0
+    )

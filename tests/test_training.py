@@ -1,0 +1,118 @@
+"""The train step on one and on eight devices, the schedule, and learning itself."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from empssl_jax import data, training
+from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, TrainingConfig
+
+CONFIG = Config(
+    data=DataConfig(dataset="digits"),
+    patches=PatchConfig(train_patches=4, patch_size=16),
+    model=ModelConfig(width=4, hidden_dim=32, projection_dim=16, precision="float32"),
+    training=TrainingConfig(batch_size=16),
+)
+STEPS_PER_EPOCH = 10
+
+
+@pytest.fixture(scope="module")
+def batches():
+    dataset = data.load(CONFIG.data, "train", None)
+    return list(data.batches(dataset, CONFIG.training.batch_size, 42, 0, 3))
+
+
+@functools.cache
+def compiled_step(num_devices: int, config: Config = CONFIG):
+    """The step, a function that makes its first state, and the mesh."""
+    mesh = data.device_mesh(num_devices)
+    schedule = training.learning_rate_schedule(config.training, STEPS_PER_EPOCH)
+    optimizer = training.make_optimizer(config.training, schedule)
+    step = training.make_train_step(config, optimizer, schedule, STEPS_PER_EPOCH, mesh)
+    create = jax.jit(lambda: training.create_state(config, optimizer), out_shardings=data.replicated(mesh))
+    return step, create, mesh
+
+
+def run_steps(batches, num_devices: int, config: Config = CONFIG):
+    """The state and the metrics of each step."""
+    step, create, mesh = compiled_step(num_devices, config)
+    state, metrics = create(), []
+    with jax.transfer_guard("disallow"):
+        for batch in batches:
+            state, values = step(state, jax.device_put(batch, data.split_images(mesh)))
+            metrics.append(values)
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(batches):
+    return run_steps(batches, 1)
+
+
+def test_eight_devices_equal_one(batches, on_one_device):
+    state, metrics = on_one_device
+    state8, metrics8 = run_steps(batches, 8)
+    for ours, theirs in zip(metrics, metrics8, strict=True):
+        for name in ours:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    difference = jax.tree.map(lambda a, b: np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-3), state, state8)
+    assert max(jax.tree.leaves(difference)) < 1e-4
+
+
+def test_steps_compile_once_and_transfer_nothing_by_themselves(on_one_device):
+    state, _ = on_one_device
+    assert compiled_step(1)[0]._cache_size() == 1
+    assert int(state.step) == 3
+
+
+def test_the_loss_is_minus_coding_rate_minus_weighted_similarity(on_one_device):
+    for values in on_one_device[1]:
+        assert values["loss"] == pytest.approx(-values["coding_rate"] - 200 * values["similarity"], rel=1e-5)
+
+
+def test_steps_follow_the_gradient(batches):
+    """The same batch again and again: the loss falls."""
+    _, metrics = run_steps([batches[0]] * 6, 1)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert metrics[-1]["similarity"] > metrics[0]["similarity"]
+
+
+def test_bfloat16_is_close_to_float32(batches, on_one_device):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
+    state, metrics = run_steps(batches[:1], 1, config)
+    assert {x.dtype for x in jax.tree.leaves(state.encoder)} == {np.dtype(np.float32)}
+    assert metrics[0]["loss"] == pytest.approx(on_one_device[1][0]["loss"], rel=0.02)
+
+
+def test_the_schedule_is_a_half_cosine_over_all_steps():
+    config = TrainingConfig(max_epochs=2, learning_rate=0.3)
+    schedule = training.learning_rate_schedule(config, 6)
+    expected = [0.15 * (1 + math.cos(math.pi * t / 12)) for t in range(12)]
+    np.testing.assert_allclose([float(schedule(t)) for t in range(12)], expected, rtol=1e-5)
+
+
+def test_warm_up_rises_linearly_then_falls():
+    schedule = training.learning_rate_schedule(TrainingConfig(max_epochs=2, warmup_epochs=0.5, learning_rate=0.3), 8)
+    rates = [float(schedule(t)) for t in range(17)]
+    np.testing.assert_allclose(rates[:5], [0.0, 0.075, 0.15, 0.225, 0.3], rtol=1e-5)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[16] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_an_update_of_nothing_leaves_the_parameters(batches):
+    mesh, nothing = data.device_mesh(1), optax.set_to_zero()
+    step = training.make_train_step(CONFIG, nothing, optax.constant_schedule(0.0), STEPS_PER_EPOCH, mesh)
+    before = training.create_state(CONFIG, nothing)
+    kept = jax.tree.map(jnp.copy, before)
+    after, _ = step(before, jax.device_put(batches[0], data.split_images(mesh)))
+    for ours, theirs in zip(jax.tree.leaves(kept.encoder.params), jax.tree.leaves(after.encoder.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not np.array_equal(
+        kept.encoder.batch_stats["hidden_norm"]["mean"], after.encoder.batch_stats["hidden_norm"]["mean"]
+    )
