@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +17,11 @@ from jaxtyping import Array, Int
 
 from empssl_jax import checkpoints, data, evaluation
 from empssl_jax.checkpoints import Checkpoints
-from empssl_jax.config import Config, TrainingConfig, UserError, require, training_differences
+from empssl_jax.config import Config, RunConfig, TrainingConfig, UserError, require, training_differences
 from empssl_jax.keys import parameters_key, training_patches_key
 from empssl_jax.lars import lars
 from empssl_jax.losses import coding_rate_bounds, emp_ssl_loss, normalise
-from empssl_jax.metrics import Metrics, MetricsWriter
+from empssl_jax.metrics import MetricsWriter
 from empssl_jax.models import EncoderState, default_precision, encoder_graph, encoder_state, init_encoder
 from empssl_jax.patches import multi_patch
 
@@ -38,12 +37,6 @@ class TrainState(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, data.Batch], tuple[TrainState, dict[str, Array]]]
-
-
-class DivergenceError(UserError):
-    """The loss or an update is not finite any more."""
-
-    exit_code = 1
 
 
 def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
@@ -169,35 +162,34 @@ def _fit(config: Config, dataset: data.ImageDataset, mesh: Mesh, workdir: Path) 
     schedule = learning_rate_schedule(config.training, steps_per_epoch)
     optimizer = make_optimizer(config.training, schedule)
     train_step = make_train_step(config, optimizer, schedule, steps_per_epoch, mesh)
-    patches_per_step = config.training.batch_size * config.patches.train_patches
     with Checkpoints(workdir, config.run.max_to_keep) as store, deferred_signals() as signals:
         state = _initial_state(config, optimizer, store, mesh)
         first_step = int(state.step)
         if first_step:
             print(f"resuming {workdir} at step {first_step} of {last_step}")
-        with MetricsWriter(workdir, first_step, last_step, patches_per_step) as writer:
-            record = functools.partial(_record, writer, config)
-            pending = None
-            losses: list[float] = []
+        with _metrics_writer(config, workdir, first_step, last_step) as writer:
             for step, batch in _placed_batches(config, dataset, first_step, last_step, mesh):
                 state, metrics = train_step(state, batch)
-                # One step late, so that the devices never wait for the host.
-                if pending:
-                    losses.append(record(*pending))
-                pending = (step, metrics)
-                done = step + 1
-                every = config.run.checkpoint_every or steps_per_epoch
-                if done % every == 0 or done % steps_per_epoch == 0 or signals:
-                    losses.append(record(*pending))
-                    pending = None
-                    store.save(done, state.encoder, state.optimizer, sum(losses) / len(losses))
-                    losses = []
+                writer.add(step, metrics)
+                if _checkpoint_is_due(config.run, step + 1, steps_per_epoch) or signals:
+                    store.save(step + 1, state.encoder, state.optimizer, loss=writer.flush())
                 if signals:
                     store.wait()
-                    print(f"stopped and saved at step {done} of {last_step}: the same command resumes there")
+                    print(f"stopped and saved at step {step + 1} of {last_step}: the same command resumes there")
                     raise SystemExit(128 + signals[0])
         store.wait()
     return state.encoder
+
+
+def _checkpoint_is_due(config: RunConfig, steps_done: int, steps_per_epoch: int) -> bool:
+    """At the end of each epoch and every `checkpoint_every` steps."""
+    return steps_done % (config.checkpoint_every or steps_per_epoch) == 0 or steps_done % steps_per_epoch == 0
+
+
+def _metrics_writer(config: Config, workdir: Path, first_step: int, last_step: int) -> MetricsWriter:
+    training = config.training
+    bounds = coding_rate_bounds(training.batch_size, config.model.projection_dim, training.coding_rate_eps)
+    return MetricsWriter(workdir, first_step, last_step, training.batch_size * config.patches.train_patches, bounds)
 
 
 def _initial_state(config: Config, optimizer, store: Checkpoints, mesh: Mesh) -> TrainState:
@@ -218,21 +210,6 @@ def _placed_batches(
     batches = data.batches(dataset, config.training.batch_size, config.training.seed, first_step, last_step)
     for step, batch in enumerate(batches, start=first_step):
         yield step, jax.device_put(batch, data.split_images(mesh))
-
-
-def _record(writer: MetricsWriter, config: Config, step: int, metrics: dict[str, Array]) -> float:
-    """Fetches a step's metrics, stops the run if they are not finite, writes them down and returns the loss."""
-    values: Metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not all(map(math.isfinite, values.values())):
-        raise DivergenceError(
-            f"Step {step} has loss {values['loss']} and update norm {values['update_norm']}: the last checkpoint "
-            "before it is kept; try a lower --learning-rate."
-        )
-    training = config.training
-    smallest, largest = coding_rate_bounds(training.batch_size, config.model.projection_dim, training.coding_rate_eps)
-    values["coding_rate_fraction"] = (values["coding_rate"] - smallest) / (largest - smallest)
-    writer.write(step, values)
-    return values["loss"]
 
 
 @contextlib.contextmanager
