@@ -1,7 +1,7 @@
 """CIFAR-10 on two CPU cores: a quarter of the width, patches left at 16x16.
 
-    python train.py --config configs/cifar10_cpu.py
-    python eval.py --workdir runs/cifar10_cpu
+python train.py --config configs/cifar10_cpu.py
+python eval.py --workdir runs/cifar10_cpu
 """
 
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, RunConfig

@@ -16,9 +16,10 @@ class Loss(NamedTuple):
 
 
 def normalise(vectors: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """Scales vectors to unit length along the last axis; a zero vector stays zero."""
+    """Scales vectors to unit length along the last axis; a zero vector stays zero, one whose norm overflows is NaN."""
     squared_norm = jnp.sum(vectors**2, axis=-1, keepdims=True)
-    return vectors * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-24))
+    scale = jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-24))
+    return vectors * jnp.where(jnp.isfinite(squared_norm), scale, jnp.nan)
 
 
 def coding_rate(projections: Float[Array, "P B D"], eps: float) -> Float[Array, ""]:

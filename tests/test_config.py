@@ -25,7 +25,7 @@ def out_of_range():
                 yield from ((group, field.name, value) for value in wrong)
 
 
-@pytest.mark.parametrize(("group", "name", "value"), out_of_range())
+@pytest.mark.parametrize(("group", "name", "value"), list(out_of_range()))
 def test_values_out_of_range_name_option_value_and_remedy(group, name, value):
     with pytest.raises(UserError) as caught:
         group(**{name: value})

@@ -208,9 +208,8 @@ def test_another_run_s_folder_is_refused(uninterrupted, run):
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(run, tmp_path):
     options = [*DIGITS, "--workdir", tmp_path, "--max-epochs", 4, "--checkpoint-every", 1]
-    done = run(
-        "train.py", *options, "--invariance-coefficient", 1e9, "--learning-rate", 1e9, "--trust-coefficient", 1e9
-    )
+    # Weight decay at such a rate multiplies the weights by -1e9 in each step.
+    done = run("train.py", *options, "--learning-rate", 1e9, "--trust-coefficient", 1e9, "--weight-decay", 1)
     assert done.returncode == 1
     assert "error: Step" in done.stderr
     assert "Traceback" not in done.stderr

@@ -98,3 +98,9 @@ def test_similarity_of_opposite_patches_is_small():
     z = unit_rows(1, 5, 8)
     assert float(invariance(jnp.float32(np.concatenate([z, z])))) == pytest.approx(1.0)
     assert float(invariance(jnp.float32(np.concatenate([z, -z])))) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_normalise_hides_no_overflow():
+    vectors = jnp.float32([[3.0, 4.0], [0.0, 0.0], [1e20, 1e20]])
+    np.testing.assert_allclose(normalise(vectors), [[0.6, 0.8], [0.0, 0.0], [np.nan, np.nan]], rtol=1e-6)
+    assert np.isfinite(jax.grad(lambda v: jnp.sum(normalise(v)))(vectors[:2])).all()
