@@ -26,34 +26,43 @@ def require(condition: bool, option: str, value: object, remedy: str) -> None:
         raise UserError(f"{flag} is {value!r}: {remedy}.")
 
 
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option takes: from `low` to `high`, `low` itself left out if `above`."""
+
+    low: float
+    high: float
+    whole: bool
+    above: bool = False
+
+    def holds(self, value: object) -> bool:
+        """Whether the value is one of them."""
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return False
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        return f"{kind} {'above' if self.above else 'from'} {self.low:.10g} up to {self.high:.10g}"
+
+
 class _Checked:
-    """Checks the numeric fields of a dataclass against the ranges in their metadata."""
+    """Checks the fields of a dataclass that have a range."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, limits = getattr(self, field.name), field.metadata
-            if value is None or "remedy" not in limits:
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            whole = field.metadata["whole"]
-            valid = number and (not whole or isinstance(value, int)) and limits["low"] <= value <= limits["high"]
-            require(valid and not (limits["open"] and value == limits["low"]), field.name, value, limits["remedy"])
+            value = getattr(self, field.name)
+            if "range" in field.metadata and not (value is None and field.default is None):
+                allowed = field.metadata["range"]
+                require(allowed.holds(value), field.name, value, f"give {allowed}")
 
 
-def _whole(default: int | None, low: int, high: int = 2**31 - 1) -> Any:
-    remedy = (
-        f"give a whole number from {low} to {high}" if high < 2**31 - 1 else f"give a whole number of at least {low}"
-    )
-    limits = {"low": low, "high": high, "open": False, "whole": True, "remedy": remedy}
-    return dataclasses.field(default=default, metadata=limits)
+def _whole(default: int | None, low: int, high: int = 1_000_000_000) -> Any:
+    return dataclasses.field(default=default, metadata={"range": Range(low, high, whole=True)})
 
 
 def _real(default: float, low: float, high: float = 1e9, *, above: bool = False) -> Any:
-    remedy = f"give a number {'above' if above else 'of at least'} {low:g}" + (
-        f", {high:g} at most" if high < 1e9 else ""
-    )
-    limits = {"low": low, "high": high, "open": above, "whole": False, "remedy": remedy}
-    return dataclasses.field(default=default, metadata=limits)
+    return dataclasses.field(default=default, metadata={"range": Range(low, high, whole=False, above=above)})
 
 
 @dataclass(frozen=True)

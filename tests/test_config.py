@@ -13,15 +13,15 @@ GROUPS = [field.default_factory for field in dataclasses.fields(Config)]
 
 
 def out_of_range():
-    """Every checked field with values that it must refuse."""
+    """Every field with a range, and values that it must refuse."""
     for group in GROUPS:
         for field in dataclasses.fields(group):
-            limits = field.metadata
-            if "remedy" in limits:
-                below = limits["low"] if limits["open"] else limits["low"] - 1
-                wrong = [below, float("nan"), float("inf"), "3", True]
-                wrong += [limits["low"] + 0.5] if limits["whole"] else []
-                wrong += [limits["high"] + 1] if limits["high"] < 1e9 else []
+            if "range" in field.metadata:
+                allowed = field.metadata["range"]
+                below = allowed.low if allowed.above else allowed.low - 1
+                wrong = [below, allowed.high + 1, float("nan"), float("inf"), "3", True]
+                wrong += [allowed.low + 0.5] if allowed.whole else []
+                wrong += [None] if field.default is not None else []
                 yield from ((group, field.name, value) for value in wrong)
 
 
@@ -30,6 +30,13 @@ def test_values_out_of_range_name_option_value_and_remedy(group, name, value):
     with pytest.raises(UserError) as caught:
         group(**{name: value})
     assert str(caught.value).startswith(f"--{name.replace('_', '-')} is {value!r}: give a")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 2), ("seed", 0), ("learning_rate", 1), ("momentum", 0.0), ("warmup_epochs", 0)]
+)
+def test_values_at_the_edge_of_their_range_pass(name, value):
+    assert getattr(config.TrainingConfig(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize(("name", "group"), [("dataset", config.DataConfig), ("workdir", config.RunConfig)])

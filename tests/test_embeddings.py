@@ -1,0 +1,79 @@
+"""Bag-of-features embeddings: the mean that they are, and what they do not depend on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from empssl_jax import data, embeddings
+from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, UserError
+from empssl_jax.keys import embedding_patches_key
+from empssl_jax.models import encoder_graph, init_encoder
+from empssl_jax.patches import multi_patch
+
+CONFIG = Config(
+    data=DataConfig(dataset="digits", test_images_per_class=2),
+    patches=PatchConfig(patch_size=16),
+    model=ModelConfig(width=2, hidden_dim=8, projection_dim=4, precision="float32"),
+    evaluation=EvaluationConfig(valid_patches=5),
+)
+
+
+@pytest.fixture(scope="module")
+def encoder_state():
+    return init_encoder(CONFIG.model, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load(CONFIG.data, "test", None)
+
+
+def embed_all(encoder_state, digits, num_devices, batch_size):
+    mesh = data.device_mesh(num_devices)
+    embed = embeddings.make_embed(CONFIG, mesh)
+    return embeddings.embed_dataset(embed, encoder_state, digits, batch_size, mesh, "test")
+
+
+def test_an_embedding_is_the_mean_feature_of_the_image_s_patches(encoder_state, digits):
+    ours = embed_all(encoder_state, digits, 1, 20)
+    key = embedding_patches_key(CONFIG.training.seed)
+    patches = jax.jit(lambda images: multi_patch(key, images, 5, patch_size=16))(digits.images)
+    encoder = nnx.merge(encoder_graph(CONFIG.model), *encoder_state)
+    encoder.eval()
+    features = jax.jit(lambda patches: encoder.embed(patches))(patches.reshape(-1, 16, 16, 3)).reshape(20, 5, -1)
+    np.testing.assert_allclose(ours.embeddings, np.mean(features, axis=1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(ours.labels, digits.labels)
+
+
+def test_embeddings_depend_on_neither_batches_nor_devices(encoder_state, digits):
+    whole = embed_all(encoder_state, digits, 1, 20).embeddings
+    np.testing.assert_allclose(whole, embed_all(encoder_state, digits, 8, 9).embeddings, rtol=1e-4, atol=1e-6)
+
+
+def test_embeddings_that_are_not_finite_are_refused(encoder_state, digits):
+    broken = encoder_state._replace(params=jax.tree.map(lambda x: x * jnp.nan, encoder_state.params))
+    with pytest.raises(UserError, match="The test embeddings are not all finite"):
+        embed_all(broken, digits, 1, 20)
+
+
+def test_saving_and_loading(tmp_path):
+    split = embeddings.LabelledEmbeddings(np.arange(6, dtype=np.float32).reshape(3, 2), np.array([1, 0, 1], np.int32))
+    embeddings.save_embeddings(tmp_path / "new" / "test.npz", split)
+    loaded = embeddings.load_embeddings(tmp_path / "new" / "test.npz")
+    np.testing.assert_array_equal(loaded.embeddings, split.embeddings)
+    np.testing.assert_array_equal(loaded.labels, split.labels)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["test.npz"]
+
+
+def test_memory_does_not_grow_with_the_number_of_patches(encoder_state):
+    def temporaries(num_patches):
+        evaluation = EvaluationConfig(valid_patches=num_patches)
+        embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), data.device_mesh(1))
+        images, indices = jnp.zeros((10, 32, 32, 3), jnp.uint8), jnp.arange(10)
+        return embed.lower(encoder_state, images, indices).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(64) == temporaries(2)
