@@ -3,21 +3,30 @@
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 from tqdm import tqdm
 
 from empssl_jax.config import Config, UserError
 from empssl_jax.data import Batch, ImageDataset, replicated, split_images
 from empssl_jax.keys import embedding_patches_key
-from empssl_jax.linear import LabelledEmbeddings
 from empssl_jax.models import EncoderState, encoder_graph
 from empssl_jax.patches import multi_patch
+
+
+class LabelledEmbeddings(NamedTuple):
+    """Embeddings of a split and the classes of its images."""
+
+    embeddings: Float32[np.ndarray, "N E"]
+    labels: Int32[np.ndarray, " N"]
+    num_classes: int
+
 
 Embed = Callable[[EncoderState, UInt8[Array, "B H W 3"], Int[Array, " B"]], Float[Array, "B E"]]
 
@@ -79,31 +88,35 @@ def embed_dataset(
         raise UserError(
             f"The {name} embeddings are not all finite: train again, or evaluate an earlier checkpoint by --step."
         )
-    return LabelledEmbeddings(embeddings, dataset.labels)
+    return LabelledEmbeddings(embeddings, dataset.labels, dataset.num_classes)
 
 
 def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:
-    """Writes an .npz with `embeddings` (N, E) float32 and `labels` (N,) int32; a crash leaves no partial file."""
+    """Writes an .npz with `embeddings` (N, E) float32, `labels` (N,) int32 and `num_classes`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        np.savez(file, embeddings=split.embeddings, labels=split.labels)
+        np.savez(file, **split._asdict())
     temporary.replace(path)
 
 
 def load_embeddings(path: Path) -> LabelledEmbeddings:
-    """Reads what `save_embeddings` wrote; raises UserError if the file is missing, damaged or not finite."""
+    """Reads what `save_embeddings` wrote; raises UserError if the file is missing, damaged or not finite.
+
+    A file without `num_classes` has as many as its labels need.
+    """
     remedy = "give a folder with train.npz and test.npz, or leave --embeddings out to compute them"
     if not path.is_file():
         raise UserError(f"--embeddings: there is no {path}: {remedy}.")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             embeddings, labels = np.asarray(arrays["embeddings"], np.float32), np.asarray(arrays["labels"])
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            num_classes = int(arrays["num_classes"]) if "num_classes" in arrays else 0
+    except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"--embeddings: {path} cannot be read ({error}): {remedy}.") from error
     shapes_fit = embeddings.ndim == 2 and labels.shape == embeddings.shape[:1] and len(labels) > 0
     if not (shapes_fit and np.issubdtype(labels.dtype, np.integer) and labels.min() >= 0):
         raise UserError(f"--embeddings: {path} has embeddings {embeddings.shape} and labels {labels.shape}: {remedy}.")
     if not np.isfinite(embeddings).all():
         raise UserError(f"--embeddings: {path} holds values that are not finite: {remedy}.")
-    return LabelledEmbeddings(embeddings, labels.astype(np.int32))
+    return LabelledEmbeddings(embeddings, labels.astype(np.int32), max(num_classes, int(labels.max()) + 1))

@@ -9,17 +9,16 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from jax.sharding import Mesh
 
 from empssl_jax import data
 from empssl_jax.checkpoints import Checkpoints, load_config
 from empssl_jax.config import Config, EvaluationConfig, UserError, require
-from empssl_jax.embeddings import embed_dataset, load_embeddings, make_embed, save_embeddings
+from empssl_jax.embeddings import LabelledEmbeddings, embed_dataset, load_embeddings, make_embed, save_embeddings
 from empssl_jax.keys import classifier_key, parameters_key
 from empssl_jax.knn import knn_scores, top_k_accuracy
-from empssl_jax.linear import LabelledEmbeddings, linear_accuracy
+from empssl_jax.linear import linear_accuracy
 from empssl_jax.models import EncoderState, init_encoder
 
 RESULTS_FILE = "results.json"
@@ -126,7 +125,7 @@ def measure_knn(embeddings: Embeddings, config: EvaluationConfig) -> Accuracy:
         jnp.asarray(test.embeddings),
         jnp.asarray(train.embeddings),
         jnp.asarray(train.labels),
-        num_classes=_num_classes(embeddings),
+        num_classes=train.num_classes,
         num_neighbours=config.num_neighbours,
         temperature=config.temperature,
     )
@@ -136,18 +135,12 @@ def measure_knn(embeddings: Embeddings, config: EvaluationConfig) -> Accuracy:
 
 def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> dict[str, Accuracy]:
     """Accuracy of the linear classifier on the test embeddings, after its last epoch and at its best on the test."""
-    arrays = {split: jax.tree.map(jnp.asarray, labelled) for split, labelled in embeddings.items()}
-    key = classifier_key(seed)
-    top1, top5 = linear_accuracy(key, arrays["train"], arrays["test"], _num_classes(embeddings), config)
+    top1, top5 = linear_accuracy(classifier_key(seed), embeddings["train"], embeddings["test"], config)
     best = int(jnp.argmax(top1))
     return {
         "linear": {"top1": float(top1[-1]), "top5": float(top5[-1])},
         "linear, best epoch on test": {"top1": float(top1[best]), "top5": float(top5[best])},
     }
-
-
-def _num_classes(embeddings: Embeddings) -> int:
-    return 1 + max(int(np.max(labelled.labels)) for labelled in embeddings.values())
 
 
 def format_table(results: dict[str, Accuracy]) -> str:

@@ -5,20 +5,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
 from empssl_jax.config import EvaluationConfig
+from empssl_jax.embeddings import LabelledEmbeddings
 
 MOMENTUM = 0.9
 
 
-class LabelledEmbeddings(NamedTuple):
-    """Embeddings of a split and the classes of its images."""
-
-    embeddings: Float[Array | np.ndarray, "N E"]
-    labels: Int[Array | np.ndarray, " N"]
+class _Examples(NamedTuple):
+    embeddings: Float[Array, "N E"]
+    labels: Int[Array, " N"]
 
 
 class LinearAccuracy(NamedTuple):
@@ -29,7 +27,7 @@ class LinearAccuracy(NamedTuple):
 
 
 def linear_accuracy(
-    key: Key[Array, ""], train: LabelledEmbeddings, test: LabelledEmbeddings, num_classes: int, config: EvaluationConfig
+    key: Key[Array, ""], train: LabelledEmbeddings, test: LabelledEmbeddings, config: EvaluationConfig
 ) -> LinearAccuracy:
     """Trains a linear classifier and measures it after each epoch.
 
@@ -40,10 +38,10 @@ def linear_accuracy(
         key: draws the initial weights and the order of the batches.
         train: what is learned from.
         test: what is measured on.
-        num_classes: C.
         config: its `linear_*` fields.
     """
-    return _run(key, train, test, num_classes, config)
+    examples = [_Examples(jnp.asarray(split.embeddings), jnp.asarray(split.labels)) for split in (train, test)]
+    return _run(key, *examples, train.num_classes, config)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

@@ -61,11 +61,14 @@ def test_embeddings_that_are_not_finite_are_refused(encoder_state, digits):
 
 
 def test_saving_and_loading(tmp_path):
-    split = embeddings.LabelledEmbeddings(np.arange(6, dtype=np.float32).reshape(3, 2), np.array([1, 0, 1], np.int32))
+    split = embeddings.LabelledEmbeddings(
+        np.arange(6, dtype=np.float32).reshape(3, 2), np.array([1, 0, 1], np.int32), 4
+    )
     embeddings.save_embeddings(tmp_path / "new" / "test.npz", split)
     loaded = embeddings.load_embeddings(tmp_path / "new" / "test.npz")
     np.testing.assert_array_equal(loaded.embeddings, split.embeddings)
     np.testing.assert_array_equal(loaded.labels, split.labels)
+    assert loaded.num_classes == 4
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["test.npz"]
 
 

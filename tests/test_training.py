@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from empssl_jax import data, training
-from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, TrainingConfig
+from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig, UserError
 
 CONFIG = Config(
     data=DataConfig(dataset="digits"),
@@ -126,3 +126,10 @@ def test_an_update_of_nothing_leaves_the_parameters(batches):
     assert not np.array_equal(
         kept.encoder.batch_stats["hidden_norm"]["mean"], after.encoder.batch_stats["hidden_norm"]["mean"]
     )
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
+    training_config = dataclasses.replace(CONFIG.training, batch_size=12)
+    config = dataclasses.replace(CONFIG, training=training_config, run=RunConfig(workdir=str(tmp_path)))
+    with pytest.raises(UserError, match="--batch-size is 12: it must be a multiple of the 8 devices"):
+        training.train(config)
