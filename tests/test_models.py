@@ -97,3 +97,34 @@ def test_golden_eval_outputs(reference, trained_once):
     embeddings, projections = encoder(jnp.asarray(numbers["images"]))
     assert relative_error(embeddings, numbers["eval_embeddings"]) < 1e-3
     assert relative_error(projections, numbers["eval_projections"]) < 1e-3
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_convolutions_equal_the_general_one(size):
+    convolution = models.Convolution(6, 5, 3, 1, jnp.float32, nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (7, size, size, 6))
+    kernel = jnp.transpose(convolution.kernel[...], (3, 2, 0, 1))
+    expected = jax.lax.conv(jnp.transpose(x, (0, 3, 1, 2)), kernel, (1, 1), "SAME")
+    np.testing.assert_allclose(convolution(x), jnp.transpose(expected, (0, 2, 3, 1)), rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_start_as_in_torch():
+    """Normal by fan out for convolutions, uniform within 1 / sqrt(fan in) for the rest."""
+    params = models.init_encoder(ModelConfig(precision="float32"), jax.random.key(0)).params
+    kernel = params["backbone"]["blocks"][7]["conv1"]["kernel"]
+    assert float(jnp.std(kernel)) == pytest.approx(np.sqrt(2 / (9 * 512)), rel=0.01)
+    assert float(jnp.max(jnp.abs(kernel))) > 4 * np.sqrt(2 / (9 * 512))
+    for name, fan_in in [("hidden", 512), ("projector", 4096), ("projection", 4096)]:
+        assert float(jnp.max(jnp.abs(params[name]["kernel"]))) == pytest.approx(fan_in**-0.5, rel=1e-3)
+        assert float(jnp.std(params[name]["kernel"])) == pytest.approx((3 * fan_in) ** -0.5, rel=0.01)
+    assert (
+        -(4096**-0.5) <= float(jnp.min(params["projection"]["bias"])) < 0 < float(jnp.max(params["projection"]["bias"]))
+    )
+
+
+def test_the_paper_s_encoder_has_the_reference_s_size():
+    """ResNet-18 without its classifier, 11.17 million parameters, and the head's layers."""
+    shapes = jax.eval_shape(lambda: models.init_encoder(ModelConfig(precision="float32"), jax.random.key(0)))
+    count = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes.params))
+    head = 512 * 4096 + 2 * 4096 + 4096 * 4096 + 2 * 4096 + 4096 * 1024 + 1024
+    assert count == 11_168_832 + head
