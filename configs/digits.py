@@ -10,6 +10,6 @@ config = Config(
     patches=PatchConfig(patch_size=16),
     model=ModelConfig(width=16, hidden_dim=512, projection_dim=128),
     training=TrainingConfig(batch_size=50, max_epochs=1),
-    evaluation=EvaluationConfig(valid_patches=16, untrained=True),
+    evaluation=EvaluationConfig(valid_patches=32, untrained=True),
     run=RunConfig(workdir="runs/digits"),
 )

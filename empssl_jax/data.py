@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, Int32, UInt8
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tqdm import tqdm
 
 from empssl_jax.config import DataConfig, UserError, require
+from empssl_jax.metrics import image_progress
 
 Split = Literal["train", "test"]
 DATA_AXIS = "data"  # the mesh axis that splits the images of a batch over devices
@@ -120,10 +120,7 @@ def _load_tfds(name: str, split: Split, data_dir: str | None) -> tuple[ImageData
         ]
 
     examples = []
-    with (
-        ThreadPoolExecutor() as threads,
-        tqdm(total=size, desc=f"decoding {name} {split}", unit=" images", disable=None) as bar,
-    ):
+    with ThreadPoolExecutor() as threads, image_progress(f"decoding {name} {split}", size) as bar:
         for chunk in threads.map(read, range(0, size, 256)):
             examples.extend(chunk)
             bar.update(len(chunk))

@@ -1,5 +1,6 @@
 """Bag-of-features embeddings: the mean hidden features of an image's random patches (section 3.2 of the paper)."""
 
+import functools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
-from tqdm import tqdm
 
 from empssl_jax.config import Config, UserError
 from empssl_jax.data import Batch, ImageDataset, replicated, split_images
 from empssl_jax.keys import embedding_patches_key
+from empssl_jax.metrics import image_progress
 from empssl_jax.models import EncoderState, encoder_graph
 from empssl_jax.patches import multi_patch
 
@@ -31,6 +32,7 @@ class LabelledEmbeddings(NamedTuple):
 Embed = Callable[[EncoderState, UInt8[Array, "B H W 3"], Int[Array, " B"]], Float[Array, "B E"]]
 
 
+@functools.cache
 def make_embed(config: Config, mesh: Mesh) -> Embed:
     """A compiled function (encoder_state, images, indices) -> embeddings of `valid_patches` patches an image.
 
@@ -75,7 +77,7 @@ def embed_dataset(
     size = len(dataset.images)
     batch_size = -(-min(batch_size, size) // mesh.size) * mesh.size
     parts = []
-    with tqdm(total=size, desc=f"embedding {name}", unit=" images", disable=None) as bar:
+    with image_progress(f"embedding {name}", size) as bar:
         for start in range(0, size, batch_size):
             indices = np.arange(start, start + batch_size, dtype=np.int32)
             kept = min(batch_size, size - start)

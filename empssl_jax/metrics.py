@@ -113,6 +113,14 @@ class MetricsWriter:
             print(f"step {step + 1}/{self._bar.total}: {line}", file=sys.stderr, flush=True)
 
 
+def image_progress(description: str, num_images: int) -> tqdm:
+    """A progress bar over images; a plain line where it cannot be drawn."""
+    bar = tqdm(total=num_images, desc=description, unit=" images", disable=None)
+    if bar.disable:
+        print(f"{description}: {num_images} images", file=sys.stderr, flush=True)
+    return bar
+
+
 def _drop_steps_from(path: Path, first_step: int) -> None:
     """Keeps the lines of the steps before `first_step`; a line cut short by a crash goes too."""
     if not path.exists():
