@@ -79,8 +79,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     results = {"kNN": measure_knn(embeddings, options.evaluation)}
     if options.evaluation.linear_epochs > 0:
         results |= measure_linear(embeddings, options.evaluation, seed)
-    print(format_table(results))
-    add_results(folder, results)
+    print(format_table(add_results(folder, results)))
     return results
 
 
@@ -153,12 +152,14 @@ def format_table(results: dict[str, Accuracy]) -> str:
     return "\n".join(lines)
 
 
-def add_results(folder: Path, results: dict[str, Accuracy]) -> None:
-    """Writes results into the folder's results.json, beside those of other names that are there."""
+def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
+    """Writes results into the folder's results.json, beside those of other names that are there; returns all."""
     path = folder / RESULTS_FILE
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(load_results(folder) | results, indent=2) + "\n")
+    together = load_results(folder) | results
+    temporary.write_text(json.dumps(together, indent=2) + "\n")
     temporary.replace(path)
+    return together
 
 
 def load_results(folder: Path) -> dict[str, Accuracy]:

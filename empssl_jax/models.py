@@ -1,5 +1,6 @@
 """The encoder of EMP-SSL: a ResNet-18 for small images, a hidden layer whose output is the embedding, a projection."""
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -182,6 +183,7 @@ def encoder_graph(config: ModelConfig, axis_name: str | None = None) -> nnx.Grap
     return nnx.graphdef(nnx.eval_shape(lambda: make_encoder(config, nnx.Rngs(0), axis_name)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_encoder(config: ModelConfig, key: Key[Array, ""]) -> EncoderState:
     """Fresh parameters and BatchNorm statistics."""
     return encoder_state(make_encoder(config, nnx.Rngs(key)))

@@ -131,8 +131,8 @@ def train(config: Config) -> None:
     encoder = _fit(config, datasets["train"], mesh, workdir)
     if config.evaluation.valid_patches > 0:
         embeddings = evaluation.embed_and_save(config, encoder, datasets, mesh, workdir)
-        evaluation.add_results(workdir, {"kNN": evaluation.measure_knn(embeddings, config.evaluation)})
-        print(evaluation.format_table(evaluation.load_results(workdir)))
+        knn = evaluation.measure_knn(embeddings, config.evaluation)
+        print(evaluation.format_table(evaluation.add_results(workdir, {"kNN": knn})))
 
 
 def _check_devices(config: Config, mesh: Mesh) -> None:
@@ -197,7 +197,7 @@ def _initial_state(config: Config, optimizer, store: Checkpoints, mesh: Mesh) ->
     create = functools.partial(create_state, config, optimizer)
     sharding = data.replicated(mesh)
     if store.latest_step() is None:
-        return jax.jit(create, out_shardings=sharding)()
+        return jax.device_put(create(), sharding)
     template = jax.eval_shape(create)
     step, encoder, optimizer_state = store.restore(template.encoder, template.optimizer, sharding, "latest")
     return TrainState(jax.device_put(jnp.int32(step), sharding), encoder, optimizer_state)
@@ -246,7 +246,7 @@ def _measure_untrained(
     steps_per_epoch = data.count_steps(dataset, config.training.batch_size)
     nothing = optax.set_to_zero()
     step = make_train_step(config, nothing, optax.constant_schedule(0.0), steps_per_epoch, mesh)
-    state = jax.jit(functools.partial(create_state, config, nothing), out_shardings=data.replicated(mesh))()
+    state = jax.device_put(create_state(config, nothing), data.replicated(mesh))
     start = jax.tree.map(jnp.copy, state.encoder.batch_stats)
     for _, batch in _placed_batches(config, dataset, 0, STATISTICS_PASSES, mesh):
         state, _ = step(state, batch)

@@ -35,8 +35,7 @@ def compiled_step(num_devices: int, config: Config = CONFIG):
     schedule = training.learning_rate_schedule(config.training, STEPS_PER_EPOCH)
     optimizer = training.make_optimizer(config.training, schedule)
     step = training.make_train_step(config, optimizer, schedule, STEPS_PER_EPOCH, mesh)
-    create = jax.jit(lambda: training.create_state(config, optimizer), out_shardings=data.replicated(mesh))
-    return step, create, mesh
+    return step, lambda: jax.device_put(training.create_state(config, optimizer), data.replicated(mesh)), mesh
 
 
 def run_steps(batches, num_devices: int, config: Config = CONFIG):
