@@ -13,10 +13,13 @@ from empssl_jax.config import ModelConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# torch's initialisation, which the references rely on: torchvision's for the ResNet's convolutions (normal, fan out),
-# nn.Linear's own for the rest (kaiming uniform with a = sqrt(5), that is U(-1/sqrt(fan_in), 1/sqrt(fan_in))).
+# torchvision's initialisation of a ResNet's convolutions.
 CONVOLUTION_INIT = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-LINEAR_INIT = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _uniform_within(bound: float) -> jax.nn.initializers.Initializer:
+    """torch's initialisation of linear layers, with a bound of 1 / sqrt(fan in)."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class EncoderState(NamedTuple):
@@ -124,27 +127,26 @@ class Encoder(nnx.Module):
     """Maps patches to embeddings (what is kept) and projections (what the loss sees).
 
     Args:
-        width: channels of the first stage; 64 is the ResNet-18 of the paper.
-        hidden_dim: dimension of the embedding, 4096 in the paper.
-        projection_dim: dimension of the projections, 1024 in the paper.
-        dtype: of activations and matrix products; parameters and BatchNorm statistics are float32.
+        config: the sizes, and the precision (not "auto") of activations and matrix products; parameters and BatchNorm
+            statistics are float32.
         axis_name: the mesh axis over which BatchNorm shares its statistics, None outside `jax.shard_map`.
         rngs: draws the parameters.
     """
 
-    def __init__(self, *, width: int, hidden_dim: int, projection_dim: int, dtype, axis_name: str | None, rngs):
-        def linear(features_in, features_out, use_bias=False):
-            bound = features_in**-0.5  # of torch's biases; jax's `uniform` draws from [0, scale)
-            bias_init = lambda *args: 2 * jax.nn.initializers.uniform(bound)(*args) - bound  # noqa: E731
-            options = {"kernel_init": LINEAR_INIT, "bias_init": bias_init, "use_bias": use_bias}
-            return nnx.Linear(features_in, features_out, dtype=dtype, rngs=rngs, **options)
+    def __init__(self, config: ModelConfig, *, axis_name: str | None = None, rngs: nnx.Rngs):
+        dtype = DTYPES[config.precision]
 
-        self.backbone = ResNet18(width, dtype=dtype, axis_name=axis_name, rngs=rngs)
-        self.hidden = linear(8 * width, hidden_dim)
-        self.hidden_norm = BatchNorm(hidden_dim, dtype, axis_name, rngs)
-        self.projector = linear(hidden_dim, hidden_dim)
-        self.projector_norm = BatchNorm(hidden_dim, dtype, axis_name, rngs)
-        self.projection = linear(hidden_dim, projection_dim, use_bias=True)
+        def linear(features_in, features_out, use_bias=False):
+            init = _uniform_within(features_in**-0.5)
+            options = {"kernel_init": init, "bias_init": init, "use_bias": use_bias, "dtype": dtype}
+            return nnx.Linear(features_in, features_out, rngs=rngs, **options)
+
+        self.backbone = ResNet18(config.width, dtype=dtype, axis_name=axis_name, rngs=rngs)
+        self.hidden = linear(8 * config.width, config.hidden_dim)
+        self.hidden_norm = BatchNorm(config.hidden_dim, dtype, axis_name, rngs)
+        self.projector = linear(config.hidden_dim, config.hidden_dim)
+        self.projector_norm = BatchNorm(config.hidden_dim, dtype, axis_name, rngs)
+        self.projection = linear(config.hidden_dim, config.projection_dim, use_bias=True)
 
     def __call__(self, patches: Float[Array, "N H W 3"]) -> tuple[Float[Array, "N E"], Float[Array, "N D"]]:
         """Embeddings and projections of N patches with values in [-1, 1], in float32; neither is normalised.
@@ -166,27 +168,15 @@ def default_precision() -> Literal["float32", "bfloat16"]:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def make_encoder(config: ModelConfig, rngs: nnx.Rngs, axis_name: str | None = None) -> Encoder:
-    """The encoder that a config describes, its precision resolved."""
-    return Encoder(
-        width=config.width,
-        hidden_dim=config.hidden_dim,
-        projection_dim=config.projection_dim,
-        dtype=DTYPES[config.precision],
-        axis_name=axis_name,
-        rngs=rngs,
-    )
-
-
 def encoder_graph(config: ModelConfig, axis_name: str | None = None) -> nnx.GraphDef:
     """The encoder without its arrays: `nnx.merge(graph, *encoder_state)` makes it whole inside a jitted function."""
-    return nnx.graphdef(nnx.eval_shape(lambda: make_encoder(config, nnx.Rngs(0), axis_name)))
+    return nnx.graphdef(nnx.eval_shape(lambda: Encoder(config, axis_name=axis_name, rngs=nnx.Rngs(0))))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_encoder(config: ModelConfig, key: Key[Array, ""]) -> EncoderState:
     """Fresh parameters and BatchNorm statistics."""
-    return encoder_state(make_encoder(config, nnx.Rngs(key)))
+    return encoder_state(Encoder(config, rngs=nnx.Rngs(key)))
 
 
 def encoder_state(encoder: Encoder) -> EncoderState:
