@@ -17,7 +17,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 CONVOLUTION_INIT = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def _uniform_within(bound: float) -> jax.nn.initializers.Initializer:
+def _uniform_within(bound: float):
     """torch's initialisation of linear layers, with a bound of 1 / sqrt(fan in)."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
