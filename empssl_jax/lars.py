@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from empssl_jax.config import TrainingConfig
+
 
 class ClippedTrustRatioState(NamedTuple):
     """Number of updates made so far: the schedule's position."""
@@ -16,9 +18,9 @@ class ClippedTrustRatioState(NamedTuple):
 def lars(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: float,
-    momentum: float = 0.9,
+    momentum: float = TrainingConfig.momentum,
     nesterov: bool = True,
-    trust_coefficient: float = 0.005,
+    trust_coefficient: float = TrainingConfig.trust_coefficient,
     eps: float = 1e-8,
     clip: bool = True,
 ) -> optax.GradientTransformation:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from empssl_jax.config import PatchConfig
+
 Patch = Float[Array, "3 H W"]
 Scalar = Float[Array, ""]
 
@@ -24,8 +26,8 @@ def multi_patch(
     images: Shaped[Array | np.ndarray, "B H W 3"],
     num_patches: int,
     *,
-    patch_area: float = 0.25,
-    patch_size: int = 32,
+    patch_area: float = PatchConfig.patch_area,
+    patch_size: int = PatchConfig.patch_size,
     indices: Int[Array | np.ndarray, " B"] | None = None,
     first_patch: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B P size size 3"]:
