@@ -68,6 +68,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     if options.embeddings is not None:
         folder, seed = Path(options.embeddings), Config().training.seed
         embeddings = {split: load_embeddings(folder / f"{split}.npz") for split in SPLITS}
+        dims = [labelled.embeddings.shape[1] for labelled in embeddings.values()]
+        require(
+            len(set(dims)) == 1, "embeddings", options.embeddings, f"its splits have dimensions {dims}, make them equal"
+        )
     else:
         folder = Path(options.workdir)
         config = load_config(folder)
