@@ -10,6 +10,7 @@ from flax import nnx
 from empssl_jax import losses, models
 from empssl_jax.config import ModelConfig
 
+KEY = jax.random.key(0)
 CONFIG = ModelConfig(hidden_dim=64, projection_dim=32, precision="float32")
 
 
@@ -19,7 +20,7 @@ def reference(golden):
     numbers = golden("resnet18")
     paths = torch_names(numbers["names"])
     graph = models.encoder_graph(CONFIG)
-    state = jax.tree.map(np.array, models.init_encoder(CONFIG, jax.random.key(0)))
+    state = jax.tree.map(np.array, models.init_encoder(CONFIG, KEY))
 
     def tree_of(name):
         return state.batch_stats if "running" in name else state.params
@@ -110,7 +111,7 @@ def test_convolutions_equal_the_general_one(size):
 
 def test_parameters_start_as_in_torch():
     """Normal by fan out for convolutions, uniform within 1 / sqrt(fan in) for the rest."""
-    params = models.init_encoder(ModelConfig(precision="float32"), jax.random.key(0)).params
+    params = models.init_encoder(ModelConfig(precision="float32"), KEY).params
     kernel = params["backbone"]["blocks"][7]["conv1"]["kernel"]
     assert float(jnp.std(kernel)) == pytest.approx(np.sqrt(2 / (9 * 512)), rel=0.01)
     assert float(jnp.max(jnp.abs(kernel))) > 4 * np.sqrt(2 / (9 * 512))
@@ -124,7 +125,22 @@ def test_parameters_start_as_in_torch():
 
 def test_the_paper_s_encoder_has_the_reference_s_size():
     """ResNet-18 without its classifier, 11.17 million parameters, and the head's layers."""
-    shapes = jax.eval_shape(lambda: models.init_encoder(ModelConfig(precision="float32"), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: models.init_encoder(ModelConfig(precision="float32"), KEY))
     count = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes.params))
     head = 512 * 4096 + 2 * 4096 + 4096 * 4096 + 2 * 4096 + 4096 * 1024 + 1024
     assert count == 11_168_832 + head
+
+
+def test_bfloat16_is_close_to_float32_and_leaves_float32_statistics():
+    state = models.init_encoder(ModelConfig(width=4, hidden_dim=32, projection_dim=16, precision="float32"), KEY)
+    images = jax.random.uniform(KEY, (16, 16, 16, 3), minval=-1, maxval=1)
+    embeddings, statistics = {}, {}
+    for precision in ("float32", "bfloat16"):
+        config = ModelConfig(width=4, hidden_dim=32, projection_dim=16, precision=precision)
+        encoder = nnx.merge(models.encoder_graph(config), *state)
+        encoder.train()
+        embeddings[precision], _ = encoder(images)
+        statistics[precision] = models.encoder_state(encoder).batch_stats
+    assert {x.dtype for x in jax.tree.leaves((embeddings, statistics))} == {jnp.dtype(jnp.float32)}
+    error = jnp.linalg.norm(embeddings["bfloat16"] - embeddings["float32"]) / jnp.linalg.norm(embeddings["float32"])
+    assert 1e-4 < float(error) < 0.1

@@ -15,6 +15,7 @@ IMAGE_OPERATIONS = {
     "blur": (patches.gaussian_blur, "sigma", 12.0, 2.0),
 }
 KEY = jax.random.key(0)
+multi_patch = jax.jit(patches.multi_patch, static_argnames=("num_patches", "patch_area", "patch_size"))
 
 
 def planes(images):
@@ -63,27 +64,24 @@ def test_golden_fixed_operations(golden):
 
 def test_shapes_types_and_range(golden):
     images = jnp.asarray(golden("augmentations")["images"])
-    out = patches.multi_patch(KEY, images, 30)
+    out = multi_patch(KEY, images, 30)
     assert out.shape == (len(images), 30, 32, 32, 3)
     assert out.dtype == jnp.float32
     assert float(jnp.min(out)) >= -1.00001
     assert float(jnp.max(out)) <= 1.00001
     assert float(jnp.max(out)) > 0.5
-    assert patches.multi_patch(KEY, images, 2, patch_size=16).shape == (len(images), 2, 16, 16, 3)
+    assert multi_patch(KEY, images, 2, patch_size=16).shape == (len(images), 2, 16, 16, 3)
 
 
 def test_patches_depend_only_on_key_index_and_number(golden):
     images = jnp.asarray(golden("augmentations")["images"])
     indices = jnp.array([7, 3, 11, 5])
-    whole = patches.multi_patch(KEY, images, 6, patch_size=16, indices=indices)
-    reordered = patches.multi_patch(KEY, images[::-1], 6, patch_size=16, indices=indices[::-1])
+    whole = multi_patch(KEY, images, 6, patch_size=16, indices=indices)
+    reordered = multi_patch(KEY, images[::-1], 6, patch_size=16, indices=indices[::-1])
     np.testing.assert_array_equal(whole, reordered[::-1])
-    parts = [
-        patches.multi_patch(KEY, images[:2], 3, patch_size=16, indices=indices[:2], first_patch=first)
-        for first in (0, 3)
-    ]
+    parts = [multi_patch(KEY, images[:2], 3, patch_size=16, indices=indices[:2], first_patch=first) for first in (0, 3)]
     np.testing.assert_array_equal(whole[:2], jnp.concatenate(parts, axis=1))
-    other = patches.multi_patch(jax.random.key(1), images, 6, patch_size=16, indices=indices)
+    other = multi_patch(jax.random.key(1), images, 6, patch_size=16, indices=indices)
     assert float(jnp.mean(jnp.abs(other - whole))) > 0.1
 
 
@@ -110,7 +108,7 @@ def test_how_often_each_augmentation_applies():
     image = np.zeros((1, 32, 32, 3), np.uint8)
     image[..., 0] = 90
     image[..., 1] = 30
-    out = np.asarray(jax.jit(lambda x: patches.multi_patch(KEY, x, 4000, patch_size=16))(jnp.asarray(image)))[0]
+    out = np.asarray(multi_patch(KEY, image, 4000, patch_size=16))[0]
     pixels = (out + 1) * 127.5
     gray = np.ptp(pixels, axis=-1).max(axis=(1, 2)) < 0.5
     assert abs(gray.mean() - 0.2) < 0.032
