@@ -2,6 +2,9 @@
 
 python train.py --config configs/cifar10_cpu.py
 python eval.py --workdir runs/cifar10_cpu
+
+Two cores of an AMD EPYC with AVX2, CIFAR-10 (JPEG q75), one seed: kNN 61.4 % top-1 and 94.4 % top-5, linear 66.5 % and
+97.0 %. Training, embeddings and kNN took 48 minutes beside other work on the same cores (59 minutes of CPU time).
 """
 
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
