@@ -1,6 +1,10 @@
 """Built-in data: scikit-learn's 8x8 digits enlarged to 32x32, a narrow encoder; nothing is downloaded.
 
 python train.py --config configs/digits.py
+python eval.py --workdir runs/digits
+
+Two cores of an AMD EPYC with AVX2, both commands together 2 min 35 s, one seed: kNN top-1 72.8 % (46.9 % before training),
+linear 80.6 %.
 """
 
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
