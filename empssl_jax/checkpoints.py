@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from empssl_jax.config import Config, UserError, from_json, to_json
+from empssl_jax.config import Config, RunConfig, UserError, from_json, to_json
 from empssl_jax.models import EncoderState
 
 CONFIG_FILE = "config.json"
@@ -23,7 +23,7 @@ class Checkpoints:
         max_to_keep: newest checkpoints to keep, besides the one with the lowest loss.
     """
 
-    def __init__(self, workdir: Path, max_to_keep: int = 2):
+    def __init__(self, workdir: Path, max_to_keep: int = RunConfig.max_to_keep):
         policies = [
             preservation_policy.LatestN(max_to_keep),
             preservation_policy.BestN(get_metric_fn=_negative_loss, n=1),

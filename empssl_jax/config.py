@@ -198,7 +198,7 @@ class Config:
 
 
 def training_differences(ours: Config, theirs: Config) -> list[str]:
-    """What differs between two runs and changes what is learned, as "--option: ours, not theirs"."""
+    """What differs between two runs and changes what is learned, as "--option ours (was theirs)"."""
     differences = []
     for group in ("data", "patches", "model", "training"):
         for field in dataclasses.fields(getattr(ours, group)):

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ import tyro
 from jax.sharding import Mesh
 
 from empssl_jax import data
-from empssl_jax.checkpoints import Checkpoints, load_config
-from empssl_jax.config import Config, EvaluationConfig, UserError, require
+from empssl_jax.checkpoints import Checkpoints, Which, load_config
+from empssl_jax.config import Config, EvaluationConfig, RunConfig, UserError, require
 from empssl_jax.embeddings import LabelledEmbeddings, embed_dataset, load_embeddings, make_embed, save_embeddings
 from empssl_jax.keys import classifier_key, parameters_key
-from empssl_jax.knn import knn_scores, top_k_accuracy
+from empssl_jax.knn import check_num_neighbours, knn_scores, top_k_accuracy
 from empssl_jax.linear import linear_accuracy
 from empssl_jax.models import EncoderState, init_encoder
 
@@ -33,9 +33,9 @@ Embeddings = dict[data.Split, LabelledEmbeddings]
 class EvaluateOptions:
     """What to evaluate and how."""
 
-    workdir: str = "runs/cifar10"
+    workdir: str = RunConfig.workdir
     """Folder of a run of train.py."""
-    step: int | Literal["latest", "best"] = "latest"
+    step: Which = "latest"
     """Checkpoint to restore: its step, or the newest, or the one with the lowest loss."""
     embeddings: str | None = None
     """Folder with train.npz and test.npz to evaluate, in place of a checkpoint."""
@@ -87,7 +87,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     return results
 
 
-def _embed_checkpoint(config: Config, workdir: Path, step: int | Literal["latest", "best"]) -> Embeddings:
+def _embed_checkpoint(config: Config, workdir: Path, step: Which) -> Embeddings:
     """Restores an encoder, embeds both splits and saves the embeddings."""
     mesh = data.device_mesh()
     template = jax.eval_shape(lambda: init_encoder(config.model, parameters_key(0)))
@@ -101,9 +101,7 @@ def _embed_checkpoint(config: Config, workdir: Path, step: int | Literal["latest
 def load_datasets(config: Config) -> Datasets:
     """Both splits; raises UserError if there are fewer training images than kNN asks."""
     datasets = {split: data.load(config.data, split, config.run.data_dir) for split in SPLITS}
-    size = len(datasets["train"].labels)
-    remedy = f"there are only {size} training images to look among"
-    require(config.evaluation.num_neighbours <= size, "num_neighbours", config.evaluation.num_neighbours, remedy)
+    check_num_neighbours(config.evaluation.num_neighbours, len(datasets["train"].labels))
     return datasets
 
 

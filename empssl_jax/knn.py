@@ -34,10 +34,7 @@ def knn_scores(
         temperature: positive.
         queries_at_once: queries compared with the bank together.
     """
-    size = len(bank)
-    require(
-        num_neighbours <= size, "num_neighbours", num_neighbours, f"there are only {size} training images to look among"
-    )
+    check_num_neighbours(num_neighbours, len(bank))
     return _scores(queries, bank, bank_labels, num_classes, num_neighbours, temperature, queries_at_once)
 
 
@@ -51,6 +48,12 @@ def _scores(queries, bank, bank_labels, num_classes, num_neighbours, temperature
         return jnp.zeros(num_classes).at[bank_labels[indices]].add(jnp.exp(nearest / temperature))
 
     return jax.lax.map(scores_of, queries, batch_size=queries_at_once)
+
+
+def check_num_neighbours(num_neighbours: int, num_images: int) -> None:
+    """Raises UserError if there are fewer images to look among than neighbours are asked for."""
+    remedy = f"there are only {num_images} training images to look among"
+    require(num_neighbours <= num_images, "num_neighbours", num_neighbours, remedy)
 
 
 def top_k_accuracy(scores: Float[Array, "Q C"], labels: Int[Array, " Q"], k: int) -> float:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from empssl_jax.config import ModelConfig
 
+STATISTICS_MOMENTUM = 0.9  # share of itself that a running statistic keeps in a step
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # torchvision's initialisation of a ResNet's convolutions.
@@ -69,7 +70,9 @@ class BatchNorm(nnx.BatchNorm):
     """
 
     def __init__(self, features: int, dtype: DTypeLike, axis_name: str | None, rngs: nnx.Rngs):
-        super().__init__(features, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name, rngs=rngs)
+        super().__init__(
+            features, momentum=STATISTICS_MOMENTUM, epsilon=1e-5, dtype=dtype, axis_name=axis_name, rngs=rngs
+        )
 
     def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
         decayed = self.momentum * self.var[...]

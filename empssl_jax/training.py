@@ -22,7 +22,14 @@ from empssl_jax.keys import parameters_key, training_patches_key
 from empssl_jax.lars import lars
 from empssl_jax.losses import coding_rate_bounds, emp_ssl_loss, normalise
 from empssl_jax.metrics import MetricsWriter
-from empssl_jax.models import EncoderState, default_precision, encoder_graph, encoder_state, init_encoder
+from empssl_jax.models import (
+    STATISTICS_MOMENTUM,
+    EncoderState,
+    default_precision,
+    encoder_graph,
+    encoder_state,
+    init_encoder,
+)
 from empssl_jax.patches import multi_patch
 
 STATISTICS_PASSES = 10  # steps that set BatchNorm's statistics of an untrained encoder
@@ -236,7 +243,7 @@ def _measure_untrained(
     """Measures kNN with the initial parameters, for comparison, and writes it into results.json.
 
     No handicap: BatchNorm gets the statistics of real batches of training patches, from steps whose optimizer changes
-    nothing. They start at mean 0 and variance 1 and keep 0.9 of themselves in each pass; the share of that start is
+    nothing. They start at mean 0 and variance 1 and keep a share of themselves in each pass; the share of that start is
     taken out again.
     """
     name = "kNN before training"
@@ -250,7 +257,7 @@ def _measure_untrained(
     start = jax.tree.map(jnp.copy, state.encoder.batch_stats)
     for _, batch in _placed_batches(config, dataset, 0, STATISTICS_PASSES, mesh):
         state, _ = step(state, batch)
-    kept = 0.9**STATISTICS_PASSES
+    kept = STATISTICS_MOMENTUM**STATISTICS_PASSES
     batch_stats = jax.tree.map(lambda now, first: (now - kept * first) / (1 - kept), state.encoder.batch_stats, start)
     embeddings = evaluation.embed_splits(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
     evaluation.add_results(workdir, {name: evaluation.measure_knn(embeddings, config.evaluation)})
