@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from empssl_jax.config import TrainingConfig
+from empssl_jax.reductions import norm_pair
 
 
 class ClippedTrustRatioState(NamedTuple):
@@ -61,7 +62,7 @@ def _clipped_trust_ratio(learning_rate, weight_decay, trust_coefficient, eps, cl
         rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
 
         def adapt(g, w):
-            w_norm, g_norm = jnp.linalg.norm(w.ravel()), jnp.linalg.norm(g.ravel())
+            w_norm, g_norm = norm_pair(w, g)
             ratio = trust_coefficient * w_norm / (g_norm + weight_decay * w_norm + eps)
             if clip:
                 ratio = jnp.minimum(ratio / rate, 1.0)

@@ -61,17 +61,39 @@ def invariance(projections: Float[Array, "P B D"]) -> Float[Array, ""]:
     return jnp.mean(jnp.sum(normalise(z) * image_mean, axis=-1))
 
 
-def emp_ssl_loss(projections: Float[Array, "P B D"], invariance_coefficient: float, eps: float) -> Loss:
+def emp_ssl_loss(
+    projections: Float[Array, "P B D"], invariance_coefficient: float, eps: float, axis_name: str | None = None
+) -> Loss:
     """The loss that EMP-SSL minimises (equation 3): -coding_rate - invariance_coefficient * similarity.
 
     Args:
         projections: P patches of B images, rows of unit length.
         invariance_coefficient: lambda of the paper, 200 there.
         eps: the squared distortion of the coding rate, 0.2 in the paper.
+        axis_name: under `jax.shard_map`, the mesh axis over which the images of the batch are split; the loss is that
+            of the whole batch, on every device.
     """
-    rate = coding_rate(projections, eps)
-    similarity = invariance(projections)
+    if axis_name is None:
+        rate, similarity = coding_rate(projections, eps), invariance(projections)
+    else:
+        num_patches, ours = len(projections), _exchange_images_for_patches(projections, axis_name)
+        share = len(ours) * jax.lax.axis_size(axis_name) / num_patches
+        rate = jax.lax.pmean(share * coding_rate(ours, eps), axis_name)
+        similarity = jax.lax.pmean(invariance(projections), axis_name)
     return Loss(-rate - invariance_coefficient * similarity, rate, similarity)
+
+
+def _exchange_images_for_patches(projections: Float[Array, "P B D"], axis_name: str) -> Float[Array, "Q N D"]:
+    """From all patches of a device's images to a device's share of the patches of all images.
+
+    Each device then factors only its share, and neither its memory nor its work grows with the number of devices, as
+    they would if every device gathered everything. Where the shares are not equal, patches of zeros fill the last
+    ones: their coding rate is 0.
+    """
+    devices = jax.lax.axis_size(axis_name)
+    missing = -len(projections) % devices
+    padded = jnp.pad(projections, ((0, missing), (0, 0), (0, 0)))
+    return jax.lax.all_to_all(padded, axis_name, split_axis=0, concat_axis=1, tiled=True)
 
 
 @jax.custom_vjp

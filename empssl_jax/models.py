@@ -1,26 +1,22 @@
 """The encoder of EMP-SSL: a ResNet-18 for small images, a hidden layer whose output is the embedding, a projection."""
 
 import functools
+import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from empssl_jax.batch_norm import BatchNorm
 from empssl_jax.config import ModelConfig
 
-STATISTICS_MOMENTUM = 0.9  # share of itself that a running statistic keeps in a step
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# torchvision's initialisation of a ResNet's convolutions.
-CONVOLUTION_INIT = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-def _uniform_within(bound: float):
-    """torch's initialisation of linear layers, with a bound of 1 / sqrt(fan in)."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+ZEROS = jax.nn.initializers.zeros
 
 
 class EncoderState(NamedTuple):
@@ -33,7 +29,7 @@ class EncoderState(NamedTuple):
 class Convolution(nnx.Conv):
     """A convolution without bias, padded as torch pads it."""
 
-    def __init__(self, features_in: int, features_out: int, size: int, stride: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, features_in: int, features_out: int, size: int, stride: int, dtype: DTypeLike):
         super().__init__(
             features_in,
             features_out,
@@ -42,8 +38,8 @@ class Convolution(nnx.Conv):
             padding=(size - 1) // 2,
             use_bias=False,
             dtype=dtype,
-            kernel_init=CONVOLUTION_INIT,
-            rngs=rngs,
+            kernel_init=ZEROS,
+            rngs=nnx.Rngs(0),
         )
 
     def __call__(self, inputs, out_sharding=None):
@@ -62,41 +58,19 @@ class Convolution(nnx.Conv):
         return jnp.einsum("nabc,ijabcd->nijd", x.astype(self.dtype), dense)
 
 
-class BatchNorm(nnx.BatchNorm):
-    """Batch normalisation as torch defines it, its statistics shared by all devices along `axis_name`.
-
-    Flax keeps a running average of the biased variance, torch of the unbiased one: n / (n - 1) times larger, which
-    matters for the small batches of the golden numbers and costs nothing.
-    """
-
-    def __init__(self, features: int, dtype: DTypeLike, axis_name: str | None, rngs: nnx.Rngs):
-        super().__init__(
-            features, momentum=STATISTICS_MOMENTUM, epsilon=1e-5, dtype=dtype, axis_name=axis_name, rngs=rngs
-        )
-
-    def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
-        decayed = self.momentum * self.var[...]
-        y = super().__call__(x, use_running_average, mask=mask)
-        if not (self.use_running_average if use_running_average is None else use_running_average):
-            devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
-            n = devices * x.size // x.shape[-1]
-            self.var[...] = decayed + (self.var[...] - decayed) * (n / max(n - 1, 1))
-        return y
-
-
 class ResidualBlock(nnx.Module):
     """Two 3x3 convolutions beside a shortcut (He et al. 2015, figure 2); the first may halve the map."""
 
-    def __init__(self, features_in: int, features_out: int, stride: int, *, dtype, axis_name, rngs: nnx.Rngs):
-        self.conv1 = Convolution(features_in, features_out, 3, stride, dtype, rngs)
-        self.norm1 = BatchNorm(features_out, dtype, axis_name, rngs)
-        self.conv2 = Convolution(features_out, features_out, 3, 1, dtype, rngs)
-        self.norm2 = BatchNorm(features_out, dtype, axis_name, rngs)
+    def __init__(self, features_in: int, features_out: int, stride: int, *, dtype, axis_name):
+        self.conv1 = Convolution(features_in, features_out, 3, stride, dtype)
+        self.norm1 = BatchNorm(features_out, axis_name)
+        self.conv2 = Convolution(features_out, features_out, 3, 1, dtype)
+        self.norm2 = BatchNorm(features_out, axis_name)
         if stride == 1 and features_in == features_out:
             self.shortcut = nnx.identity
         else:
-            convolution = Convolution(features_in, features_out, 1, stride, dtype, rngs)
-            self.shortcut = nnx.Sequential(convolution, BatchNorm(features_out, dtype, axis_name, rngs))
+            convolution = Convolution(features_in, features_out, 1, stride, dtype)
+            self.shortcut = nnx.Sequential(convolution, BatchNorm(features_out, axis_name))
 
     def __call__(self, x):
         y = nnx.relu(self.norm1(self.conv1(x)))
@@ -107,14 +81,14 @@ class ResidualBlock(nnx.Module):
 class ResNet18(nnx.Module):
     """ResNet-18 with a 3x3 stem of stride 1 and no max pooling, as for 32x32 images; returns the global average."""
 
-    def __init__(self, width: int, *, dtype, axis_name, rngs: nnx.Rngs):
-        self.stem = Convolution(3, width, 3, 1, dtype, rngs)
-        self.norm = BatchNorm(width, dtype, axis_name, rngs)
+    def __init__(self, width: int, *, dtype, axis_name):
+        self.stem = Convolution(3, width, 3, 1, dtype)
+        self.norm = BatchNorm(width, axis_name)
         blocks, features_in = [], width
         for stage in range(4):
             for block in range(2):
                 features_out, stride = width * 2**stage, 2 if stage > 0 and block == 0 else 1
-                block_options = {"dtype": dtype, "axis_name": axis_name, "rngs": rngs}
+                block_options = {"dtype": dtype, "axis_name": axis_name}
                 blocks.append(ResidualBlock(features_in, features_out, stride, **block_options))
                 features_in = features_out
         self.blocks = nnx.List(blocks)
@@ -129,26 +103,26 @@ class ResNet18(nnx.Module):
 class Encoder(nnx.Module):
     """Maps patches to embeddings (what is kept) and projections (what the loss sees).
 
+    Its kernels are zeros; `init_encoder` draws them.
+
     Args:
         config: the sizes, and the precision (not "auto") of activations and matrix products; parameters and BatchNorm
             statistics are float32.
         axis_name: the mesh axis over which BatchNorm shares its statistics, None outside `jax.shard_map`.
-        rngs: draws the parameters.
     """
 
-    def __init__(self, config: ModelConfig, *, axis_name: str | None = None, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, axis_name: str | None = None):
         dtype = DTYPES[config.precision]
 
         def linear(features_in, features_out, use_bias=False):
-            init = _uniform_within(features_in**-0.5)
-            options = {"kernel_init": init, "bias_init": init, "use_bias": use_bias, "dtype": dtype}
-            return nnx.Linear(features_in, features_out, rngs=rngs, **options)
+            options = {"kernel_init": ZEROS, "use_bias": use_bias, "dtype": dtype, "rngs": nnx.Rngs(0)}
+            return nnx.Linear(features_in, features_out, **options)
 
-        self.backbone = ResNet18(config.width, dtype=dtype, axis_name=axis_name, rngs=rngs)
+        self.backbone = ResNet18(config.width, dtype=dtype, axis_name=axis_name)
         self.hidden = linear(8 * config.width, config.hidden_dim)
-        self.hidden_norm = BatchNorm(config.hidden_dim, dtype, axis_name, rngs)
+        self.hidden_norm = BatchNorm(config.hidden_dim, axis_name)
         self.projector = linear(config.hidden_dim, config.hidden_dim)
-        self.projector_norm = BatchNorm(config.hidden_dim, dtype, axis_name, rngs)
+        self.projector_norm = BatchNorm(config.hidden_dim, axis_name)
         self.projection = linear(config.hidden_dim, config.projection_dim, use_bias=True)
 
     def __call__(self, patches: Float[Array, "N H W 3"]) -> tuple[Float[Array, "N E"], Float[Array, "N D"]]:
@@ -173,13 +147,40 @@ def default_precision() -> Literal["float32", "bfloat16"]:
 
 def encoder_graph(config: ModelConfig, axis_name: str | None = None) -> nnx.GraphDef:
     """The encoder without its arrays: `nnx.merge(graph, *encoder_state)` makes it whole inside a jitted function."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Encoder(config, axis_name=axis_name, rngs=nnx.Rngs(0))))
+    return nnx.graphdef(nnx.eval_shape(lambda: Encoder(config, axis_name=axis_name)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_encoder(config: ModelConfig, key: Key[Array, ""]) -> EncoderState:
-    """Fresh parameters and BatchNorm statistics."""
-    return encoder_state(Encoder(config, rngs=nnx.Rngs(key)))
+    """Fresh parameters, as torch and torchvision draw them, and BatchNorm statistics.
+
+    All are cut from one draw: a draw for each array takes XLA 48 loops and seven times as long to compile.
+    """
+    params, batch_stats = encoder_state(Encoder(config))
+    nodes, structure = jax.tree.flatten(params, is_leaf=_is_layer)
+    sizes = [sum(array.size for array in node.values()) if _is_layer(node) else 0 for node in nodes]
+    # Both ends are open: a normal number of the quantile 0 would be infinite.
+    uniform = jax.random.uniform(key, (sum(sizes),), minval=np.nextafter(np.float32(-1), np.float32(0)))
+    draws = jnp.split(uniform, np.cumsum(sizes)[:-1])
+    nodes = [_init_layer(*pair) if _is_layer(pair[0]) else pair[0] for pair in zip(nodes, draws, strict=True)]
+    return EncoderState(jax.tree.unflatten(structure, nodes), batch_stats)
+
+
+def _is_layer(node: object) -> bool:
+    return isinstance(node, dict) and "kernel" in node
+
+
+def _init_layer(layer: dict[str, Array], uniform: Float[Array, " n"]) -> dict[str, Array]:
+    """A convolution's kernel is normal of variance 2 / fan out, a linear layer uniform within 1 / sqrt(fan in)."""
+    shape = layer["kernel"].shape
+
+    def draw(uniform):
+        if len(shape) == 4:
+            return jax.lax.erf_inv(uniform) * (2 / math.sqrt(math.prod(shape) // shape[2]))
+        return uniform / math.sqrt(shape[0])
+
+    pieces = jnp.split(uniform, np.cumsum([array.size for array in layer.values()])[:-1])
+    return {name: draw(u).reshape(array.shape) for (name, array), u in zip(layer.items(), pieces, strict=True)}
 
 
 def encoder_state(encoder: Encoder) -> EncoderState:

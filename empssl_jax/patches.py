@@ -7,11 +7,12 @@ with the factor that leaves it unchanged where the dice say so.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from empssl_jax.config import PatchConfig
 
@@ -52,22 +53,50 @@ def multi_patch(
     def patches_of(image, index):
         planes = jnp.moveaxis(image, -1, 0).astype(jnp.float32)
         image_key = jax.random.fold_in(key, index)
-        return jax.vmap(lambda p: _augmented_patch(jax.random.fold_in(image_key, p), planes, table))(patch_numbers)
+        recipes = jax.vmap(lambda p: draw_recipe(jax.random.fold_in(image_key, p), len(table)))(patch_numbers)
+        return jax.vmap(lambda recipe: apply_recipe(planes, recipe, table))(recipes)
 
     patches = jax.vmap(patches_of)(images, indices)
     return jnp.moveaxis(patches, 2, -1) / 127.5 - 1.0
 
 
-def _augmented_patch(key, image: Patch, table) -> Float[Array, "3 size size"]:
-    """One patch by the paper's recipe."""
-    crop_key, jitter_key, apply_key, sigma_key = jax.random.split(key, 4)
-    jitter, to_gray, to_blur, to_solarize = jax.random.uniform(apply_key, (4,)) < jnp.array([0.8, 0.2, 0.1, 0.1])
-    sigma = jax.random.uniform(sigma_key, minval=0.1, maxval=2.0)
-    patch = random_crop_flip(crop_key, image, table)
-    patch = jnp.where(jitter, color_jitter(jitter_key, patch), patch)
-    patch = jnp.where(to_gray, grayscale(patch), patch)
-    patch = gaussian_blur(patch, jnp.where(to_blur, sigma, 0.0))
-    return jnp.where(to_solarize, solarize(patch), patch)
+class Recipe(NamedTuple):
+    """All that is random about a patch."""
+
+    top: Int[Array, ""]  # offset of the crop in pixels
+    left: Int[Array, ""]
+    mirrored: Bool[Array, ""]
+    jittered: Bool[Array, ""]
+    # The place, 0 to 3, at which brightness, contrast, saturation and hue are changed.
+    places: Int[Array, "4"]
+    factors: Float[Array, "3"]  # of brightness, contrast and saturation, in [0.6, 1.4]
+    hue_shift: Float[Array, ""]  # fraction of the full circle, in [-0.2, 0.2]
+    gray: Bool[Array, ""]
+    blur_sigma: Float[Array, ""]  # in pixels, 0 for none, else in [0.1, 2]
+    solarized: Bool[Array, ""]
+
+
+def draw_recipe(key: Key[Array, ""], num_offsets: int) -> Recipe:
+    """Draws how to make a patch, crops having `num_offsets` places along each axis.
+
+    All numbers come from one draw, because each draw is a loop that takes XLA a fifth of a second to compile.
+    """
+    u = jax.random.uniform(key, (16,))
+    top, left = jnp.floor(u[:2] * num_offsets).astype(jnp.int32)
+    mirrored, jittered, gray, blurred, solarized = u[2:7] < jnp.array([0.5, 0.8, 0.2, 0.1, 0.1])
+    blur_sigma = jnp.where(blurred, 0.1 + 1.9 * u[7], 0.0)
+    factors, hue_shift, places = 0.6 + 0.8 * u[8:11], 0.4 * u[11] - 0.2, jnp.argsort(u[12:16])
+    return Recipe(top, left, mirrored, jittered, places, factors, hue_shift, gray, blur_sigma, solarized)
+
+
+def apply_recipe(image: Patch, recipe: Recipe, table: Float[Array, "offsets size side"]) -> Float[Array, "3 size size"]:
+    """One patch of an image; `table` as `crop_table` makes it."""
+    patch = crop_and_mirror(image, table, recipe.top, recipe.left, recipe.mirrored)
+    jittered = color_jitter(patch, recipe.places, recipe.factors, recipe.hue_shift)
+    patch = jnp.where(recipe.jittered, jittered, patch)
+    patch = jnp.where(recipe.gray, grayscale(patch), patch)
+    patch = gaussian_blur(patch, recipe.blur_sigma)
+    return jnp.where(recipe.solarized, solarize(patch), patch)
 
 
 def crop_side(image_side: int, patch_area: float) -> int:
@@ -91,13 +120,11 @@ def bilinear_matrix(source: int, target: int) -> Float[Array, "target source"]:
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
-def random_crop_flip(key, image: Patch, table) -> Float[Array, "3 size size"]:
-    """A crop at a uniform integer offset, resized, and mirrored with probability 1/2."""
-    top, left = jax.random.randint(key, (2,), 0, len(table))
-    flip = jax.random.bernoulli(jax.random.fold_in(key, 2))
-    rows, columns = table[top], table[left]
-    columns = jnp.where(flip, columns[::-1], columns)
-    return apply_to_axes(image, rows, columns)
+def crop_and_mirror(image: Patch, table, top, left, mirrored) -> Float[Array, "3 size size"]:
+    """The crop at an offset, resized, and mirrored or not."""
+    columns = table[left]
+    columns = jnp.where(mirrored, columns[::-1], columns)
+    return apply_to_axes(image, table[top], columns)
 
 
 def apply_to_axes(
@@ -107,27 +134,22 @@ def apply_to_axes(
     return jnp.einsum("ih,chw,jw->cij", rows, patch, columns, precision=jax.lax.Precision.HIGHEST)
 
 
-def color_jitter(key, patch: Patch) -> Patch:
-    """Brightness, contrast, saturation (factor in [0.6, 1.4]) and hue (shift in [-0.2, 0.2]) in a random order."""
-    order_key, factor_key, hue_key = jax.random.split(key, 3)
-    # position[i] is operation i's place in the order; the hue is operation 3.
-    position = jax.random.permutation(order_key, 4)
-    factors = jax.random.uniform(factor_key, (3,), minval=0.6, maxval=1.4)
-    shift = jax.random.uniform(hue_key, minval=-0.2, maxval=0.2)
+def color_jitter(patch: Patch, places: Int[Array, "4"], factors: Float[Array, "3"], hue_shift: Scalar) -> Patch:
+    """Brightness, contrast, saturation and hue, changed in the order of their places."""
 
     def blend_at(place, patch):
         """Applies the blend whose place this is; the place of the hue changes nothing."""
-        brightness, contrast, saturation = position[:3] == place
+        brightness, contrast, saturation = places[:3] == place
         gray = luma(patch)
         other = jnp.where(saturation, gray, jnp.where(contrast, jnp.mean(gray), 0.0))
-        factor = jnp.where(brightness | contrast | saturation, factors[jnp.argmax(position[:3] == place)], 1.0)
+        factor = jnp.where(brightness | contrast | saturation, factors[jnp.argmax(places[:3] == place)], 1.0)
         return blend(patch, other, factor)
 
     for place in range(3):
-        patch = jnp.where(place < position[3], blend_at(place, patch), patch)
-    patch = adjust_hue(patch, shift)
+        patch = jnp.where(place < places[3], blend_at(place, patch), patch)
+    patch = adjust_hue(patch, hue_shift)
     for place in range(1, 4):
-        patch = jnp.where(place > position[3], blend_at(place, patch), patch)
+        patch = jnp.where(place > places[3], blend_at(place, patch), patch)
     return patch
 
 

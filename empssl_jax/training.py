@@ -15,22 +15,16 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from empssl_jax import checkpoints, data, evaluation
+from empssl_jax import batch_norm, checkpoints, data, evaluation
 from empssl_jax.checkpoints import Checkpoints
 from empssl_jax.config import Config, RunConfig, TrainingConfig, UserError, require, training_differences
 from empssl_jax.keys import parameters_key, training_patches_key
 from empssl_jax.lars import lars
 from empssl_jax.losses import coding_rate_bounds, emp_ssl_loss, normalise
 from empssl_jax.metrics import MetricsWriter
-from empssl_jax.models import (
-    STATISTICS_MOMENTUM,
-    EncoderState,
-    default_precision,
-    encoder_graph,
-    encoder_state,
-    init_encoder,
-)
+from empssl_jax.models import EncoderState, default_precision, encoder_graph, encoder_state, init_encoder
 from empssl_jax.patches import multi_patch
+from empssl_jax.reductions import norm_pair
 
 STATISTICS_PASSES = 10  # steps that set BatchNorm's statistics of an untrained encoder
 
@@ -72,9 +66,9 @@ def make_train_step(
     """The compiled step (state, batch) -> (state, metrics), data parallel over the devices of the mesh.
 
     It is `jax.jit(jax.shard_map(...))`, which is what `jax.pmap` has become: each device augments and encodes its
-    share of the images; BatchNorm shares its statistics; the projections are gathered, so that the coding rate and its
-    gradient are those of the whole batch. The result does not depend on the number of devices. The state is donated:
-    the caller's copy is gone.
+    share of the images; BatchNorm shares its statistics; the devices exchange projections, so that the coding rate and
+    its gradient are those of the whole batch. The result does not depend on the number of devices. The state is
+    donated: the caller's copy is gone.
     """
     graph = encoder_graph(config.model, data.DATA_AXIS)
 
@@ -83,12 +77,10 @@ def make_train_step(
         encoder = nnx.merge(graph, params, batch_stats)
         encoder.train()
         _, projections = encoder(patches.reshape(-1, *patches.shape[2:]))
-        ours = normalise(projections).reshape(num_images, num_patches, -1)
-        everyones = jax.lax.all_gather(ours, data.DATA_AXIS, tiled=True)
-        by_patch = jnp.swapaxes(everyones, 0, 1)
-        loss = emp_ssl_loss(by_patch, config.training.invariance_coefficient, config.training.coding_rate_eps)
-        # Equal on all devices: the mean changes nothing, and tells shard_map so, which then sums the gradients.
-        loss = jax.tree.map(lambda x: jax.lax.pmean(x, data.DATA_AXIS), loss)
+        by_patch = jnp.swapaxes(normalise(projections).reshape(num_images, num_patches, -1), 0, 1)
+        loss = emp_ssl_loss(
+            by_patch, config.training.invariance_coefficient, config.training.coding_rate_eps, data.DATA_AXIS
+        )
         return loss.total, (loss, encoder_state(encoder).batch_stats)
 
     def step(state: TrainState, batch: data.Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -103,12 +95,14 @@ def make_train_step(
         gradients, (loss, batch_stats) = jax.grad(loss_fn, has_aux=True)(*state.encoder, patches)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.encoder.params)
         encoder = EncoderState(optax.apply_updates(state.encoder.params, updates), batch_stats)
+        update_norm, parameter_norm = norm_pair(updates, encoder.params)
         metrics = {
             "loss": loss.total,
             "coding_rate": loss.coding_rate,
             "similarity": loss.similarity,
             "learning_rate": schedule(state.step),
-            "update_norm": optax.tree.norm(updates),
+            "update_norm": update_norm,
+            "parameter_norm": parameter_norm,
         }
         return TrainState(state.step + 1, encoder, optimizer_state), metrics
 
@@ -257,7 +251,7 @@ def _measure_untrained(
     start = jax.tree.map(jnp.copy, state.encoder.batch_stats)
     for _, batch in _placed_batches(config, dataset, 0, STATISTICS_PASSES, mesh):
         state, _ = step(state, batch)
-    kept = STATISTICS_MOMENTUM**STATISTICS_PASSES
+    kept = batch_norm.MOMENTUM**STATISTICS_PASSES
     batch_stats = jax.tree.map(lambda now, first: (now - kept * first) / (1 - kept), state.encoder.batch_stats, start)
     embeddings = evaluation.embed_splits(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
     evaluation.add_results(workdir, {name: evaluation.measure_knn(embeddings, config.evaluation)})

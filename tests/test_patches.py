@@ -1,5 +1,7 @@
 """Each augmentation against torchvision on PIL, and the distribution of whole patches."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,22 +87,67 @@ def test_patches_depend_only_on_key_index_and_number(golden):
     assert float(jnp.mean(jnp.abs(other - whole))) > 0.1
 
 
-def test_crops_are_uniform_over_all_offsets_and_half_are_mirrored():
-    """Images of their own coordinates tell where each crop came from."""
-    rows, columns = jnp.meshgrid(jnp.arange(32.0), jnp.arange(32.0), indexing="ij")
-    image = jnp.stack([rows, columns, rows])
-    table = patches.crop_table(32, 16, 16)
+@pytest.fixture(scope="module")
+def recipes():
+    """20,000 draws, as NumPy arrays."""
     keys = jax.random.split(KEY, 20_000)
-    crops = jax.jit(jax.vmap(lambda key: patches.random_crop_flip(key, image, table)))(keys)
-    mirrored = np.asarray(crops[:, 1, 0, 0] > crops[:, 1, 0, -1])
-    top = np.asarray(crops[:, 0, 0, 0]).round().astype(int)
-    left = np.minimum(crops[:, 1, 0, 0], crops[:, 1, 0, -1]).round().astype(int)
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(lambda key: patches.draw_recipe(key, 17)))(keys))
+
+
+def test_crops_are_uniform_over_all_offsets(recipes):
     counts = np.zeros((17, 17))
-    np.add.at(counts, (top, left), 1)
+    np.add.at(counts, (recipes.top, recipes.left), 1)
     # chi-squared with 288 degrees of freedom: mean 288, standard deviation 24
-    expected = len(keys) / counts.size
+    expected = len(recipes.top) / counts.size
     assert abs(np.sum((counts - expected) ** 2 / expected) - 288) < 5 * 24
-    assert abs(mirrored.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(keys))
+
+
+@pytest.mark.parametrize(("name", "share"), [("mirrored", 0.5), ("jittered", 0.8), ("gray", 0.2), ("solarized", 0.1)])
+def test_each_choice_has_its_probability(recipes, name, share):
+    chosen = getattr(recipes, name)
+    assert abs(chosen.mean() - share) < 5 * np.sqrt(share * (1 - share) / len(chosen))
+
+
+def test_numbers_are_uniform_in_their_ranges(recipes):
+    blurred = recipes.blur_sigma > 0
+    assert abs(blurred.mean() - 0.1) < 5 * 0.3 / np.sqrt(len(blurred))
+    for values, low, high in (
+        (recipes.factors, 0.6, 1.4),
+        (recipes.hue_shift, -0.2, 0.2),
+        (recipes.blur_sigma[blurred], 0.1, 2.0),
+    ):
+        assert low <= values.min() < low + 0.01 * (high - low)
+        assert high - 0.01 * (high - low) < values.max() <= high
+        deviation = (high - low) / np.sqrt(12 * len(values))
+        assert np.all(np.abs(values.mean(axis=0) - (low + high) / 2) < 5 * deviation)
+
+
+def test_choices_are_independent(recipes):
+    """Correlations of all numbers of a recipe: each number is drawn on its own."""
+    columns = [np.reshape(values, (len(recipes.top), -1)).astype(float) for values in recipes]
+    places = list(recipes._fields).index("places")
+    columns[places] = columns[places][:, :1]  # the places of one recipe exclude each other
+    correlations = np.corrcoef(np.concatenate(columns, axis=1), rowvar=False)
+    # The strength of a blur is zero where there is none: it is compared as it is.
+    assert np.abs(correlations - np.eye(len(correlations))).max() < 5 / np.sqrt(len(recipes.top))
+
+
+def test_orders_of_the_jitter_are_uniform(recipes):
+    _, counts = np.unique(recipes.places @ [64, 16, 4, 1], return_counts=True)
+    assert len(counts) == 24
+    expected = len(recipes.top) / 24
+    assert np.sum((counts - expected) ** 2 / expected) < 23 + 5 * np.sqrt(46)
+
+
+def test_a_crop_is_taken_and_mirrored_where_the_recipe_says():
+    """An image of its own coordinates tells where each crop came from."""
+    rows, columns = jnp.meshgrid(jnp.arange(32.0), jnp.arange(32.0), indexing="ij")
+    image, table = jnp.stack([rows, columns, rows]), patches.crop_table(32, 16, 16)
+    for top, left in ((0, 0), (3, 16), (16, 5)):
+        crop = np.asarray(patches.crop_and_mirror(image, table, top, left, False)).round()
+        np.testing.assert_array_equal(crop, np.asarray(image)[:, top : top + 16, left : left + 16])
+        mirrored = np.asarray(patches.crop_and_mirror(image, table, top, left, True)).round()
+        np.testing.assert_array_equal(mirrored, crop[:, :, ::-1])
 
 
 def test_how_often_each_augmentation_applies():
@@ -117,26 +164,15 @@ def test_how_often_each_augmentation_applies():
     assert abs(original.mean() - 0.2 * 0.8) < 0.03
 
 
-def test_color_jitter_orders_are_uniform():
-    """Of the 24 orders, brightness before contrast makes a difference that can be read off a gray image."""
-    keys = jax.random.split(KEY, 6000)
-    positions = np.asarray(jax.vmap(lambda key: jax.random.permutation(jax.random.split(key, 3)[0], 4))(keys))
-    _, counts = np.unique(positions @ [64, 16, 4, 1], return_counts=True)
-    assert len(counts) == 24
-    assert np.sum((counts - 250) ** 2 / 250) < 23 + 5 * np.sqrt(46)
-
-
 def test_color_jitter_equals_its_operations_in_order(golden):
     """The branch-free form against the four operations applied one after the other."""
     image = planes(golden("augmentations")["images"])[0]
-    for seed in range(12):
-        key = jax.random.key(seed)
-        order_key, factor_key, hue_key = jax.random.split(key, 3)
-        position = np.asarray(jax.random.permutation(order_key, 4))
-        factors = jax.random.uniform(factor_key, (3,), minval=0.6, maxval=1.4)
-        shift = jax.random.uniform(hue_key, minval=-0.2, maxval=0.2)
-        operations = [patches.adjust_brightness, patches.adjust_contrast, patches.adjust_saturation, patches.adjust_hue]
+    operations = [patches.adjust_brightness, patches.adjust_contrast, patches.adjust_saturation, patches.adjust_hue]
+    for order in itertools.permutations(range(4)):
+        values = 0.6, 1.3, 0.8, -0.15
         expected = image
-        for which in np.argsort(position):
-            expected = operations[which](expected, (*factors, shift)[which])
-        np.testing.assert_allclose(patches.color_jitter(key, image), expected, atol=2e-3)
+        for which in order:
+            expected = operations[which](expected, jnp.float32(values[which]))
+        places, factors, shift = jnp.argsort(jnp.array(order)), jnp.array(values[:3]), jnp.float32(values[3])
+        jittered = patches.color_jitter(image, places, factors, shift)
+        np.testing.assert_allclose(jittered, expected, atol=2e-3)
