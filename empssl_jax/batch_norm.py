@@ -100,6 +100,6 @@ def _count(x, axis_name: str | None) -> int:
 
 
 def _channel_sums(a, b, axis_name: str | None):
-    """Sums of two arrays over all but the channels, each patch on its own first, on all devices along `axis_name`."""
-    sums = sum_pair(a, b, tuple(range(1, a.ndim - 1)), (0,))
+    """Sums of two arrays over all but the channels, on all devices along `axis_name`."""
+    sums = sum_pair(a, b, tuple(range(a.ndim - 1)))
     return jax.lax.psum(sums, axis_name) if axis_name else sums

@@ -176,6 +176,11 @@ class RunConfig(_Checked):
     """Save a checkpoint every so many steps, besides the end of each epoch."""
     max_to_keep: int = _whole(2, 1)
     """Newest checkpoints to keep, besides the one with the lowest loss."""
+    remat: bool = False
+    """Keep only the inputs of the residual blocks for the backward pass and compute the rest again: less memory, as
+    for 200 patches an image, and more time."""
+    profile: bool = False
+    """Write a trace of steps 10 to 15 into profile/ of the workdir, for TensorBoard's profile plugin."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

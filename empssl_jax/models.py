@@ -81,7 +81,8 @@ class ResidualBlock(nnx.Module):
 class ResNet18(nnx.Module):
     """ResNet-18 with a 3x3 stem of stride 1 and no max pooling, as for 32x32 images; returns the global average."""
 
-    def __init__(self, width: int, *, dtype, axis_name):
+    def __init__(self, width: int, *, dtype, axis_name, remat: bool):
+        self.remat = remat
         self.stem = Convolution(3, width, 3, 1, dtype)
         self.norm = BatchNorm(width, axis_name)
         blocks, features_in = [], width
@@ -95,8 +96,9 @@ class ResNet18(nnx.Module):
 
     def __call__(self, x):
         x = nnx.relu(self.norm(self.stem(x)))
+        apply = nnx.remat(ResidualBlock.__call__) if self.remat else ResidualBlock.__call__
         for block in self.blocks:
-            x = block(x)
+            x = apply(block, x)
         return jnp.mean(x, axis=(1, 2))
 
 
@@ -109,16 +111,17 @@ class Encoder(nnx.Module):
         config: the sizes, and the precision (not "auto") of activations and matrix products; parameters and BatchNorm
             statistics are float32.
         axis_name: the mesh axis over which BatchNorm shares its statistics, None outside `jax.shard_map`.
+        remat: compute the insides of the residual blocks again in the backward pass, in place of keeping them.
     """
 
-    def __init__(self, config: ModelConfig, *, axis_name: str | None = None):
+    def __init__(self, config: ModelConfig, *, axis_name: str | None = None, remat: bool = False):
         dtype = DTYPES[config.precision]
 
         def linear(features_in, features_out, use_bias=False):
             options = {"kernel_init": ZEROS, "use_bias": use_bias, "dtype": dtype, "rngs": nnx.Rngs(0)}
             return nnx.Linear(features_in, features_out, **options)
 
-        self.backbone = ResNet18(config.width, dtype=dtype, axis_name=axis_name)
+        self.backbone = ResNet18(config.width, dtype=dtype, axis_name=axis_name, remat=remat)
         self.hidden = linear(8 * config.width, config.hidden_dim)
         self.hidden_norm = BatchNorm(config.hidden_dim, axis_name)
         self.projector = linear(config.hidden_dim, config.hidden_dim)
@@ -145,9 +148,9 @@ def default_precision() -> Literal["float32", "bfloat16"]:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def encoder_graph(config: ModelConfig, axis_name: str | None = None) -> nnx.GraphDef:
+def encoder_graph(config: ModelConfig, axis_name: str | None = None, remat: bool = False) -> nnx.GraphDef:
     """The encoder without its arrays: `nnx.merge(graph, *encoder_state)` makes it whole inside a jitted function."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Encoder(config, axis_name=axis_name)))
+    return nnx.graphdef(nnx.eval_shape(lambda: Encoder(config, axis_name=axis_name, remat=remat)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

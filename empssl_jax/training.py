@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from empssl_jax import batch_norm, checkpoints, data, evaluation
+from empssl_jax import batch_norm, checkpoints, data, evaluation, profiling
 from empssl_jax.checkpoints import Checkpoints
 from empssl_jax.config import Config, RunConfig, TrainingConfig, UserError, require, training_differences
 from empssl_jax.keys import parameters_key, training_patches_key
@@ -70,7 +70,7 @@ def make_train_step(
     its gradient are those of the whole batch. The result does not depend on the number of devices. The state is
     donated: the caller's copy is gone.
     """
-    graph = encoder_graph(config.model, data.DATA_AXIS)
+    graph = encoder_graph(config.model, data.DATA_AXIS, config.run.remat)
 
     def loss_fn(params, batch_stats, patches):
         num_images, num_patches = patches.shape[:2]
@@ -168,6 +168,10 @@ def _fit(config: Config, dataset: data.ImageDataset, mesh: Mesh, workdir: Path) 
         first_step = int(state.step)
         if first_step:
             print(f"resuming {workdir} at step {first_step} of {last_step}")
+        if config.run.profile:
+            remedy = f"the trace ends after {profiling.LAST_STEP + 1} steps and only {last_step - first_step} are left"
+            require(last_step - first_step > profiling.LAST_STEP, "profile", True, remedy)
+            train_step = profiling.traced(train_step, workdir / "profile")
         with _metrics_writer(config, workdir, first_step, last_step) as writer:
             for step, batch in _placed_batches(config, dataset, first_step, last_step, mesh):
                 state, metrics = train_step(state, batch)

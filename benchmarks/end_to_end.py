@@ -1,0 +1,76 @@
+"""One epoch of CIFAR-10, embeddings, kNN and the linear classifier, from the start of Python to the results.
+
+    python -m benchmarks.end_to_end ours --workdir RUN [options of train.py]
+    python -m benchmarks.end_to_end theirs --workdir RUN [options of train.py]
+
+`ours` runs train.py and eval.py as a user does. `theirs` does the same work by the PyTorch baseline: the same images,
+batches, patches and measures, patches made by a DataLoader worker a core. Both write RUN/end_to_end.json: seconds and
+accuracies. Half a day on two CPU cores with the defaults: it belongs on a GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from empssl_jax import evaluation
+from empssl_jax.config import Config, parse_train_options, user_errors_exit
+
+START = time.perf_counter()
+ROOT = Path(__file__).parents[1]
+
+
+def ours(config: Config, arguments: list[str]) -> dict[str, float]:
+    """train.py and eval.py, each a process of its own, as users run them; eval.py embeds anew."""
+    for command in (["train.py", *arguments], ["eval.py", "--workdir", config.run.workdir]):
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    results = evaluation.load_results(Path(config.run.workdir))
+    return {"kNN": results["kNN"]["top1"], "linear": results["linear"]["top1"]}
+
+
+def theirs(config: Config) -> dict[str, float]:
+    """The same by the baseline."""
+    import torch
+
+    from benchmarks import baseline_torch as baseline
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    workers = len(os.sched_getaffinity(0))
+    model = baseline.Encoder(config.model.width, config.model.hidden_dim, config.model.projection_dim)
+    model = model.to(device, memory_format=torch.channels_last)
+    datasets = evaluation.load_datasets(config)
+
+    def loader(split: str, num_patches: int, batch_size: int, train: bool):
+        images, labels, _ = datasets[split]
+        dataset = baseline.PatchDataset(images, labels, num_patches, config.patches.patch_size)
+        return baseline.loader(dataset, batch_size, workers, train)
+
+    batches = loader("train", config.patches.train_patches, config.training.batch_size, True)
+    for step, loss in enumerate(baseline.train_epoch(model, batches, device)):
+        if step % 50 == 0:
+            print(f"step {step}: loss {loss:.2f}, {time.perf_counter() - START:.0f} s", flush=True)
+    patches = config.evaluation.valid_patches
+    embedded = {split: baseline.embed(model, loader(split, patches, 50, False), device) for split in datasets}
+    train, test = embedded["train"], embedded["test"]
+    options = config.evaluation
+    scores = baseline.knn_scores(test[0], *train, 10, options.num_neighbours, options.temperature)
+    knn = (scores.argmax(dim=1) == test[1]).float().mean().item()
+    return {"kNN": knn, "linear": baseline.linear_probe(train, test, 10, options.linear_epochs)}
+
+
+def main(side: str, arguments: list[str]) -> None:
+    """Runs a side and writes what it took."""
+    config = parse_train_options(arguments, ROOT / "configs" / "cifar10.py")
+    workdir = Path(config.run.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    accuracies = ours(config, arguments) if side == "ours" else theirs(config)
+    result = {"seconds": time.perf_counter() - START, **accuracies}
+    (workdir / "end_to_end.json").write_text(json.dumps(result) + "\n")
+    print(result)
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        main(sys.argv[1], sys.argv[2:])

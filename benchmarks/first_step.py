@@ -1,0 +1,55 @@
+"""A process that starts, makes one train step of the full model, and says what it took: {ours, theirs}.
+
+    python -m benchmarks.first_step ours
+
+It prints one line of JSON: seconds from the start of Python to the end of the step, those of compilation, and the
+highest memory of the host and of the device in bytes.
+"""
+
+import json
+import resource
+import sys
+import time
+
+START = time.perf_counter()
+
+
+def ours(sizes) -> dict[str, float]:
+    """Our first step, with the compilation cache that the environment names."""
+    import jax
+
+    from benchmarks import ours
+    from empssl_jax.compilation import keep_compiled_programs
+
+    keep_compiled_programs()
+    step, state, batch = ours.traced_step(ours.make_config(sizes, sizes.patch_size))
+    start = time.perf_counter()
+    compiled = step.lower().compile()
+    compilation = time.perf_counter() - start
+    jax.block_until_ready(compiled(state, batch))
+    device = jax.devices()[0].memory_stats() or {}
+    return {"compilation_seconds": compilation, "device_bytes": device.get("peak_bytes_in_use", 0)}
+
+
+def theirs(sizes) -> dict[str, float]:
+    """The baseline's first step."""
+    import torch
+
+    from benchmarks import theirs
+
+    theirs.train_step(sizes, sizes.patch_size)()
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"compilation_seconds": 0.0, "device_bytes": device}
+
+
+def main(side: str, size: str) -> None:
+    """Makes the step and prints what it took."""
+    from benchmarks import sizes
+
+    taken = {"ours": ours, "theirs": theirs}[side](getattr(sizes, size))
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": time.perf_counter() - START, "host_bytes": host, **taken}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "CPU")

@@ -1,0 +1,138 @@
+"""How figures are taken: two ways to do the same work in turn, medians, and what machine and versions they belong to."""
+
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypedDict
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def has(module: str) -> bool:
+    """Whether a module can be imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+HAS_TORCH = has("torch")
+
+
+class Row(TypedDict):
+    """One line of a table; `theirs`, `ratio` and `spread` are None where the baseline was not measured."""
+
+    name: str
+    ours: float
+    theirs: float | None
+    ratio: float | None  # above 1 where ours is better
+    unit: str
+    spread: tuple[float, float] | None  # lowest and highest ratio of the pairs of runs
+    target: str  # "" if there is none
+
+
+Work = Callable[[], Any]  # returns when the work is done
+
+
+def compare(ours: Work, theirs: Work | None, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of each run of both, in turn, after a warm-up of each; the second list is empty without `theirs`."""
+    seconds: tuple[list[float], list[float]] = [], []
+    for repeat in range(repeats + 1):
+        for times, work in zip(seconds, (ours, theirs), strict=True):
+            if work is not None:
+                start = time.perf_counter()
+                work()
+                if repeat > 0:
+                    times.append(time.perf_counter() - start)
+    return seconds
+
+
+def make_row(
+    name: str, seconds: tuple[list[float], list[float]], *, amount: float | None, unit: str, target: str = ""
+) -> Row:
+    """A row of a table from the seconds of pairs of runs.
+
+    Args:
+        name: of the row.
+        seconds: of our runs and theirs; theirs may be empty.
+        amount: of the unit's thing that one run does, as patches; None to report seconds, or whatever was counted.
+        unit: what the row's values are in, as "patches/s" or "s".
+        target: what it should reach.
+    """
+    values = [statistics.median(times) if times else None for times in seconds]
+    if amount is not None:
+        values = [amount / value if value else None for value in values]
+    ratios = [b / a for a, b in zip(*seconds, strict=False)]
+    spread = (min(ratios), max(ratios)) if ratios else None
+    ratio = statistics.median(ratios) if ratios else None
+    assert values[0] is not None
+    return Row(name=name, ours=values[0], theirs=values[1], ratio=ratio, unit=unit, spread=spread, target=target)
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the versions and the commit that figures belong to."""
+    versions = {}
+    for package in ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "faiss-cpu"):
+        if has(package.split("-")[0]):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "device": jax.devices()[0].device_kind if jax.default_backend() != "cpu" else _cpu_name(),
+        "num_devices": jax.device_count(),
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    vectors = [name for name in ("avx512f", "avx2") if name in fields.get("flags", "").split()]
+    return f"{fields.get('model name', platform.machine())}, {os.cpu_count()} cores, {', '.join(vectors[:1])}"
+
+
+def _commit() -> str:
+    """Short hash of the commit, with + if files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes a result and where it was taken as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"environment": environment(), **content}, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| what | empssl_jax | PyTorch | unit | ratio (lowest to highest) | target |", "| --- " * 6 + "|"]
+    for row in rows:
+        ratio = "not measured"
+        if row["ratio"] is not None and row["spread"] is not None:
+            ratio = "**{:.2f}** ({:.2f} to {:.2f})".format(row["ratio"], *row["spread"])
+        theirs = "-" if row["theirs"] is None else _short(row["theirs"])
+        lines.append(
+            f"| {row['name']} | {_short(row['ours'])} | {theirs} | {row['unit']} | {ratio} | {row['target']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,140 @@
+"""The work of each row of the table as empssl_jax does it; benchmarks/theirs.py has the same functions."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.measure import Work
+from benchmarks.sizes import Sizes, random_images, random_labels, random_vectors
+from empssl_jax import data, embeddings, keys, knn, linear, losses, models, patches, training
+from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
+
+
+def _until_done(work: Callable) -> Work:
+    return lambda: jax.block_until_ready(work())
+
+
+def make_config(sizes: Sizes, patch_size: int) -> Config:
+    """The full model at the sizes of the benchmark, in the precision that suits the device."""
+    return Config(
+        patches=PatchConfig(train_patches=sizes.patches, patch_size=patch_size),
+        model=ModelConfig(precision=models.default_precision()),
+        training=TrainingConfig(batch_size=sizes.images),
+        evaluation=EvaluationConfig(valid_patches=sizes.embedded_patches, linear_epochs=sizes.linear_epochs),
+    )
+
+
+def traced_step(config: Config, num_devices: int = 1):
+    """The train step, traced but not compiled, a state and a batch on the devices."""
+    mesh, steps_per_epoch = data.device_mesh(num_devices), 500
+    schedule = training.learning_rate_schedule(config.training, steps_per_epoch)
+    optimizer = training.make_optimizer(config.training, schedule)
+    state = jax.device_put(training.create_state(config, optimizer), data.replicated(mesh))
+    size = config.training.batch_size
+    batch = data.Batch(random_images(size), np.arange(size, dtype=np.int32))
+    batch = jax.device_put(batch, data.split_images(mesh))
+    step = training.make_train_step(config, optimizer, schedule, steps_per_epoch, mesh)
+    return step.trace(state, batch), state, batch
+
+
+def compiled_step(config: Config, num_devices: int = 1):
+    """The same, compiled."""
+    step, state, batch = traced_step(config, num_devices)
+    return step.lower().compile(), state, batch
+
+
+def augmentation(sizes: Sizes) -> Work:
+    """All patches of some images."""
+    images = jnp.asarray(random_images(sizes.augmented_images))
+    make = functools.partial(patches.multi_patch, num_patches=sizes.patches, patch_size=sizes.patch_size)
+    compiled = jax.jit(make)
+    return _until_done(lambda: compiled(jax.random.key(0), images))
+
+
+def loss_and_gradient(sizes: Sizes, num_images: int) -> Work:
+    """Of ready projections of dimension 1024."""
+    projections = losses.normalise(jnp.asarray(random_vectors(sizes.patches, num_images, 1024)))
+    gradient = jax.jit(jax.value_and_grad(lambda z: losses.emp_ssl_loss(z, 200.0, 0.2).total))
+    return _until_done(lambda: gradient(projections))
+
+
+def lars_update(sizes: Sizes) -> Work:
+    """Of the full model, from gradients to new parameters."""
+    config = make_config(sizes, sizes.patch_size)
+    optimizer = training.make_optimizer(config.training, training.learning_rate_schedule(config.training, 500))
+    state = training.create_state(config, optimizer)
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def update(gradients, params, optimizer_state):
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        return jax.tree.map(jnp.add, params, updates), optimizer_state
+
+    gradients = jax.tree.map(lambda x: x * 1e-3, state.encoder.params)
+    current = [state.encoder.params, state.optimizer]
+
+    def work():
+        current[:] = update(gradients, *current)
+        return current
+
+    return _until_done(work)
+
+
+def forward(sizes: Sizes) -> Work:
+    """Embeddings and projections of ready patches, with running statistics."""
+    config = make_config(sizes, sizes.patch_size)
+    graph = models.encoder_graph(config.model)
+    state = models.init_encoder(config.model, jax.random.key(0))
+    x = jnp.asarray(random_vectors(sizes.images * sizes.patches, sizes.patch_size, sizes.patch_size, 3))
+
+    @jax.jit
+    def run(state, x):
+        encoder = nnx.merge(graph, *state)
+        encoder.eval()
+        return encoder(x)
+
+    return _until_done(lambda: run(state, x))
+
+
+def train_step(sizes: Sizes, patch_size: int) -> Work:
+    """Images to patches to new parameters."""
+    step, state, batch = compiled_step(make_config(sizes, patch_size))
+    current = [state]
+
+    def work():
+        current[0], metrics = step(current[0], batch)
+        return metrics
+
+    return _until_done(work)
+
+
+def embedding(sizes: Sizes) -> Work:
+    """Bag-of-features embeddings of images."""
+    config = make_config(sizes, sizes.patch_size)
+    mesh = data.device_mesh(1)
+    embed = embeddings.make_embed(config, mesh)
+    state = models.init_encoder(config.model, jax.random.key(0))
+    dataset = data.ImageDataset(random_images(sizes.embedded_images), random_labels(sizes.embedded_images), 10)
+    return lambda: embeddings.embed_dataset(embed, state, dataset, 250, mesh, "images")
+
+
+def knn_scores(sizes: Sizes) -> Work:
+    """Votes of 20 neighbours."""
+    queries, bank = (jnp.asarray(random_vectors(n, sizes.dim, seed=n)) for n in (sizes.queries, sizes.bank))
+    labels = jnp.asarray(random_labels(sizes.bank))
+    options = {"num_classes": 10, "num_neighbours": 20, "temperature": 0.07}
+    return _until_done(lambda: knn.knn_scores(queries, bank, labels, **options))
+
+
+faiss_search = knn_scores  # what theirs does by faiss
+
+
+def linear_probe(sizes: Sizes) -> Work:
+    """Training and testing, on the same images."""
+    vectors, labels = random_vectors(sizes.linear_images, sizes.dim), random_labels(sizes.linear_images)
+    split = embeddings.LabelledEmbeddings(vectors, labels.astype(np.int32), 10)
+    config = EvaluationConfig(linear_epochs=sizes.linear_epochs)
+    return _until_done(lambda: linear.linear_accuracy(keys.classifier_key(0), split, split, config))

@@ -1,0 +1,154 @@
+"""How time and memory of the train step grow with what is asked of it, and what does not grow.
+
+    python -m benchmarks.scaling [--output benchmarks/results/scaling.json]
+
+Each quantity is doubled on its own, on a small model (width 16, patches of 16x16, hidden 1024, projection 256), whose
+step takes a second on two cores; the exponents of time and memory are the slopes of a line through their logarithms.
+Devices are virtual ones of the CPU unless there are real ones: they share the same cores, so that a time that stays
+the same means that dividing the work costs nothing.
+"""
+
+import dataclasses
+import functools
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from benchmarks import measure, ours
+from benchmarks.measure import RESULTS
+from empssl_jax import data, embeddings, knn, models
+from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
+
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    size: Literal["auto", "TINY"] = "auto"
+    """TINY is for a rehearsal."""
+    output: Path = RESULTS / "scaling.json"
+    """Where the JSON goes; the tables go beside it, with the ending .md."""
+
+
+def base_config(tiny: bool) -> Config:
+    """The step that is varied."""
+    return Config(
+        patches=PatchConfig(patch_size=16, train_patches=4 if tiny else 16),
+        model=ModelConfig(
+            width=4 if tiny else 16, hidden_dim=64 if tiny else 1024, projection_dim=256, precision="float32"
+        ),
+        training=TrainingConfig(batch_size=8 if tiny else 32),
+    )
+
+
+def varied(config: Config, quantity: str, value: int) -> Config:
+    """The config with one quantity at another value."""
+    groups = {"images": ("training", "batch_size"), "patches": ("patches", "train_patches")}
+    groups |= {"projection_dim": ("model", "projection_dim")}
+    if quantity == "devices":
+        return config
+    group, field = groups[quantity]
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{field: value})})
+
+
+def step_cost(config: Config, num_devices: int) -> dict[str, float]:
+    """Median seconds of a step, and XLA's temporary memory on each device in bytes."""
+    step, state, batch = ours.compiled_step(config, num_devices)
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(times[1:]), "temporary_bytes": step.memory_analysis().temp_size_in_bytes}
+
+
+def exponent(values: list[int], costs: list[float]) -> float:
+    """Slope of the logarithm of the costs against that of the values."""
+    if len(values) < 2:
+        return float("nan")
+    return float(np.polyfit(np.log(values), np.log(costs), 1)[0])
+
+
+def step_growth(config: Config, quantity: str, values: list[int]) -> dict[str, Any]:
+    """Costs of a step as one quantity grows."""
+    costs = [step_cost(varied(config, quantity, value), value if quantity == "devices" else 1) for value in values]
+    table: dict[str, Any] = {"values": values}
+    for name in ("seconds", "temporary_bytes"):
+        table[name] = [cost[name] for cost in costs]
+        table[f"{name}_exponent"] = exponent(values, table[name])
+    print(quantity, table, flush=True)
+    return table
+
+
+def embedding_memory(config: Config, num_patches: int) -> int:
+    """Temporary bytes of the compiled embedding pass."""
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(valid_patches=num_patches))
+    state = jax.eval_shape(lambda: models.init_encoder(config.model, jax.random.key(0)))
+    images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.uint8)
+    indices = jax.ShapeDtypeStruct((16,), jnp.int32)
+    embed = embeddings.make_embed(config, data.device_mesh(1))
+    return embed.lower(state, images, indices).compile().memory_analysis().temp_size_in_bytes
+
+
+def knn_memory(num_queries: int) -> int:
+    """Temporary bytes of compiled kNN against a bank of 2,000."""
+    shapes = (jax.ShapeDtypeStruct((n, 64), jnp.float32) for n in (num_queries, 2000))
+    labels = jax.ShapeDtypeStruct((2000,), jnp.int32)
+    options = {"num_classes": 10, "num_neighbours": 20, "temperature": 0.07}
+    scores = jax.jit(functools.partial(knn.knn_scores, **options))
+    return scores.lower(*shapes, labels).compile().memory_analysis().temp_size_in_bytes
+
+
+def markdown(steps: dict[str, Any]) -> str:
+    """A table for each quantity."""
+    lines = []
+    for quantity, table in steps.items():
+        lines += [f"| {quantity} | " + " | ".join(map(str, table["values"])) + " | exponent |"]
+        lines += ["| --- " * (len(table["values"]) + 2) + "|"]
+        seconds = " | ".join(f"{value:.2f}" for value in table["seconds"])
+        memory = " | ".join(f"{value / 1e6:.0f}" for value in table["temporary_bytes"])
+        lines += [f"| seconds | {seconds} | {table['seconds_exponent']:.2f} |"]
+        lines += [f"| temporary MB a device | {memory} | {table['temporary_bytes_exponent']:.2f} |", ""]
+    return "\n".join(lines)
+
+
+def main(options: Options) -> None:
+    """Measures and writes everything."""
+    tiny = options.size == "TINY"
+    config = base_config(tiny)
+    quantities = {"devices": [1, 2, 4, 8], "images": [8, 16, 32, 64], "patches": [4, 8, 16, 32]}
+    quantities |= {"projection_dim": [64, 128, 256, 512, 1024]}
+    if tiny:
+        quantities = {"devices": [1, 2], "patches": [2, 4]}
+    content: dict[str, Any] = {"config": dataclasses.asdict(config), "train step": {}}
+    quantities["devices"] = [value for value in quantities["devices"] if value <= jax.device_count()]
+    for quantity, values in quantities.items():
+        content["train step"][quantity] = step_growth(config, quantity, values)
+        measure.write(options.output, content)
+    patches, queries = [4, 16, 64], [256, 1024, 4096]
+    content["embedding"] = {"patches": patches, "temporary_bytes": [embedding_memory(config, n) for n in patches]}
+    content["kNN"] = {"queries": queries, "temporary_bytes": [knn_memory(n) for n in queries]}
+    measure.write(options.output, content)
+    table = markdown(content["train step"])
+    for name in ("embedding", "kNN"):
+        (what, values), (_, memory) = content[name].items()
+        table += f"\n{name}: temporary MB at {values} {what}: {[round(value / 1e6, 1) for value in memory]}\n"
+    options.output.with_suffix(".md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

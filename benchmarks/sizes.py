@@ -1,0 +1,47 @@
+"""How much work a run of each benchmark is."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes for two CPU cores, unless given; see CPU, ACCELERATOR and TINY."""
+
+    images: int = 10  # of a train step; BatchNorm and the loss see images x patches
+    patches: int = 20
+    patch_size: int = 32
+    small_patch_size: int = 16
+    loss_images: int = 100
+    more_loss_images: int = 1000
+    augmented_images: int = 200
+    embedded_images: int = 1000
+    embedded_patches: int = 16
+    queries: int = 10_000
+    bank: int = 50_000
+    dim: int = 4096
+    linear_images: int = 10_000
+    linear_epochs: int = 5
+    repeats: int = 5
+    long_repeats: int = 1  # of what takes minutes on two cores
+
+
+CPU = Sizes()
+ACCELERATOR = Sizes(images=100, repeats=20, long_repeats=3)
+TINY = Sizes(2, 2, 8, 8, 4, 6, 4, 4, 2, 20, 40, 64, 40, 2, 1, 1)  # to rehearse
+
+
+def random_images(count: int) -> np.ndarray:
+    """Noise: the work does not depend on what is seen."""
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+
+
+def random_vectors(*shape: int, seed: int = 0) -> np.ndarray:
+    """Standard normal, float32."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def random_labels(count: int) -> np.ndarray:
+    """Ten classes."""
+    return np.random.default_rng(1).integers(0, 10, count)

@@ -1,0 +1,115 @@
+"""The work of each row of the table as the PyTorch baseline does it; benchmarks/ours.py has the same functions."""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from benchmarks import baseline_torch as baseline
+from benchmarks.measure import Work
+from benchmarks.sizes import Sizes, random_images, random_labels, random_vectors
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _until_done(work: Callable) -> Work:
+    def run():
+        work()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _model() -> torch.nn.Module:
+    return baseline.Encoder().to(DEVICE, memory_format=torch.channels_last)
+
+
+def _patches(sizes: Sizes, patch_size: int) -> torch.Tensor:
+    patches = torch.from_numpy(random_vectors(sizes.images * sizes.patches, 3, patch_size, patch_size))
+    return patches.to(DEVICE).contiguous(memory_format=torch.channels_last)
+
+
+def _loader(sizes: Sizes, num_images: int, num_patches: int):
+    dataset = baseline.PatchDataset(random_images(num_images), random_labels(num_images), num_patches, sizes.patch_size)
+    workers = len(os.sched_getaffinity(0))
+    return baseline.loader(dataset, max(1, min(50, num_images // (2 * workers))), workers, train=False)
+
+
+def augmentation(sizes: Sizes) -> Work:
+    """All patches of some images, by a worker a core."""
+    loader = _loader(sizes, sizes.augmented_images, sizes.patches)
+    return lambda: sum(len(patches) for patches, _ in loader)
+
+
+def loss_and_gradient(sizes: Sizes, num_images: int) -> Work:
+    """Of ready projections of dimension 1024."""
+    z = torch.from_numpy(random_vectors(sizes.patches, num_images, 1024)).to(DEVICE)
+    z = torch.nn.functional.normalize(z, dim=-1).requires_grad_()
+    return _until_done(lambda: torch.autograd.grad(baseline.emp_ssl_loss(z), z))
+
+
+def lars_update(sizes: Sizes) -> Work:
+    """Of the full model, from gradients to new parameters."""
+    model = _model()
+    optimizer, _ = baseline.make_optimizer(model, 500)
+    # LARS scales gradients where they are. Ones as small as these get the ratio 1, and stay what they are.
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach() * 1e-3
+    return _until_done(optimizer.step)
+
+
+def forward(sizes: Sizes) -> Work:
+    """Embeddings and projections of ready patches, with running statistics."""
+    model, patches = _model().eval(), _patches(sizes, sizes.patch_size)
+
+    @torch.no_grad()
+    def work():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            model(patches)
+
+    return _until_done(work)
+
+
+def train_step(sizes: Sizes, patch_size: int) -> Work:
+    """Ready patches of 32x32 to new parameters, whatever `patch_size` ours has."""
+    del patch_size
+    model, patches = _model().train(), _patches(sizes, sizes.patch_size)
+    optimizer, scheduler = baseline.make_optimizer(model, 500)
+    return _until_done(lambda: baseline.train_step(model, optimizer, scheduler, patches, sizes.patches))
+
+
+def embedding(sizes: Sizes) -> Work:
+    """Bag-of-features embeddings of images, their patches from a worker a core."""
+    model, loader = _model(), _loader(sizes, sizes.embedded_images, sizes.embedded_patches)
+    return _until_done(lambda: baseline.embed(model, loader, DEVICE))
+
+
+def knn_scores(sizes: Sizes) -> Work:
+    """Votes of 20 neighbours."""
+    queries, bank = (torch.from_numpy(random_vectors(n, sizes.dim, seed=n)) for n in (sizes.queries, sizes.bank))
+    queries, bank = queries.to(DEVICE), bank.to(DEVICE)
+    labels = torch.from_numpy(random_labels(sizes.bank)).to(DEVICE)
+    return _until_done(lambda: baseline.knn_scores(queries, bank, labels, 10, 20, 0.07))
+
+
+def faiss_search(sizes: Sizes) -> Work:
+    """The 20 neighbours alone, by faiss on the CPU: building its flat index and searching it."""
+    import faiss
+
+    queries, bank = (random_vectors(n, sizes.dim, seed=n) for n in (sizes.queries, sizes.bank))
+
+    def work():
+        index = faiss.IndexFlatIP(sizes.dim)
+        index.add(bank)
+        index.search(queries, 20)
+
+    return work
+
+
+def linear_probe(sizes: Sizes) -> Work:
+    """Training and testing, on the same images."""
+    vectors = torch.from_numpy(random_vectors(sizes.linear_images, sizes.dim)).to(DEVICE)
+    labels = torch.from_numpy(random_labels(sizes.linear_images)).to(DEVICE)
+    split = (vectors, labels)
+    return _until_done(lambda: baseline.linear_probe(split, split, 10, sizes.linear_epochs))
