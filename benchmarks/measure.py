@@ -1,4 +1,4 @@
-"""How figures are taken: two ways to do the same work in turn, medians, and what machine and versions they belong to."""
+"""How figures are taken: two ways to do the same work in turn, medians, and the machine and versions they belong to."""
 
 import datetime
 import importlib.metadata

@@ -39,7 +39,7 @@ class BatchNorm(nnx.Module):
         y, mean, var = normalise_batch(x, scale, bias, self.axis_name)
         n = _count(x, self.axis_name)
         self.mean[...] = MOMENTUM * self.mean[...] + (1 - MOMENTUM) * mean
-        self.var[...] = MOMENTUM * self.var[...] + (1 - MOMENTUM) * var * (n / max(n - 1, 1))
+        self.var[...] = MOMENTUM * self.var[...] + (1 - MOMENTUM) * var * (n / max(n - 1.0, 1.0))
         return y
 
 
@@ -94,9 +94,10 @@ def _row(channels, x):
     return channels.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def _count(x, axis_name: str | None) -> int:
+def _count(x, axis_name: str | None) -> float:
+    """How many numbers a channel has on all devices; as a float, since it can be too large for 32 bits."""
     devices = jax.lax.axis_size(axis_name) if axis_name else 1
-    return devices * x.size // x.shape[-1]
+    return float(devices * x.size // x.shape[-1])
 
 
 def _channel_sums(a, b, axis_name: str | None):

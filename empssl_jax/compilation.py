@@ -12,7 +12,7 @@ def keep_compiled_programs() -> None:
     A folder that the user has chosen (`JAX_COMPILATION_CACHE_DIR`) stands. JAX warns and goes on where the folder
     cannot be written to. Programs are found again only for the same versions, options and kind of device.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(user_cache / "empssl_jax"))
     # JAX leaves out what compiles in less than a second: together that is a third of the time to the first step.

@@ -18,7 +18,7 @@ def knn_scores(
     num_classes: int,
     num_neighbours: int,
     temperature: float,
-    queries_at_once: int = 256,
+    queries_at_once: int = 1024,
 ) -> Float[Array, "Q C"]:
     """Votes of each query's nearest neighbours for each class (Wu et al. 2018, section 3.4).
 
@@ -40,10 +40,11 @@ def knn_scores(
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 6))
 def _scores(queries, bank, bank_labels, num_classes, num_neighbours, temperature, queries_at_once):
-    bank = normalise(bank)
+    # Turned once: XLA's CPU product of rows with rows takes three times as long as that of rows with columns.
+    columns = normalise(bank).T
 
     def scores_of(query):
-        similarities = jnp.einsum("e,ne->n", normalise(query), bank, precision=jax.lax.Precision.HIGHEST)
+        similarities = jnp.einsum("e,en->n", normalise(query), columns, precision=jax.lax.Precision.HIGHEST)
         nearest, indices = jax.lax.top_k(similarities, num_neighbours)
         return jnp.zeros(num_classes).at[bank_labels[indices]].add(jnp.exp(nearest / temperature))
 

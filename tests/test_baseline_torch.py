@@ -1,4 +1,4 @@
-"""The PyTorch yardstick computes what it is measured for: the same golden numbers. Skipped without the extra `bench`."""
+"""The PyTorch yardstick against the same golden numbers; skipped without the extra `bench`."""
 
 import numpy as np
 import pytest

@@ -23,7 +23,7 @@ def numpy_accuracies(key, train, test, config):
     """Plain SGD in float64: momentum, L2 penalty, mean cross entropy, half cosine by epoch, incomplete last batch."""
     x, y = np.float64(train.embeddings), np.asarray(train.labels)
     start = linear.init(jax.random.fold_in(key, 0), x.shape[1], CLASSES)
-    params = [np.float64(start["kernel"]), np.float64(start["bias"])]
+    params = [np.float64(start["kernel"]).T, np.float64(start["bias"])]
     momenta = [np.zeros_like(p) for p in params]
     top1 = []
     for epoch in range(config.linear_epochs):

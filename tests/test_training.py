@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,25 @@ def test_steps_follow_the_gradient(batches):
     _, metrics = run_steps([batches[0]] * 6, 1)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert metrics[-1]["similarity"] > metrics[0]["similarity"]
+
+
+def test_remat_changes_nothing_but_memory(batches):
+    """The same loss and parameters, and less to keep in a step of a batch that fills the memory."""
+    remat = dataclasses.replace(CONFIG, run=RunConfig(remat=True))
+    ours, theirs = run_steps(batches[:1], 1), run_steps(batches[:1], 1, remat)
+    assert_close(ours[1][0], theirs[1][0])
+    difference = jax.tree.map(lambda a, b: np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-3), ours[0], theirs[0])
+    assert max(jax.tree.leaves(difference)) < 1e-4
+
+
+def test_gradients_are_summed_over_devices_in_float32(batches):
+    """In any precision of the layers: what is summed over devices has no bfloat16 in it."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
+    step, create, mesh = compiled_step(8, config)
+    lowered = step.lower(create(), jax.device_put(batches[0], data.split_images(mesh))).as_text()
+    sums = re.findall(r"all_reduce.*?\) : \((.*?)\) ->", lowered, re.DOTALL)
+    assert len(sums) > 20
+    assert not [types for types in sums if "bf16" in types]
 
 
 def test_the_schedule_is_a_half_cosine_over_all_steps():
