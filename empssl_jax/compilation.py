@@ -15,5 +15,5 @@ def keep_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(user_cache / "empssl_jax"))
-    # JAX leaves out what compiles in less than a second: together that is a third of the time to the first step.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        # JAX leaves out what compiles in less than a second: together that is a third of the time to the first step.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -2,8 +2,7 @@
 
 Pixels are float32 in [0, 255] and channels come first (3, H, W) inside this file, so that the colour operations work
 on whole planes; `multi_patch` takes and returns channels last. Every operation is written for one patch and batched by
-`jax.vmap`: crop, resize, flip and blur are small matrix products, and each colour operation runs on every patch,
-with the factor that leaves it unchanged where the dice say so.
+`jax.vmap`; each operation runs on every patch, with the factor that leaves it unchanged where the dice say so.
 """
 
 import math
@@ -48,13 +47,14 @@ def multi_patch(
     """
     indices = jnp.arange(len(images)) if indices is None else indices
     patch_numbers = first_patch + jnp.arange(num_patches)
-    table = crop_table(images.shape[1], crop_side(images.shape[1], patch_area), patch_size)
+    crop = crop_side(images.shape[1], patch_area)
+    num_offsets = images.shape[1] - crop + 1
 
     def patches_of(image, index):
         planes = jnp.moveaxis(image, -1, 0).astype(jnp.float32)
         image_key = jax.random.fold_in(key, index)
-        recipes = jax.vmap(lambda p: draw_recipe(jax.random.fold_in(image_key, p), len(table)))(patch_numbers)
-        return jax.vmap(lambda recipe: apply_recipe(planes, recipe, table))(recipes)
+        recipes = jax.vmap(lambda p: draw_recipe(jax.random.fold_in(image_key, p), num_offsets))(patch_numbers)
+        return jax.vmap(lambda recipe: apply_recipe(planes, recipe, crop, patch_size))(recipes)
 
     patches = jax.vmap(patches_of)(images, indices)
     return jnp.moveaxis(patches, 2, -1) / 127.5 - 1.0
@@ -89,9 +89,9 @@ def draw_recipe(key: Key[Array, ""], num_offsets: int) -> Recipe:
     return Recipe(top, left, mirrored, jittered, places, factors, hue_shift, gray, blur_sigma, solarized)
 
 
-def apply_recipe(image: Patch, recipe: Recipe, table: Float[Array, "offsets size side"]) -> Float[Array, "3 size size"]:
-    """One patch of an image; `table` as `crop_table` makes it."""
-    patch = crop_and_mirror(image, table, recipe.top, recipe.left, recipe.mirrored)
+def apply_recipe(image: Patch, recipe: Recipe, crop: int, patch_size: int) -> Float[Array, "3 size size"]:
+    """One patch of an image, from a square of `crop` pixels."""
+    patch = crop_and_mirror(image, recipe.top, recipe.left, recipe.mirrored, crop, patch_size)
     jittered = color_jitter(patch, recipe.places, recipe.factors, recipe.hue_shift)
     patch = jnp.where(recipe.jittered, jittered, patch)
     patch = jnp.where(recipe.gray, grayscale(patch), patch)
@@ -104,13 +104,6 @@ def crop_side(image_side: int, patch_area: float) -> int:
     return max(1, round(math.sqrt(patch_area) * image_side))
 
 
-def crop_table(image_side: int, crop: int, patch_size: int) -> Float[Array, "offsets size side"]:
-    """For each integer offset the matrix that crops and resizes one axis."""
-    resize = bilinear_matrix(crop, patch_size)
-    offsets = range(image_side - crop + 1)
-    return jnp.stack([jnp.pad(resize, ((0, 0), (o, image_side - crop - o))) for o in offsets])
-
-
 def bilinear_matrix(source: int, target: int) -> Float[Array, "target source"]:
     """PIL's bilinear resize of one axis: a triangle as wide as a source or a target pixel, whichever is larger."""
     scale = source / target
@@ -120,18 +113,25 @@ def bilinear_matrix(source: int, target: int) -> Float[Array, "target source"]:
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
-def crop_and_mirror(image: Patch, table, top, left, mirrored) -> Float[Array, "3 size size"]:
-    """The crop at an offset, resized, and mirrored or not."""
-    columns = table[left]
-    columns = jnp.where(mirrored, columns[::-1], columns)
-    return apply_to_axes(image, table[top], columns)
+def crop_and_mirror(image: Patch, top, left, mirrored, crop: int, patch_size: int) -> Float[Array, "3 size size"]:
+    """The square of `crop` pixels at an offset, resized, and mirrored or not."""
+    patch = jax.lax.dynamic_slice(image, (0, top, left), (len(image), crop, crop))
+    if crop != patch_size:
+        resize = bilinear_matrix(crop, patch_size)
+        patch = apply_to_axes(patch, resize, resize)
+    return jnp.where(mirrored, patch[:, :, ::-1], patch)
 
 
 def apply_to_axes(
     patch: Float[Array, "C H W"], rows: Float[Array, "I H"], columns: Float[Array, "J W"]
 ) -> Float[Array, "C I J"]:
-    """Applies a matrix to each axis of all planes."""
-    return jnp.einsum("ih,chw,jw->cij", rows, patch, columns, precision=jax.lax.Precision.HIGHEST)
+    """Applies a matrix to each axis of all planes.
+
+    The second is a sum of products on purpose: for a matrix product XLA's CPU compiler would turn the planes around
+    and back, which takes three times as long as all the rest.
+    """
+    wide = jnp.einsum("chw,jw->chj", patch, columns, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(rows[None, :, :, None] * wide[:, None], axis=2)
 
 
 def color_jitter(patch: Patch, places: Int[Array, "4"], factors: Float[Array, "3"], hue_shift: Scalar) -> Patch:
@@ -145,12 +145,15 @@ def color_jitter(patch: Patch, places: Int[Array, "4"], factors: Float[Array, "3
         factor = jnp.where(brightness | contrast | saturation, factors[jnp.argmax(places[:3] == place)], 1.0)
         return blend(patch, other, factor)
 
-    for place in range(3):
-        patch = jnp.where(place < places[3], blend_at(place, patch), patch)
-    patch = adjust_hue(patch, hue_shift)
-    for place in range(1, 4):
-        patch = jnp.where(place > places[3], blend_at(place, patch), patch)
-    return patch
+    def before_hue(place, patch):
+        return jnp.where(place < places[3], blend_at(place, patch), patch)
+
+    def after_hue(place, patch):
+        return jnp.where(place > places[3], blend_at(place, patch), patch)
+
+    # Loops, since XLA would merge a blend into each of the next one's parts and so compute it several times.
+    patch = jax.lax.fori_loop(0, 3, before_hue, patch)
+    return jax.lax.fori_loop(1, 4, after_hue, adjust_hue(patch, hue_shift))
 
 
 def luma(patch: Patch) -> Float[Array, "1 H W"]:
@@ -183,17 +186,16 @@ def adjust_hue(patch: Patch, shift: Scalar) -> Patch:
     red, green, blue = patch
     value = jnp.max(patch, axis=0)
     chroma = value - jnp.min(patch, axis=0)
-    safe_chroma = jnp.where(chroma > 0, chroma, 1.0)
-    sextant = jnp.where(
-        value == red,
-        (green - blue) / safe_chroma,
-        jnp.where(value == green, 2.0 + (blue - red) / safe_chroma, 4.0 + (red - green) / safe_chroma),
-    )
-    hue = jnp.floor(jnp.mod(sextant / 6.0, 1.0) * 255.0) + jnp.trunc(shift * 255.0)
+    is_red, is_green = value == red, value == green
+    difference = jnp.where(is_red, green - blue, jnp.where(is_green, blue - red, red - green))
+    start = jnp.where(is_red, 0.0, jnp.where(is_green, 2.0, 4.0))
+    turn = (start + difference / jnp.where(chroma > 0, chroma, 1.0)) / 6.0
+    hue = jnp.floor((turn - jnp.floor(turn)) * 255.0) + jnp.trunc(shift * 255.0)
     saturation = jnp.floor(255.0 * chroma / jnp.maximum(value, 1.0)) / 255.0
-    turned = jnp.mod(hue, 256.0) * (6.0 / 255.0)
+    turned = (hue - 256.0 * jnp.floor(hue / 256.0)) * (6.0 / 255.0)
     # The hexagonal form of HSV to RGB: each channel is the value less a trapezoid of the hue's distance.
-    k = jnp.mod(jnp.array([5.0, 3.0, 1.0])[:, None, None] + turned, 6.0)
+    k = jnp.array([5.0, 3.0, 1.0])[:, None, None] + turned
+    k = jnp.where(k >= 6.0, k - 6.0, k)
     return value * (1.0 - saturation * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0))
 
 
@@ -204,8 +206,7 @@ def grayscale(patch: Patch) -> Patch:
 
 def gaussian_blur(patch: Patch, sigma: Scalar) -> Patch:
     """Blur of standard deviation `sigma` pixels as PIL approximates a Gaussian; 0 changes nothing."""
-    rows, columns = (_blur_matrix(side, sigma) for side in patch.shape[1:])
-    return apply_to_axes(patch, rows, columns)
+    return apply_to_axes(patch, *(_blur_matrix(side, sigma) for side in patch.shape[1:]))
 
 
 def _blur_matrix(side, sigma):

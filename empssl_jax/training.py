@@ -127,9 +127,10 @@ def train(config: Config) -> None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=default_precision()))
     mesh, workdir = data.device_mesh(), Path(config.run.workdir)
     _check_devices(config, mesh)
-    _check_workdir(workdir, config)
+    first_step = _check_workdir(workdir, config)
     datasets = evaluation.load_datasets(config)
-    data.count_steps(datasets["train"], config.training.batch_size)
+    steps_per_epoch = data.count_steps(datasets["train"], config.training.batch_size)
+    _check_profile(config, steps_per_epoch * config.training.max_epochs - first_step)
     checkpoints.save_config(workdir, config)
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         _measure_untrained(config, datasets, mesh, workdir)
@@ -146,18 +147,28 @@ def _check_devices(config: Config, mesh: Mesh) -> None:
     require(batch_size % mesh.size == 0, "batch_size", batch_size, remedy)
 
 
-def _check_workdir(workdir: Path, config: Config) -> None:
-    """Makes the run's folder; refuses one with checkpoints of a run that learns something else."""
+def _check_profile(config: Config, steps_left: int) -> None:
+    if config.run.profile:
+        remedy = f"the trace ends after {profiling.LAST_STEP + 1} steps and only {steps_left} are left, so leave it out"
+        require(steps_left > profiling.LAST_STEP, "profile", True, remedy)
+
+
+def _check_workdir(workdir: Path, config: Config) -> int:
+    """Makes the run's folder; refuses one with checkpoints of a run that learns something else.
+
+    Returns the step that training starts or resumes at.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}): give another folder.") from error
     with Checkpoints(workdir) as store:
-        started = store.latest_step() is not None
-    differences = training_differences(config, checkpoints.load_config(workdir)) if started else []
+        first_step = store.latest_step() or 0
+    differences = training_differences(config, checkpoints.load_config(workdir)) if first_step else []
     if differences:
         listed = ", ".join(differences)
         raise UserError(f"--workdir {workdir} holds another run: {listed}; give those values or another folder.")
+    return first_step
 
 
 def _fit(config: Config, dataset: data.ImageDataset, mesh: Mesh, workdir: Path) -> EncoderState:
@@ -173,8 +184,6 @@ def _fit(config: Config, dataset: data.ImageDataset, mesh: Mesh, workdir: Path) 
         if first_step:
             print(f"resuming {workdir} at step {first_step} of {last_step}")
         if config.run.profile:
-            remedy = f"the trace ends after {profiling.LAST_STEP + 1} steps and only {last_step - first_step} are left"
-            require(last_step - first_step > profiling.LAST_STEP, "profile", True, remedy)
             train_step = profiling.traced(train_step, workdir / "profile")
         with _metrics_writer(config, workdir, first_step, last_step) as writer:
             for step, batch in _placed_batches(config, dataset, first_step, last_step, mesh):

@@ -186,6 +186,7 @@ REFUSED = {
     "a negative rate": ("train.py", lambda t: [*DIGITS, "--learning-rate", -1], "--learning-rate is -1.0: give a"),
     "a large batch": ("train.py", lambda t: [*DIGITS, "--workdir", t / "r", "--batch-size", 999], "only 200 training"),
     "an unknown data set": ("train.py", lambda t: ["--dataset", "none", "--workdir", t / "r"], "not known to TFDS"),
+    "a short profile": ("train.py", lambda t: [*DIGITS, "--workdir", t / "r", "--profile"], "only 5 are left"),
     "a file as workdir": ("train.py", lambda t: [*DIGITS, "--workdir", __file__], "cannot be written to"),
     "an unknown option": ("train.py", lambda t: ["--batchsize", 3], "Unrecognized"),
 }

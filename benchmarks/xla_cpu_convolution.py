@@ -1,0 +1,113 @@
+"""Shows two weaknesses of XLA's CPU convolutions that the package works around; run it again when JAX moves on.
+
+    python -m benchmarks.xla_cpu_convolution
+
+1. XLA's newer fusion backend against the older one (`empssl_jax/__init__.py` chooses the older one): milliseconds of
+   forward pass, input gradient and weight gradient of the five kinds of 3x3 convolutions in a ResNet-18, batch 32.
+2. A 3x3 convolution of a 2x2 map (512 channels, 200 patches) by XLA, by im2col, and as one dense product
+   (`models.Convolution` does the last).
+"""
+
+import os
+import subprocess
+import sys
+import time
+
+NEWER, OLDER = "", "--xla_cpu_experimental_ynn_fusion_type="
+LAYERS = ((32, 3, 64, 1), (32, 64, 64, 1), (32, 64, 128, 2), (16, 128, 128, 1), (8, 256, 256, 1))
+
+
+def milliseconds(work, *arguments) -> float:
+    """The shortest of five runs of a compiled function."""
+    import jax
+
+    compiled = jax.jit(work).lower(*arguments).compile()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times)
+
+
+def three_passes(convolution, x, kernel) -> list[float]:
+    """Milliseconds of the forward pass, the input's gradient and the kernel's gradient."""
+    import jax
+
+    g = convolution(x, kernel)
+    input_gradient = lambda x, kernel, g: jax.vjp(lambda x: convolution(x, kernel), x)[1](g)  # noqa: E731
+    kernel_gradient = lambda x, kernel, g: jax.vjp(lambda kernel: convolution(x, kernel), kernel)[1](g)  # noqa: E731
+    return [
+        milliseconds(convolution, x, kernel),
+        milliseconds(input_gradient, x, kernel, g),
+        milliseconds(kernel_gradient, x, kernel, g),
+    ]
+
+
+def general(x, kernel, stride: int = 1):
+    """XLA's convolution."""
+    import jax
+
+    padding = [(1, 1), (1, 1)]
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def im2col(x, kernel):
+    """Nine shifted copies side by side, and one product."""
+    import jax.numpy as jnp
+
+    side, padded = x.shape[1], jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [padded[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
+    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def dense(x, kernel):
+    """One product from the 4 positions of a 2x2 map to the same 4."""
+    import jax.numpy as jnp
+
+    whole = jnp.stack([jnp.stack([kernel[1 - i : 3 - i, 1 - j : 3 - j] for j in (0, 1)]) for i in (0, 1)])
+    return jnp.einsum("nabc,ijabcd->nijd", x, whole)
+
+
+def layers() -> None:
+    """Prints part 1 for the flags of this process."""
+    import functools
+
+    import jax.numpy as jnp
+
+    total = 0.0
+    for side, features_in, features_out, stride in LAYERS:
+        x, kernel = jnp.ones((32, side, side, features_in)), jnp.ones((3, 3, features_in, features_out))
+        passes = three_passes(functools.partial(general, stride=stride), x, kernel)
+        total += sum(passes)
+        times = " ".join(f"{value:6.0f}" for value in passes)
+        print(f"  {features_in:3} to {features_out:3} channels, {side}x{side}, stride {stride}: {times}")
+    print(f"  sum {total:.0f} ms")
+
+
+def small_maps() -> None:
+    """Prints part 2."""
+    import jax.numpy as jnp
+
+    x, kernel = jnp.ones((200, 2, 2, 512)), jnp.ones((3, 3, 512, 512))
+    for convolution in (general, im2col, dense):
+        times = " ".join(f"{value:6.0f}" for value in three_passes(convolution, x, kernel))
+        print(f"  {convolution.__name__:8} {times}")
+
+
+def main() -> None:
+    """Runs each part in a process with its flags: XLA reads them once."""
+    for title, part, flags in (
+        ("newer fusions (JAX's default)", "layers", NEWER),
+        ("older path (this package's)", "layers", OLDER),
+        ("2x2 maps, older path", "small_maps", OLDER),
+    ):
+        print(f"{title}: forward, input gradient, kernel gradient in ms", flush=True)
+        command = [sys.executable, "-c", f"from benchmarks import xla_cpu_convolution as x; x.{part}()"]
+        subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, check=True)
+
+
+if __name__ == "__main__":
+    main()

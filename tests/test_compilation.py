@@ -1,0 +1,42 @@
+"""Where compiled programs are kept, and the trace that --profile leaves."""
+
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+
+from empssl_jax import profiling
+
+PROGRAM = """
+from empssl_jax.compilation import keep_compiled_programs
+keep_compiled_programs()
+import jax
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: x * 2 + 1)(3.0)
+"""
+
+
+def run(**environment):
+    subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | environment, check=True)
+
+
+def test_programs_are_kept_in_the_users_cache_folder(tmp_path):
+    run(XDG_CACHE_HOME=str(tmp_path))
+    assert list((tmp_path / "empssl_jax").iterdir())
+
+
+def test_a_folder_that_the_user_chose_stands(tmp_path):
+    run(XDG_CACHE_HOME=str(tmp_path / "not"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "chosen"))
+    assert list((tmp_path / "chosen").iterdir())
+    assert not (tmp_path / "not").exists()
+
+
+def test_a_traced_step_is_the_same_step_and_leaves_a_trace(tmp_path, capsys):
+    step = profiling.traced(lambda state, batch: (state + batch, {"loss": state}), tmp_path)
+    state = jnp.float32(0)
+    for _ in range(profiling.LAST_STEP + 3):
+        state, metrics = step(state, jnp.float32(2))
+    assert (float(state), float(metrics["loss"])) == (2.0 * (profiling.LAST_STEP + 3), 2.0 * (profiling.LAST_STEP + 2))
+    assert list(tmp_path.rglob("*.xplane.pb"))
+    assert str(tmp_path) in capsys.readouterr().out
