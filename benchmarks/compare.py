@@ -99,7 +99,9 @@ class Options:
 
 def run(benchmark: Benchmark, size: Sizes) -> Row:
     """Measures a row."""
-    seconds = measure.compare(*benchmark.works(size), size.long_repeats if benchmark.is_long else size.repeats)
+    repeats = size.long_repeats if benchmark.is_long else size.repeats
+    # What takes minutes is not run once more for the seconds that a warm-up would save.
+    seconds = measure.compare(*benchmark.works(size), repeats, warm_up=not benchmark.is_long)
     amount = benchmark.amount(size) if benchmark.amount else None
     unit = "patches/s" if benchmark.amount else "s"
     return measure.make_row(benchmark.title, seconds, amount=amount, unit=unit, target=benchmark.target)

@@ -36,15 +36,24 @@ class Row(TypedDict):
     unit: str
     spread: tuple[float, float] | None  # lowest and highest ratio of the pairs of runs
     target: str  # "" if there is none
+    commit: str
+    date: str
 
 
 Work = Callable[[], Any]  # returns when the work is done
 
 
-def compare(ours: Work, theirs: Work | None, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of each run of both, in turn, after a warm-up of each; the second list is empty without `theirs`."""
+def compare(ours: Work, theirs: Work | None, repeats: int, warm_up: bool = True) -> tuple[list[float], list[float]]:
+    """Seconds of each run of both, in turn; the second list is empty without `theirs`.
+
+    Args:
+        ours: our work.
+        theirs: the baseline's, if it is at hand.
+        repeats: runs of each that count.
+        warm_up: whether a run of each comes first, for instance to compile.
+    """
     seconds: tuple[list[float], list[float]] = [], []
-    for repeat in range(repeats + 1):
+    for repeat in range(0 if warm_up else 1, repeats + 1):
         for times, work in zip(seconds, (ours, theirs), strict=True):
             if work is not None:
                 start = time.perf_counter()
@@ -73,7 +82,8 @@ def make_row(
     spread = (min(ratios), max(ratios)) if ratios else None
     ratio = statistics.median(ratios) if ratios else None
     assert values[0] is not None
-    return Row(name=name, ours=values[0], theirs=values[1], ratio=ratio, unit=unit, spread=spread, target=target)
+    figures = {"ours": values[0], "theirs": values[1], "ratio": ratio, "unit": unit, "spread": spread}
+    return Row(name=name, target=target, **figures, **_now())  # type: ignore[typeddict-item]
 
 
 def environment() -> dict[str, Any]:
@@ -89,8 +99,7 @@ def environment() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **_now(),
     }
 
 
@@ -99,6 +108,10 @@ def _cpu_name() -> str:
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     vectors = [name for name in ("avx512f", "avx2") if name in fields.get("flags", "").split()]
     return f"{fields.get('model name', platform.machine())}, {os.cpu_count()} cores, {', '.join(vectors[:1])}"
+
+
+def _now() -> dict[str, str]:
+    return {"commit": _commit(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
 
 
 def _commit() -> str:

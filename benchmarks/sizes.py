@@ -9,13 +9,13 @@ import numpy as np
 class Sizes:
     """Sizes for two CPU cores, unless given; see CPU, ACCELERATOR and TINY."""
 
-    images: int = 10  # of a train step; BatchNorm and the loss see images x patches
+    images: int = 20  # of a train step; BatchNorm and the loss see images x patches
     patches: int = 20
     patch_size: int = 32
     small_patch_size: int = 16
     loss_images: int = 100
     more_loss_images: int = 1000
-    augmented_images: int = 200
+    augmented_images: int = 50  # the batch of configs/cifar10_cpu.py
     embedded_images: int = 1000
     embedded_patches: int = 16
     queries: int = 10_000
@@ -28,7 +28,7 @@ class Sizes:
 
 
 CPU = Sizes()
-ACCELERATOR = Sizes(images=100, repeats=20, long_repeats=3)
+ACCELERATOR = Sizes(images=100, augmented_images=100, repeats=20, long_repeats=3)
 TINY = Sizes(2, 2, 8, 8, 4, 6, 4, 4, 2, 20, 40, 64, 40, 2, 1, 1)  # to rehearse
 
 

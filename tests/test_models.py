@@ -100,14 +100,25 @@ def test_golden_eval_outputs(reference, trained_once):
     assert relative_error(projections, numbers["eval_projections"]) < 1e-3
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_convolutions_equal_the_general_one(size):
-    convolution = models.Convolution(6, 5, 3, 1, jnp.float32)
-    convolution.kernel[...] = jax.random.normal(KEY, convolution.kernel.shape)
-    x = jax.random.normal(jax.random.key(1), (7, size, size, 6))
-    kernel = jnp.transpose(convolution.kernel[...], (3, 2, 0, 1))
-    expected = jax.lax.conv(jnp.transpose(x, (0, 3, 1, 2)), kernel, (1, 1), "SAME")
-    np.testing.assert_allclose(convolution(x), jnp.transpose(expected, (0, 2, 3, 1)), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("side", "stride"), [(2, 1), (4, 1), (4, 2), (8, 2)])
+def test_convolutions_equal_the_general_one(side, stride):
+    """In output and in both gradients."""
+    x, kernel = jax.random.normal(jax.random.key(1), (7, side, side, 6)), jax.random.normal(KEY, (3, 3, 6, 5))
+
+    def ours(x, kernel):
+        convolution = models.Convolution(6, 5, 3, stride, jnp.float32)
+        convolution.kernel[...] = kernel
+        return convolution(x)
+
+    def general(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=layout)
+
+    (y, pull_back), (expected, general_pull_back) = jax.vjp(ours, x, kernel), jax.vjp(general, x, kernel)
+    assert y.shape[1] == side // stride
+    g = jax.random.normal(jax.random.key(2), y.shape)
+    for mine, theirs in zip((y, *pull_back(g)), (expected, *general_pull_back(g)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_parameters_start_as_in_torch():
