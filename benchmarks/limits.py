@@ -1,5 +1,6 @@
 """What the machine can do, what the work needs, and so the fraction of the machine that the work reaches."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from benchmarks import ours
 from benchmarks.sizes import Sizes
-from empssl_jax.config import Config, ModelConfig
+from empssl_jax.config import Config, ModelConfig, RunConfig
 
 
 def best_seconds(work: Callable[[], jax.Array], repeats: int = 10) -> float:
@@ -62,15 +63,29 @@ def flops_per_patch(config: ModelConfig, patch_size: int, training: bool = True)
     return 2 * stem + 3 * rest
 
 
+def temporary_bytes(sizes: Sizes, num_patches: int, remat: bool) -> int:
+    """XLA's temporary memory of the train step at so many patches an image."""
+    config = ours.make_config(sizes, sizes.patch_size)
+    patches = dataclasses.replace(config.patches, train_patches=num_patches)
+    config = dataclasses.replace(config, patches=patches, run=RunConfig(remat=remat))
+    step, _, _ = ours.traced_step(config)
+    return step.lower().compile().memory_analysis().temp_size_in_bytes
+
+
 def measure(sizes: Sizes) -> dict[str, float]:
-    """Peak, bandwidth, and the FLOPs of a patch in the train step by XLA's count and by hand."""
+    """Peak, bandwidth, FLOPs of a patch in the train step by XLA's count and by hand, memory with and without remat."""
     config: Config = ours.make_config(sizes, sizes.patch_size)
     step, _, _ = ours.compiled_step(config)
     patches = sizes.images * sizes.patches
+    many = 10 * sizes.patches
     return {
         "matmul_flops_per_second": matmul_flops(config.model.precision),
         "copy_bytes_per_second": copy_bandwidth(),
         "flops_per_patch_xla": step.cost_analysis()["flops"] / patches,
         "flops_per_patch_by_hand": flops_per_patch(config.model, sizes.patch_size),
         "embedding_flops_per_patch_by_hand": flops_per_patch(config.model, sizes.patch_size, training=False),
+        "images": sizes.images,
+        "patches": many,
+        "temporary_bytes": temporary_bytes(sizes, many, remat=False),
+        "temporary_bytes_with_remat": temporary_bytes(sizes, many, remat=True),
     }

@@ -1,0 +1,50 @@
+"""What the tables say about given times, and counts of FLOPs against published ones."""
+
+import pytest
+
+from benchmarks import limits, measure, scaling
+from empssl_jax.config import ModelConfig
+
+
+def test_a_ratio_above_one_means_that_ours_is_better():
+    seconds = ([1.0, 2.0, 3.0], [4.0, 6.0, 3.0])
+    for amount, ours, theirs in ((None, 2.0, 4.0), (20.0, 10.0, 5.0)):
+        row = measure.make_row("row", seconds, amount=amount, unit="")
+        assert (row["ours"], row["theirs"], row["ratio"], row["spread"]) == (ours, theirs, 3.0, (1.0, 4.0))
+
+
+def test_a_row_without_the_baseline_says_so():
+    row = measure.make_row("row", ([2.0], []), amount=None, unit="s", target="2")
+    assert (row["theirs"], row["ratio"], row["spread"]) == (None, None, None)
+    assert measure.markdown([row]).splitlines()[-1] == "| row | 2 | - | s | not measured | 2 |"
+
+
+def test_works_run_in_turn():
+    calls = []
+    seconds = measure.compare(lambda: calls.append("ours"), lambda: calls.append("theirs"), repeats=2)
+    assert calls == ["ours", "theirs"] * 3
+    assert list(map(len, seconds)) == [2, 2]
+    calls.clear()
+    seconds = measure.compare(lambda: calls.append("ours"), None, repeats=2, warm_up=False)
+    assert calls == ["ours"] * 2
+    assert list(map(len, seconds)) == [2, 0]
+
+
+def test_flops_of_a_resnet_18_on_32x32():
+    """0.56 G multiplications (published for the variant without pooling), and 2.1 M of the hidden layer."""
+    flops = limits.flops_per_patch(ModelConfig(), 32, training=False)
+    assert flops / 2 == pytest.approx(0.5558e9 + 512 * 4096, rel=2e-3)
+
+
+def test_training_counts_three_passes_of_all_but_the_stem():
+    config = ModelConfig()
+    forward = limits.flops_per_patch(config, 32, training=False)
+    heads = 2 * 4096 * (4096 + 1024)
+    stem = 2 * 9 * 3 * 64 * 32 * 32
+    assert limits.flops_per_patch(config, 32) == 3 * (forward + heads) - stem
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 1.5])
+def test_exponents_of_powers(power):
+    values = [1, 2, 4, 8]
+    assert scaling.exponent(values, [3 * value**power for value in values]) == pytest.approx(power, abs=1e-9)
