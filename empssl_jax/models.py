@@ -41,9 +41,10 @@ class Convolution(nnx.Conv):
             kernel_init=ZEROS,
             rngs=nnx.Rngs(0),
         )
+        self.stride = stride
 
     def __call__(self, inputs, out_sharding=None):
-        if self.kernel_size == (3, 3) and inputs.shape[1:3] == (2 * self.strides, 2 * self.strides):
+        if self.kernel_size == (3, 3) and inputs.shape[1:3] == (2 * self.stride, 2 * self.stride):
             return self._to_2x2(inputs)
         return super().__call__(inputs, out_sharding=out_sharding)
 
@@ -56,7 +57,7 @@ class Convolution(nnx.Conv):
 
         def reach(position):
             """How far the kernel lies from both edges at a position; where it is negative, it is cut."""
-            first = self.strides * position - 1
+            first = self.stride * position - 1
             return first, side - first - 3, 0
 
         whole = (0, 0, 0)
