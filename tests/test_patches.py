@@ -165,17 +165,21 @@ def test_how_often_each_augmentation_applies():
 
 
 def test_color_jitter_equals_its_operations_in_order(golden):
-    """The branch-free form against the four operations applied one after the other."""
-    image = planes(golden("augmentations")["images"])[0]
+    """The branch-free form against the four operations applied one after the other, where the order shows."""
+    image = planes(golden("augmentations")["images"])[3]
     operations = [patches.adjust_brightness, patches.adjust_contrast, patches.adjust_saturation, patches.adjust_hue]
-    for order in itertools.permutations(range(4)):
-        values = 0.6, 1.3, 0.8, -0.15
-        expected = image
+    values = 1.4, 1.4, 1.4, -0.15  # so large that what is clipped depends on the order
+    orders = list(itertools.permutations(range(4)))
+    jittered = np.zeros((24, *image.shape))
+    expected = np.zeros_like(jittered)
+    for i, order in enumerate(orders):
+        patch = image
         for which in order:
-            expected = operations[which](expected, jnp.float32(values[which]))
+            patch = operations[which](patch, jnp.float32(values[which]))
+        expected[i] = patch
         places, factors, shift = jnp.argsort(jnp.array(order)), jnp.array(values[:3]), jnp.float32(values[3])
-        jittered = patches.color_jitter(image, places, factors, shift)
-        # Rounding moves one pixel in a hundred across a step of the 8-bit hue, which is worth up to 6 of 255.
-        difference = np.abs(jittered - expected)
-        assert np.mean(difference > 2e-3) < 0.02
-        assert np.max(difference) < 8
+        jittered[i] = patches.color_jitter(image, places, factors, shift)
+    # Rounding moves a few pixels across a step of the 8-bit hue and saturation, which ones depends on the processor.
+    difference = np.mean(np.abs(jittered[:, None] - expected), axis=(2, 3, 4))
+    assert np.max(np.diag(difference)) < 0.1
+    assert np.min(difference + np.eye(24)) > 0.3
