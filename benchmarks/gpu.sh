@@ -7,8 +7,9 @@
 #
 # Python, JAX for the GPU, Flax, optax, Orbax and (for the comparison) torch and torchvision should be there;
 # $PYTHON names the interpreter, $TFDS_DATA_DIR the folder that has CIFAR-10. Stages run in order, each in a time limit
-# of its own and in 8 minutes ($DEADLINE seconds) together, and each leaves RESULTS/STAGE.log and RESULTS/STAGE.done before the next starts; a stage that fails or
-# runs out of time does not stop the others, and the same command again runs only what is not done.
+# of its own and in 8 minutes ($DEADLINE seconds) together, and each leaves RESULTS/STAGE.log and RESULTS/STAGE.done
+# before the next starts; a stage that fails or runs out of time does not stop the others, and the same command again
+# runs only what is not done.
 set -uo pipefail
 
 results=$(mkdir -p "${1:?give a folder for the results}" && cd "$1" && pwd)
@@ -67,7 +68,9 @@ fi
 stage ours_first 180 "$python" -m benchmarks.end_to_end ours "${options[@]}" --workdir "$results/ours_first"
 stage ours 120 "$python" -m benchmarks.end_to_end ours "${options[@]}" --workdir "$results/ours"
 stage compare 240 "$python" -m benchmarks.compare "${size[@]}" --output "$results/compare.json"
-[ -z "$tiny" ] && stage theirs 400 "$python" -m benchmarks.end_to_end theirs "${options[@]}" --workdir "$results/theirs"
+if "$python" -c "import torch, torchvision" 2>/dev/null; then
+  stage theirs 400 "$python" -m benchmarks.end_to_end theirs "${options[@]}" --workdir "$results/theirs"
+fi
 stage scaling 120 "$python" -m benchmarks.scaling "${size[@]}" --output "$results/scaling.json"
 
 failed=()

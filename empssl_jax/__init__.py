@@ -8,3 +8,7 @@ import os
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=".strip()
+
+# With every program that it reads from the compilation cache, XLA on CPU prints an error of two thousand characters
+# about features of the processor that are none (github.com/jax-ml/jax/issues/38445). What goes wrong for real raises.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
