@@ -47,8 +47,9 @@ def theirs(config: Config) -> dict[str, float]:
         dataset = baseline.PatchDataset(images, labels, num_patches, config.patches.patch_size)
         return baseline.loader(dataset, batch_size, workers, train)
 
-    batches = loader("train", config.patches.train_patches, config.training.batch_size, True)
-    for step, loss in enumerate(baseline.train_epoch(model, batches, device)):
+    patches = config.patches.train_patches
+    batches = loader("train", patches, config.training.batch_size, True)
+    for step, loss in enumerate(baseline.train(model, batches, config.training.max_epochs, patches, device)):
         if step % 50 == 0:
             print(f"step {step}: loss {loss:.2f}, {time.perf_counter() - START:.0f} s", flush=True)
     patches = config.evaluation.valid_patches
