@@ -1,70 +1,131 @@
-"""Checkpoints of a run by Orbax: the encoder, the optimizer, and beside them the config as JSON."""
+"""Checkpoints of a run by Orbax, every array verified against a digest; beside them the config as JSON."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from empssl_jax.config import Config, RunConfig, UserError, from_json, to_json
+from empssl_jax.digests import array_digests, first_not_finite, is_sealed, seal
+from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
+from empssl_jax.workdir import StorageError, replacing
 
 CONFIG_FILE = "config.json"
 Which = int | Literal["latest", "best"]
 
 
+class _DamagedError(Exception):
+    """A checkpoint does not hold what was saved."""
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the saves under way.
+
+    Each holds the encoder, the optimizer, and a record: the loss and a digest of every array. Neither Orbax nor the
+    file system notices flipped bits, and a missing chunk of an array reads as zeros: the digests tell.
 
     Args:
         workdir: folder of the run; gets checkpoints/.
         max_to_keep: newest checkpoints to keep, besides the one with the lowest loss.
+
+    Raises:
+        UserError: the folder cannot be used.
     """
 
     def __init__(self, workdir: Path, max_to_keep: int = RunConfig.max_to_keep):
-        policies = [
-            preservation_policy.LatestN(max_to_keep),
-            preservation_policy.BestN(get_metric_fn=_negative_loss, n=1),
-        ]
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), best_fn=_negative_loss
-        )
+        self._workdir = workdir
         self._folder = workdir.absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._losses: dict[int, float] = {}
+        self._max_to_keep = max_to_keep
+        # Folders of saves that a killed process left unfinished go.
+        options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self._folder} cannot be used as a folder of checkpoints ({_reason(error)}): give another --workdir."
+            ) from error
+        for step in self._manager.all_steps():
+            try:
+                self._losses[step] = self._read_record(step)["loss"]
+            except _DamagedError:
+                continue  # told when it is restored
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:  # see `wait`; what happened before matters more
+            if exception[0] is None:
+                raise self._storage_error(error) from error
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        """Orbax's PreservationPolicy: keeps the newest and the best."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self._max_to_keep :], self._best(steps)}
+        return [step in kept for step in steps]
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, encoder: EncoderState, optimizer: Any, loss: float) -> None:
-        """Starts saving in the background; raises here what made the save before fail."""
-        if step not in self._manager.all_steps():
-            items = ocp.args.Composite(
-                encoder=ocp.args.StandardSave(encoder), optimizer=ocp.args.StandardSave(optimizer)
+        """Starts saving in the background.
+
+        Raises:
+            DivergenceError: an array is not finite.
+            StorageError: this save, or the one before, failed.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = {"encoder": encoder, "optimizer": optimizer}
+        if (path := first_not_finite(items)) is not None:
+            raise DivergenceError(
+                f"Step {step - 1} has made {path} not finite: the last checkpoint before it is kept; try a lower "
+                "--learning-rate."
             )
-            self._manager.save(step, args=items, metrics={"loss": loss})
+        self._losses[step] = loss
+        record = seal({"loss": loss, "digests": array_digests(items)})
+        saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        if not self._folder.is_dir():
+            raise self._storage_error("the folder is gone")
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**saves, record=ocp.args.JsonSave(record)))
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+            raise self._storage_error(error) from error
+
+    def check(self) -> None:
+        """Raises StorageError if a save has failed in the background; else it would come out at the next save."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+            raise self._storage_error(error) from error
 
     def wait(self) -> None:
-        """Returns when all saves are on disk; raises what made one fail."""
-        self._manager.wait_until_finished()
+        """Returns when all saves are on disk; raises StorageError if one failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+            raise self._storage_error(error) from error
 
     def restore_encoder(self, template: EncoderState, sharding: Sharding, which: Which) -> tuple[int, EncoderState]:
         """The step and encoder of a checkpoint, see `restore`."""
         step, items = self._restore(which, sharding, encoder=template)
-        return step, items.encoder
+        return step, items["encoder"]
 
     def restore(
         self, encoder: EncoderState, optimizer: Any, sharding: Sharding, which: Which
     ) -> tuple[int, EncoderState, Any]:
-        """The step, encoder and optimizer state of a checkpoint.
+        """The step, encoder and optimizer state of a checkpoint, as they were saved to the bit.
+
+        A damaged newest checkpoint is passed over, with a warning, for the one before.
 
         Args:
             encoder: shapes and types, as `jax.eval_shape` makes them.
@@ -76,41 +137,93 @@ class Checkpoints:
             UserError: there is no such checkpoint, or it is damaged or of another model.
         """
         step, items = self._restore(which, sharding, encoder=encoder, optimizer=optimizer)
-        return step, items.encoder, items.optimizer
+        return step, items["encoder"], items["optimizer"]
 
-    def _restore(self, which: Which, sharding: Sharding, **templates: Any) -> tuple[int, Any]:
-        step = self._find(which)
-        items = {
+    def set_aside_after(self, step: int) -> None:
+        """Moves newer checkpoints, which were passed over as damaged, to damaged/ of the workdir."""
+        for newer in [newer for newer in self._manager.all_steps() if newer > step]:
+            place = self._workdir / "damaged" / str(newer)
+            place.parent.mkdir(exist_ok=True)
+            while place.exists():
+                place = place.with_name(place.name + "+")
+            (self._folder / str(newer)).rename(place)
+            self._losses.pop(newer, None)
+        self._manager.reload()
+
+    def _restore(self, which: Which, sharding: Sharding, **templates: Any) -> tuple[int, dict[str, Any]]:
+        steps = self._find(which)
+        for step in steps:
+            try:
+                return step, self._read(step, sharding, templates)
+            except _DamagedError as error:
+                print(f"warning: checkpoint {step} in {self._folder} is damaged: {error}", file=sys.stderr)
+        passed_over = ", ".join(map(str, steps))
+        raise UserError(
+            f"No undamaged checkpoint is left in {self._folder} (tried {passed_over}): choose another by --step of "
+            "eval.py, or train anew in another --workdir."
+        )
+
+    def _read(self, step: int, sharding: Sharding, templates: dict[str, Any]) -> dict[str, Any]:
+        """The items of a checkpoint; raises _DamagedError unless they are what was saved."""
+        restores = {
             name: ocp.args.StandardRestore(
                 jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), template)
             )
             for name, template in templates.items()
         }
+        recorded = self._read_record(step)["digests"]
         try:
-            return step, self._manager.restore(step, args=ocp.args.Composite(**items))
+            restored = self._manager.restore(step, args=ocp.args.Composite(**restores))
         except Exception as error:  # Orbax, TensorStore and the file system each raise their own
-            reason = str(error).strip().split("\n")[0][:200]
-            raise UserError(
-                f"Checkpoint {step} in {self._folder} cannot be restored ({reason}): delete the folder {step} there "
-                "to use the checkpoint before it."
-            ) from error
+            raise _DamagedError(_reason(error)) from error
+        items = {name: restored[name] for name in templates}
+        for path, digest in array_digests(items).items():
+            if digest != recorded.get(path):
+                raise _DamagedError(f"{path} is not as it was saved")
+        return items
 
-    def _find(self, which: Which) -> int:
-        steps = self._manager.all_steps()
+    def _read_record(self, step: int) -> dict[str, Any]:
+        try:
+            record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        except Exception as error:  # Orbax, JSON and the file system each raise their own
+            raise _DamagedError(_reason(error)) from error
+        if not is_sealed(record):
+            raise _DamagedError("its record is not as it was saved")
+        return record
+
+    def _find(self, which: Which) -> list[int]:
+        """The steps to try, in this order."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
             raise UserError(f"{self._folder} holds no checkpoint: train first, or give the --workdir of a trained run.")
         if which == "latest":
-            return max(steps)
+            return steps
         if which == "best":
-            return self._manager.best_step() or max(steps)
+            return [self._best(steps)]
         if which not in steps:
-            raise UserError(f"--step is {which}: {self._folder} has {', '.join(map(str, sorted(steps)))}.")
-        return which
+            raise UserError(f"--step is {which}: {self._folder} has {', '.join(map(str, reversed(steps)))}.")
+        return [which]
+
+    def _best(self, steps: Sequence[int]) -> int:
+        """The step with the lowest loss, the newest if no loss is known."""
+        return min(steps, key=lambda step: (self._losses.get(step, float("inf")), -step))
+
+    def _storage_error(self, error: object) -> StorageError:
+        return StorageError(
+            f"A checkpoint could not be saved in {self._folder} ({_reason(error)}): those before it are kept, and the "
+            "same command resumes there once that is mended."
+        )
+
+
+def _reason(error: object) -> str:
+    """The first line of an error, shortened."""
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def save_config(workdir: Path, config: Config) -> None:
     """Writes the config of a run into its folder."""
-    (workdir / CONFIG_FILE).write_text(to_json(config))
+    with replacing(workdir / CONFIG_FILE) as file:
+        file.write(to_json(config).encode())
 
 
 def load_config(workdir: Path) -> Config:
@@ -119,7 +232,3 @@ def load_config(workdir: Path) -> Config:
     if not path.is_file():
         raise UserError(f"--workdir {workdir} has no {CONFIG_FILE}: give the folder of a run of train.py.")
     return from_json(path.read_text(), path)
-
-
-def _negative_loss(metrics: dict[str, float]) -> float:
-    return -metrics["loss"]

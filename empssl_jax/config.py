@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import runpy
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,6 +271,7 @@ def parse_train_options(arguments: Sequence[str], default_config: Path) -> Confi
 @contextlib.contextmanager
 def user_errors_exit() -> Iterator[None]:
     """Turns a UserError into its message and an exit code, and Ctrl-C into exit code 130."""
+    _silence_background_threads()
     try:
         yield
     except UserError as error:
@@ -276,3 +279,10 @@ def user_errors_exit() -> Iterator[None]:
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _silence_background_threads() -> None:
+    """Keeps traces of Orbax's and TensorStore's threads from the terminal: what concerns a run is raised in it too."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")

@@ -19,6 +19,7 @@ from empssl_jax.keys import embedding_patches_key
 from empssl_jax.metrics import image_progress
 from empssl_jax.models import EncoderState, encoder_graph
 from empssl_jax.patches import multi_patch
+from empssl_jax.workdir import replacing
 
 
 class LabelledEmbeddings(NamedTuple):
@@ -96,10 +97,8 @@ def embed_dataset(
 def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:
     """Writes an .npz with `embeddings` (N, E) float32, `labels` (N,) int32 and `num_classes`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         np.savez(file, **split._asdict())
-    temporary.replace(path)
 
 
 def load_embeddings(path: Path) -> LabelledEmbeddings:

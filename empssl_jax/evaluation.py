@@ -20,6 +20,7 @@ from empssl_jax.keys import classifier_key, parameters_key
 from empssl_jax.knn import check_num_neighbours, knn_scores, top_k_accuracy
 from empssl_jax.linear import linear_accuracy
 from empssl_jax.models import EncoderState, init_encoder
+from empssl_jax.workdir import claimed, replacing, storage_errors
 
 RESULTS_FILE = "results.json"
 SPLITS: tuple[data.Split, ...] = ("train", "test")
@@ -64,25 +65,36 @@ def parse_evaluate_options(arguments: Sequence[str]) -> EvaluateOptions:
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
-    """Measures a run, or given embeddings; prints a table and writes results.json beside what was measured."""
+    """Measures a run, or given embeddings; prints a table and writes results.json beside what was measured.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or it is damaged or in use, or the options do not fit it.
+    """
     if options.embeddings is not None:
-        folder, seed = Path(options.embeddings), Config().training.seed
-        embeddings = {split: load_embeddings(folder / f"{split}.npz") for split in SPLITS}
-        dims = [labelled.embeddings.shape[1] for labelled in embeddings.values()]
-        require(
-            len(set(dims)) == 1, "embeddings", options.embeddings, f"its splits have dimensions {dims}, make them equal"
-        )
-    else:
-        folder = Path(options.workdir)
-        config = load_config(folder)
-        seed = config.training.seed
-        require(options.evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches to embed, as 128")
-        run = dataclasses.replace(config.run, data_dir=options.data_dir)
-        config = dataclasses.replace(config, evaluation=options.evaluation, run=run)
+        folder = Path(options.embeddings)
+        return _measure(folder, _load_both_embeddings(folder), options.evaluation, Config().training.seed)
+    folder = Path(options.workdir)
+    config = load_config(folder)
+    require(options.evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches to embed, as 128")
+    run = dataclasses.replace(config.run, data_dir=options.data_dir)
+    config = dataclasses.replace(config, evaluation=options.evaluation, run=run)
+    with claimed(folder), storage_errors(folder):
+        load_results(folder)  # refuses a damaged file now rather than after the work
         embeddings = _embed_checkpoint(config, folder, options.step)
-    results = {"kNN": measure_knn(embeddings, options.evaluation)}
-    if options.evaluation.linear_epochs > 0:
-        results |= measure_linear(embeddings, options.evaluation, seed)
+        return _measure(folder, embeddings, options.evaluation, config.training.seed)
+
+
+def _load_both_embeddings(folder: Path) -> Embeddings:
+    embeddings = {split: load_embeddings(folder / f"{split}.npz") for split in SPLITS}
+    dims = [labelled.embeddings.shape[1] for labelled in embeddings.values()]
+    require(len(set(dims)) == 1, "embeddings", str(folder), f"its splits have dimensions {dims}, make them equal")
+    return embeddings
+
+
+def _measure(folder: Path, embeddings: Embeddings, config: EvaluationConfig, seed: int) -> dict[str, Accuracy]:
+    results = {"kNN": measure_knn(embeddings, config)}
+    if config.linear_epochs > 0:
+        results |= measure_linear(embeddings, config, seed)
     print(format_table(add_results(folder, results)))
     return results
 
@@ -156,11 +168,9 @@ def format_table(results: dict[str, Accuracy]) -> str:
 
 def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
     """Writes results into the folder's results.json, beside those of other names that are there; returns all."""
-    path = folder / RESULTS_FILE
-    temporary = path.with_suffix(".tmp")
     together = load_results(folder) | results
-    temporary.write_text(json.dumps(together, indent=2) + "\n")
-    temporary.replace(path)
+    with replacing(folder / RESULTS_FILE) as file:
+        file.write((json.dumps(together, indent=2) + "\n").encode())
     return together
 
 

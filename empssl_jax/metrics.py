@@ -3,16 +3,20 @@
 import collections
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
 import jax
 from jaxtyping import Array
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from empssl_jax.config import UserError
+from empssl_jax.workdir import replacing
 
 
 class DivergenceError(UserError):
@@ -44,7 +48,7 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         _drop_steps_from(path, first_step)
         self._lines = path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step, write_to_disk=True)
+        self._events = _EventFile(workdir / "tensorboard", first_step)
         self._bar = tqdm(total=last_step, initial=first_step, desc="training", unit="step", disable=None)
         self._patches_per_step = patches_per_step
         self._coding_rate_bounds = coding_rate_bounds
@@ -72,6 +76,7 @@ class MetricsWriter:
     def flush(self) -> float:
         """Writes those of the last step too; returns the mean loss of the steps since the last flush, see `add`."""
         self._write_pending()
+        os.fsync(self._lines.fileno())  # a checkpoint of these steps must not outlive their metrics
         losses, self._losses = self._losses, []
         return sum(losses) / len(losses)
 
@@ -97,8 +102,7 @@ class MetricsWriter:
         patches_per_second = steps_per_second * self._patches_per_step
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
-        for name, value in (values | {"patches_per_second": patches_per_second}).items():
-            self._events.add_scalar(f"train/{name}", value, step)
+        self._events.add(step, values | {"patches_per_second": patches_per_second})
         shown = {
             "loss": f"{values['loss']:.2f}",
             "coding rate": f"{values['coding_rate']:.2f} ({values['coding_rate_fraction']:.0%})",
@@ -111,6 +115,26 @@ class MetricsWriter:
         if self._bar.disable:
             line = ", ".join(f"{name} {value}" for name, value in shown.items())
             print(f"step {step + 1}/{self._bar.total}: {line}", file=sys.stderr, flush=True)
+
+
+class _EventFile:
+    """TensorBoard's event file, written by the caller's thread: that of tensorboardX would hang on a full disk.
+
+    Steps from `first_step` on that earlier files hold are hidden.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        self._writer.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        scalars = [Summary.Value(tag=f"train/{name}", simple_value=value) for name, value in values.items()]
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def image_progress(description: str, num_images: int) -> tqdm:
@@ -133,6 +157,5 @@ def _drop_steps_from(path: Path, first_step: int) -> None:
             continue
         if step < first_step:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write("".join(kept).encode())

@@ -25,6 +25,7 @@ from empssl_jax.metrics import MetricsWriter
 from empssl_jax.models import EncoderState, default_precision, encoder_graph, encoder_state, init_encoder, is_layer
 from empssl_jax.patches import multi_patch
 from empssl_jax.reductions import norm_pair
+from empssl_jax.workdir import claimed, storage_errors
 
 STATISTICS_PASSES = 10  # steps that set BatchNorm's statistics of an untrained encoder
 
@@ -121,16 +122,23 @@ def train(config: Config) -> None:
 
     Raises:
         UserError: the options do not fit the data, the devices, or the run that is in the folder.
-        DivergenceError: the loss became NaN or infinite.
+        DivergenceError: the loss, an update or a parameter became NaN or infinite.
+        StorageError: the folder cannot be written to any more.
     """
     if config.model.precision == "auto":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=default_precision()))
     mesh, workdir = data.device_mesh(), Path(config.run.workdir)
     _check_devices(config, mesh)
-    first_step = _check_workdir(workdir, config)
-    datasets = evaluation.load_datasets(config)
-    steps_per_epoch = data.count_steps(datasets["train"], config.training.batch_size)
-    _check_profile(config, steps_per_epoch * config.training.max_epochs - first_step)
+    with claimed(workdir):
+        first_step = _check_workdir(workdir, config)
+        datasets = evaluation.load_datasets(config)
+        steps_per_epoch = data.count_steps(datasets["train"], config.training.batch_size)
+        _check_profile(config, steps_per_epoch * config.training.max_epochs - first_step)
+        with storage_errors(workdir):
+            _train(config, datasets, mesh, workdir)
+
+
+def _train(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: Path) -> None:
     checkpoints.save_config(workdir, config)
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         _measure_untrained(config, datasets, mesh, workdir)
@@ -154,14 +162,11 @@ def _check_profile(config: Config, steps_left: int) -> None:
 
 
 def _check_workdir(workdir: Path, config: Config) -> int:
-    """Makes the run's folder; refuses one with checkpoints of a run that learns something else.
+    """Refuses a folder with checkpoints of a run that learns something else.
 
     Returns the step that training starts or resumes at.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}): give another folder.") from error
+    evaluation.load_results(workdir)  # refuses a damaged file now rather than after the training
     with Checkpoints(workdir) as store:
         first_step = store.latest_step() or 0
     differences = training_differences(config, checkpoints.load_config(workdir)) if first_step else []
@@ -189,13 +194,15 @@ def _fit(config: Config, dataset: data.ImageDataset, mesh: Mesh, workdir: Path) 
             for step, batch in _placed_batches(config, dataset, first_step, last_step, mesh):
                 state, metrics = train_step(state, batch)
                 writer.add(step, metrics)
+                store.check()
                 if _checkpoint_is_due(config.run, step + 1, steps_per_epoch) or signals:
                     store.save(step + 1, state.encoder, state.optimizer, loss=writer.flush())
                 if signals:
-                    store.wait()
-                    print(f"stopped and saved at step {step + 1} of {last_step}: the same command resumes there")
-                    raise SystemExit(128 + signals[0])
+                    break
         store.wait()
+        if signals:
+            print(f"stopped and saved at step {int(state.step)} of {last_step}: the same command resumes there")
+            raise SystemExit(128 + signals[0])
     return state.encoder
 
 
@@ -218,6 +225,7 @@ def _initial_state(config: Config, optimizer, store: Checkpoints, mesh: Mesh) ->
         return jax.device_put(create(), sharding)
     template = jax.eval_shape(create)
     step, encoder, optimizer_state = store.restore(template.encoder, template.optimizer, sharding, "latest")
+    store.set_aside_after(step)
     return TrainState(jax.device_put(jnp.int32(step), sharding), encoder, optimizer_state)
 
 

@@ -12,8 +12,8 @@ import pytest
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 # Not the config: it checks its values itself, and is tested with values of wrong types.
-CHECKED = ("batch_norm", "checkpoints", "data", "embeddings", "evaluation", "keys", "knn", "lars", "linear", "losses")
-CHECKED += ("metrics", "models", "patches", "reductions", "training")
+CHECKED = ("batch_norm", "checkpoints", "data", "digests", "embeddings", "evaluation", "keys", "knn", "lars", "linear")
+CHECKED += ("losses", "metrics", "models", "patches", "reductions", "training", "workdir")
 jaxtyping.install_import_hook([f"empssl_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"

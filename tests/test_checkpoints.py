@@ -7,6 +7,7 @@ import pytest
 
 from empssl_jax import checkpoints, data
 from empssl_jax.config import UserError
+from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
 
 
@@ -22,7 +23,7 @@ def workdir(tmp_path):
     """A run with checkpoints at steps 1 to 4, of which step 1 has the lowest loss."""
     with checkpoints.Checkpoints(tmp_path, max_to_keep=2) as store:
         for step, loss in [(1, -9.0), (2, -5.0), (3, -6.0), (4, -7.0)]:
-            store.save(step, encoder_of(step), OPTIMIZER, loss)
+            store.save(step, encoder_of(float(step)), OPTIMIZER, loss)
     return tmp_path
 
 
@@ -57,12 +58,20 @@ def test_no_checkpoint_is_refused(tmp_path):
         restore(tmp_path, "latest")
 
 
-def test_a_truncated_checkpoint_is_refused(workdir):
-    for path in (workdir / "checkpoints" / "4" / "encoder").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[:10])
-    with pytest.raises(UserError, match=r"Checkpoint 4 in .* cannot be restored"):
-        restore(workdir, "latest")
+def test_an_unfinished_save_is_cleared_away(workdir):
+    left = workdir / "checkpoints" / "5.orbax-checkpoint-tmp-123"
+    left.mkdir()
+    assert restore(workdir, "latest")[0] == 4
+    assert not left.exists()
+
+
+def test_a_state_that_is_not_finite_is_not_saved(workdir):
+    with checkpoints.Checkpoints(workdir) as store:
+        for bad in (np.nan, np.inf):
+            encoder = EncoderState({"w": jnp.ones((4, 3))}, {"mean": jnp.full(3, bad)})
+            with pytest.raises(DivergenceError, match=r"Step 4 has made .*'mean'.* not finite"):
+                store.save(5, encoder, OPTIMIZER, -1.0)
+    assert restore(workdir, "latest")[0] == 4
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

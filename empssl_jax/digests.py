@@ -1,0 +1,49 @@
+"""Digests of arrays: what a checkpoint records when it is saved and compares when it is restored."""
+
+import hashlib
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+Digests = dict[str, str]
+
+
+def array_digests(tree: PyTree) -> Digests:
+    """SHA-256 of each array of a pytree, with its shape and type, by its path."""
+    return {jax.tree_util.keystr(path): _digest(np.asarray(leaf)) for path, leaf in _leaves(tree)}
+
+
+def first_not_finite(tree: PyTree) -> str | None:
+    """Path of the first array of a pytree that holds NaN or an infinity, None if there is none."""
+    bad = (jax.tree_util.keystr(path) for path, leaf in _leaves(tree) if not np.isfinite(np.asarray(leaf)).all())
+    return next(bad, None)
+
+
+def seal(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of JSON's types with a digest of itself."""
+    return record | {"seal": _text_digest(record)}
+
+
+def is_sealed(record: object) -> bool:
+    """Whether a record is as `seal` made it."""
+    if not isinstance(record, dict):
+        return False
+    rest = {name: value for name, value in record.items() if name != "seal"}
+    return record.get("seal") == _text_digest(rest)
+
+
+def _leaves(tree):
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _digest(array: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _text_digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

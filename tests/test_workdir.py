@@ -1,0 +1,66 @@
+"""One process at a time in a run's folder, and files that are whole or absent."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from empssl_jax.config import UserError
+from empssl_jax.workdir import StorageError, claimed, replacing, storage_errors
+
+HOLD = """
+import sys
+from pathlib import Path
+from empssl_jax.workdir import claimed
+with claimed(Path(sys.argv[1])):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "claimed\n"
+    with (
+        pytest.raises(UserError, match=rf"is in use by process {process.pid} on .*: wait for it, stop it"),
+        claimed(tmp_path),
+    ):
+        pass
+    process.kill()
+    process.communicate()
+    with claimed(tmp_path):
+        assert f"process {os.getpid()} on" in (tmp_path / "lock").read_text()
+
+
+def test_the_same_process_can_claim_again(tmp_path):
+    for _ in range(2):
+        with claimed(tmp_path / "new"):
+            pass
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"--workdir .*file.* cannot be written to \(.*\): give another folder"):
+            claimed(place).__enter__()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("before")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        refused = pytest.raises(StorageError, match=r"cannot be written to any more \(File too large\)")
+        with refused, storage_errors(tmp_path), replacing(path) as file:
+            file.write(b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_text() == "before"
+    with replacing(path) as file:
+        file.write(b"after")
+    assert path.read_text() == "after"
