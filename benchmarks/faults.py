@@ -10,6 +10,7 @@ of the uninterrupted run, bit for bit. Runs are repeated in new folders until al
 
 import dataclasses
 import json
+import os
 import random
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,6 +31,7 @@ from benchmarks.measure import environment
 
 ROOT = Path(__file__).parents[1]
 TRAIN_OPTIONS = ["--config", "configs/digits.py", "--checkpoint-every", "3", "--no-untrained"]
+NOT_INHERITED = ("XLA_FLAGS", "TF_CPP_MIN_LOG_LEVEL")
 STEPS, SAVE, EMBEDDING = "between steps", "during a save", "during the embedding"
 
 
@@ -65,14 +68,23 @@ class Report:
 
 
 class Victim:
-    """A running train.py whose progress is read off its folder."""
+    """A running train.py whose progress is read off its folder; it prints into a file beside that.
 
-    def __init__(self, workdir: Path, options: list[str]):
-        workdir.mkdir(exist_ok=True)
-        self.workdir = workdir
+    Args:
+        workdir: folder of the run.
+        options: other options of train.py.
+        popen: more for `subprocess.Popen`.
+    """
+
+    def __init__(self, workdir: Path, options: list[str], **popen: Any):
+        self.workdir, self._log = workdir, workdir.with_name(workdir.name + ".log")
+        # What JAX and tests have set for their own process is not for this one.
+        inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         command = [sys.executable, "train.py", *options, "--workdir", str(workdir)]
-        with (workdir / "log").open("w") as log:
-            self._process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=inherited, stdout=log, stderr=subprocess.STDOUT, **popen
+            )
 
     def steps(self) -> int:
         """Steps in metrics.jsonl."""
@@ -86,11 +98,11 @@ class Victim:
 
     def output(self) -> str:
         """What it has printed."""
-        return (self.workdir / "log").read_text()
+        return self._log.read_text()
 
     def wait_for(self, reached: Callable[[], bool]) -> bool:
-        """Waits until something is reached, or the end; says whether it was reached."""
-        while self._process.poll() is None:
+        """Waits until something is reached, or the process has ended; says whether it was reached."""
+        while self.process.poll() is None:
             if reached():
                 return True
             time.sleep(0.001)
@@ -99,8 +111,8 @@ class Victim:
     def end(self, number: int | None = None) -> int:
         """Sends a signal, if one is given, and returns the exit code."""
         if number is not None:
-            self._process.send_signal(number)
-        return self._process.wait(timeout=600)
+            self.process.send_signal(number)
+        return self.process.wait(timeout=600)
 
 
 def harass(whole: Path, workdir: Path, options: list[str], moments: random.Random, report: Report, kills: int) -> int:

@@ -216,8 +216,9 @@ class Checkpoints:
 
 
 def _reason(error: object) -> str:
-    """The first line of an error, shortened."""
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+    """The first line of an error; of a long one its two ends, which name the kind and the cause."""
+    line = str(error).strip().split("\n")[0] or type(error).__name__
+    return line if len(line) <= 200 else f"{line[:80]} ... {line[-120:]}"
 
 
 def save_config(workdir: Path, config: Config) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.faults import NOT_INHERITED
+
 REPOSITORY = Path(__file__).parent.parent
 TINY = [
     *("--width", "4", "--hidden-dim", "32", "--projection-dim", "16", "--patch-size", "16", "--train-patches", "4"),
@@ -25,7 +27,7 @@ def environment(tmp_path_factory):
     """One compilation cache for all processes, which run the same small programs."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | cache
+    return {name: value for name, value in os.environ.items() if name not in NOT_INHERITED} | cache
 
 
 @pytest.fixture

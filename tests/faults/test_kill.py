@@ -10,7 +10,6 @@ from tests.test_end_to_end import DIGITS
 def test_five_kills_lose_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    monkeypatch.setenv("XLA_FLAGS", "")
     report = faults.run(5, 0, [*DIGITS, "--max-epochs", "4"], tmp_path)
     print(report.markdown())
     assert report.mismatches == []
