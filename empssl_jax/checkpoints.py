@@ -83,7 +83,8 @@ class Checkpoints:
             DivergenceError: an array is not finite.
             StorageError: this save, or the one before, failed.
         """
-        if step in self._manager.all_steps():
+        saved = self._manager.all_steps()
+        if step in saved:
             return
         items = {"encoder": encoder, "optimizer": optimizer}
         if (path := first_not_finite(items)) is not None:
@@ -91,7 +92,7 @@ class Checkpoints:
                 f"Step {step - 1} has made {path} not finite: the last checkpoint before it is kept; try a lower "
                 "--learning-rate."
             )
-        self._losses[step] = loss
+        self._losses = {step: loss} | {old: self._losses[old] for old in saved if old in self._losses}
         record = seal({"loss": loss, "digests": array_digests(items)})
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         if not self._folder.is_dir():

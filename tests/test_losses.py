@@ -104,3 +104,14 @@ def test_normalise_hides_no_overflow():
     vectors = jnp.float32([[3.0, 4.0], [0.0, 0.0], [1e20, 1e20]])
     np.testing.assert_allclose(normalise(vectors), [[0.6, 0.8], [0.0, 0.0], [np.nan, np.nan]], rtol=1e-6)
     assert np.isfinite(jax.grad(lambda v: jnp.sum(normalise(v)))(vectors[:2])).all()
+
+
+@pytest.mark.parametrize(("images", "dim"), [(8, 64), (64, 8), (100, 1024)])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
+def test_rows_rounded_to_bfloat16_are_finite_and_exact(images, dim, spread):
+    """Rounded rows are no longer of unit length."""
+    z = unit_rows(2, 1, dim) + spread * unit_rows(2, images, dim, seed=1)
+    z = jnp.asarray(z / np.linalg.norm(z, axis=-1, keepdims=True), jnp.bfloat16).astype(jnp.float32)
+    value, gradient = jax.value_and_grad(lambda z: coding_rate(z, EPS))(z)
+    assert float(value) == pytest.approx(oracle_coding_rate(z), rel=1e-4)
+    assert np.isfinite(gradient).all()

@@ -1,0 +1,92 @@
+"""NaN and infinities in an image, a parameter or a gradient: the run stops at that step and keeps what is good."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from empssl_jax import data, evaluation, training
+from empssl_jax.checkpoints import Checkpoints
+from empssl_jax.config import parse_train_options
+from empssl_jax.metrics import DivergenceError
+from tests.test_end_to_end import DIGITS, REPOSITORY
+
+STEP = 7
+
+
+def in_an_image(patch, config, value):
+    """Into the patches of one image of that step."""
+    dataset = evaluation.load_datasets(config)["train"]
+    batch = next(data.batches(dataset, config.training.batch_size, config.training.seed, STEP, STEP + 1))
+    spared = training.multi_patch
+
+    def multi_patch(*args, indices, **options):
+        patches = spared(*args, indices=indices, **options)
+        # Epochs begin at steps 0, 5 and 10: the image comes once before.
+        epochs = args[0] == training.training_patches_key(config.training.seed, STEP // 5)
+        hit = (indices == batch.indices[3]) & epochs
+        return patches.at[:, 2, 5, 5, 1].set(jnp.where(hit, value, patches[:, 2, 5, 5, 1]))
+
+    patch.setattr(training, "multi_patch", multi_patch)
+
+
+def in_a_parameter(patch, config, value):
+    """Into one weight, before the step."""
+    spared = training.make_train_step
+
+    def make_train_step(*args):
+        step = spared(*args)
+
+        def damaged_step(state, batch):
+            if int(state.step) == STEP:
+                damaged = state.encoder.params | {"hidden": dict(state.encoder.params["hidden"])}
+                damaged["hidden"]["kernel"] = damaged["hidden"]["kernel"].at[1, 2].set(value)
+                state = state._replace(encoder=state.encoder._replace(params=damaged))
+            return step(state, batch)
+
+        return damaged_step
+
+    patch.setattr(training, "make_train_step", make_train_step)
+
+
+def in_a_gradient(patch, config, value):
+    """Into one gradient, on its way to the optimizer."""
+
+    def update(gradients, count, params=None):
+        leaves, structure = jax.tree.flatten(gradients)
+        leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].set(jnp.where(count == STEP, value, leaves[0].ravel()[0]))
+        return jax.tree.unflatten(structure, leaves), count + 1
+
+    damage = optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
+    spared = training.make_optimizer
+    patch.setattr(training, "make_optimizer", lambda *args: optax.chain(damage, spared(*args)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("damage", [in_an_image, in_a_parameter, in_a_gradient], ids=lambda damage: damage.__name__)
+def test_the_run_stops_at_the_step_and_keeps_what_is_good(damage, value, tmp_path, monkeypatch):
+    options = [*DIGITS, "--max-epochs", "4", "--precision", "float32", "--workdir", str(tmp_path)]
+    config = parse_train_options(options, Path("unused"))
+    monkeypatch.setattr(data, "device_mesh", functools.partial(data.device_mesh, 1))
+    damage(monkeypatch, config, value)
+    with pytest.raises(DivergenceError, match=f"Step {STEP} has"):
+        training.train(config)
+    lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(STEP))
+    assert not (tmp_path / "embeddings").exists()
+    with Checkpoints(tmp_path) as store:
+        assert store.latest_step() == 6
+        optimizer = training.make_optimizer(config.training, lambda step: 0.1)
+        template = jax.eval_shape(lambda: training.create_state(config, optimizer))
+        _, *state = store.restore(template.encoder, template.optimizer, data.replicated(data.device_mesh()), "latest")
+    assert all(np.isfinite(array).all() for array in jax.tree.leaves(state))
+
+
+@pytest.fixture(autouse=True)
+def repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
