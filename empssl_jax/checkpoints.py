@@ -233,4 +233,4 @@ def load_config(workdir: Path) -> Config:
     path = workdir / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"--workdir {workdir} has no {CONFIG_FILE}: give the folder of a run of train.py.")
-    return from_json(path.read_text(), path)
+    return from_json(path.read_bytes(), path)

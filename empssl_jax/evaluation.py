@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from empssl_jax import data
 from empssl_jax.checkpoints import Checkpoints, Which, load_config
+from empssl_jax.checks import one_line
 from empssl_jax.config import Config, EvaluationConfig, RunConfig, UserError, require
 from empssl_jax.embeddings import LabelledEmbeddings, embed_dataset, load_embeddings, make_embed, save_embeddings
 from empssl_jax.keys import classifier_key, parameters_key
@@ -72,6 +73,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     """
     if options.embeddings is not None:
         folder = Path(options.embeddings)
+        load_results(folder)  # refuses a damaged file now rather than after the work
         return _measure(folder, _load_both_embeddings(folder), options.evaluation, Config().training.seed)
     folder = Path(options.workdir)
     config = load_config(folder)
@@ -95,7 +97,8 @@ def _measure(folder: Path, embeddings: Embeddings, config: EvaluationConfig, see
     results = {"kNN": measure_knn(embeddings, config)}
     if config.linear_epochs > 0:
         results |= measure_linear(embeddings, config, seed)
-    print(format_table(add_results(folder, results)))
+    print(format_table(load_results(folder) | results))
+    add_results(folder, results)
     return results
 
 
@@ -175,9 +178,13 @@ def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accurac
 
 
 def load_results(folder: Path) -> dict[str, Accuracy]:
-    """What results.json holds, nothing if there is none."""
+    """What results.json holds, nothing if there is none; raises UserError if it is anything else."""
     path = folder / RESULTS_FILE
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it.") from error
+        results = dict(json.loads(path.read_bytes())) if path.exists() else {}
+        if results:
+            format_table(results)
+        return results
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{path} cannot be read ({reason}): delete it, or move it elsewhere to keep it.") from error

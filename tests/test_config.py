@@ -18,8 +18,7 @@ def out_of_range():
         for field in dataclasses.fields(group):
             if "range" in field.metadata:
                 allowed = field.metadata["range"]
-                below = allowed.low if allowed.above else allowed.low - 1
-                wrong = [below, allowed.high + 1, float("nan"), float("inf"), "3", True]
+                wrong = [allowed.low - 1, allowed.low - 1e-9, allowed.high + 1, float("nan"), float("inf"), "3", True]
                 wrong += [allowed.low + 0.5] if allowed.whole else []
                 wrong += [None] if field.default is not None else []
                 yield from ((group, field.name, value) for value in wrong)
