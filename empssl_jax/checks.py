@@ -72,10 +72,12 @@ class Text:
 
     def holds(self, value: object) -> bool:
         """Whether it is that; control characters and bytes that are not UTF-8 are refused."""
-        return isinstance(value, str) and value != "" and not {"Cc", "Cs"} & set(map(unicodedata.category, value))
+        if not (isinstance(value, str) and 0 < len(value) <= 1000):
+            return False
+        return not {"Cc", "Cs"} & set(map(unicodedata.category, value))
 
     def __str__(self) -> str:
-        return "a name of printable characters"
+        return "a name of 1 to 1000 printable characters"
 
 
 def _allowed(field: dataclasses.Field, annotation: object) -> _Allowed:

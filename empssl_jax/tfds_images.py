@@ -35,9 +35,9 @@ def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsImages:
     size = builder.info.splits[split].num_examples
     try:
         source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        examples = _read(source, size, f"decoding {name} {split}")
-    except UserError as error:
-        raise UserError(f"--dataset {name!r}, {split} split: {error}") from error
+        examples = _read(source, size, f"{name} {split}")
+    except UserError:
+        raise
     except Exception as error:  # TFDS, array_record and protobuf fail each in their own ways on damaged files
         raise UserError(
             f"{name} in {builder.data_dir} cannot be read ({type(error).__name__}: {one_line(error)}): delete that "
@@ -71,25 +71,25 @@ def _check_features(info: tfds.core.DatasetInfo, name: str, split: str) -> None:
         raise UserError(f"--dataset {name!r} has no images in its {split} split: choose another data set.")
 
 
-def _read(source, size: int, description: str) -> list[tuple[dict, UInt8[np.ndarray, "H W 3"]]]:
+def _read(source, size: int, name: str) -> list[tuple[dict, UInt8[np.ndarray, "H W 3"]]]:
     """All examples and their decoded images, in order."""
 
     def read(start):
         numbers = range(start, min(start + 256, size))
         return [
-            (example, _decode(example["image"], number))
+            (example, _decode(example["image"], number, name))
             for number, example in zip(numbers, source.__getitems__(numbers), strict=True)
         ]
 
     examples = []
-    with ThreadPoolExecutor() as threads, image_progress(description, size) as bar:
+    with ThreadPoolExecutor() as threads, image_progress(f"decoding {name}", size) as bar:
         for chunk in threads.map(read, range(0, size, 256)):
             examples.extend(chunk)
             bar.update(len(chunk))
     return examples
 
 
-def _decode(encoded: bytes, number: int) -> UInt8[np.ndarray, "H W 3"]:
+def _decode(encoded: bytes, number: int, name: str) -> UInt8[np.ndarray, "H W 3"]:
     try:
         image: PIL.Image.Image = PIL.Image.open(io.BytesIO(encoded))
         if image.mode[0] in "IF":
@@ -98,8 +98,9 @@ def _decode(encoded: bytes, number: int) -> UInt8[np.ndarray, "H W 3"]:
             image = image.convert("RGBA")
         return np.asarray(image.convert("RGB"))
     except Exception as error:  # PIL's decoders fail each in their own ways
+        reason = "no known format" if isinstance(error, PIL.UnidentifiedImageError) else one_line(error)
         raise UserError(
-            f"image {number} cannot be decoded ({one_line(error)}); prepare the data anew, or choose others"
+            f"Image {number} of {name} cannot be decoded ({reason}): prepare the data set anew, or choose another."
         ) from error
 
 
@@ -110,8 +111,10 @@ def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuild
     except tfds.core.registered.DatasetNotFoundError as error:
         raise UserError(f"--dataset {name!r} is not known to TFDS: see tensorflow.org/datasets for names.") from error
     except Exception as error:  # a malformed name, a version or config that is not there, damaged files
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"--dataset {name!r} cannot be opened ({reason}): check the name and --data-dir.") from error
+        reason, remedy = f"{type(error).__name__}: {one_line(error)}", "check the name and --data-dir"
+        if "tfrecord" in str(error).lower():
+            remedy = "its files are for TensorFlow, so give another --data-dir to prepare it there anew"
+        raise UserError(f"--dataset {name!r} cannot be opened ({reason}): {remedy}.") from error
     if builder.is_prepared():
         return builder
     folder = builder.data_dir
@@ -137,7 +140,7 @@ def _without_tensorflow(builder: tfds.core.DatasetBuilder) -> None:
     """
     module = sys.modules[type(builder).__module__]
     if hasattr(module, "tf"):
-        module.tf = SimpleNamespace(io=SimpleNamespace(gfile=SimpleNamespace(GFile=open)))
+        vars(module)["tf"] = SimpleNamespace(io=SimpleNamespace(gfile=SimpleNamespace(GFile=open)))
     image = dict(builder.info.features).get("image")
     if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
         return
