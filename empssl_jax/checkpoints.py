@@ -45,6 +45,7 @@ class Checkpoints:
         # Folders of saves that a killed process left unfinished go.
         options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)  # Orbax would notice a file in its place when it saves
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         except (OSError, ValueError) as error:
             raise UserError(
