@@ -192,6 +192,44 @@ def valid_values(field: dataclasses.Field, annotation: object) -> st.SearchStrat
     return st.sampled_from([allowed.low, high]) | inside
 
 
+FLAGS = ["--" + option.replace("_", "-") for options in OPTIONS.values() for option in options]
+WORDS = [
+    "",
+    "-1",
+    "0",
+    "1",
+    "nan",
+    "inf",
+    "1e400",
+    "None",
+    "True",
+    "1e3",
+    "9" * 5000,
+    "\ud800",
+    "x" * 2000,
+    "a b",
+    "\n",
+]
+WORDS += [
+    "auto",
+    "digits",
+    "configs/digits.py",
+    "/dev/null",
+    "configs",
+    "-",
+    "--",
+    "--help",
+    "--config",
+    "--model.width",
+]
+WORDS += ["--no-remat", "--x"]
+ARGUMENTS = st.lists(
+    st.sampled_from(FLAGS + WORDS) | st.tuples(st.sampled_from(FLAGS), st.sampled_from(WORDS)).map("=".join), max_size=4
+)
+
+SCALES = st.sampled_from([0, 1e-30, 1e-10, 1e-3, 1.0, 1e3, 1e10, 1e17])
+
+
 @st.composite
 def tiny_configs(draw) -> Config:
     """Any config whose sizes are tiny."""

@@ -7,7 +7,9 @@ tests/test_bad_input.py tries a few of each.
 """
 
 import collections
+import contextlib
 import dataclasses
+import io
 import re
 import tempfile
 import traceback
@@ -23,12 +25,12 @@ import tyro
 from hypothesis import strategies as st
 
 from benchmarks import bad_input
-from benchmarks.bad_input import GROUPS, OPTIONS
+from benchmarks.bad_input import FLAGS, GROUPS, OPTIONS
 from empssl_jax import config, data, embeddings, evaluation, metrics, tfds_images, training
 from empssl_jax.checks import UserError
 from empssl_jax.config import Config
 
-FLAGS = {"--" + option.replace("_", "-") for options in OPTIONS.values() for option in options}
+REPOSITORY = Path(__file__).parent.parent
 
 
 def make_config(groups: dict[str, Any], folder: Path) -> None:
@@ -38,7 +40,7 @@ def make_config(groups: dict[str, Any], folder: Path) -> None:
             **{k: GROUPS[k](**v) if isinstance(v, dict) and set(v) <= set(OPTIONS[k]) else v for k, v in groups.items()}
         )
     except UserError as error:
-        if str(error).split(" is ")[0] not in FLAGS | {f"Config's {name}" for name in GROUPS}:
+        if str(error).split(" is ")[0] not in set(FLAGS) | {f"Config's {name}" for name in GROUPS}:
             raise AssertionError("This names no option.") from error
         raise
     assert config.from_json(config.to_json(made), "config.json") == made
@@ -54,6 +56,21 @@ def run_config_file(content: bytes, folder: Path) -> None:
     path = folder / "config.py"
     path.write_bytes(content)
     assert isinstance(config.load_config(path), Config)
+
+
+def parse(arguments: list[str], folder: Path) -> None:
+    """The command line is refused with a message and exit code 2, or gives a config or its help."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+            parsed = config.parse_train_options(arguments, REPOSITORY / "configs" / "digits.py")
+        assert isinstance(parsed, Config)
+    except SystemExit as error:
+        assert shown.getvalue()
+        if error.code not in (0, 2):
+            raise AssertionError("This is another exit code.") from error
+        if error.code == 2:
+            raise UserError("The command line was refused.") from error
 
 
 def load_embeddings(content: bytes, folder: Path) -> None:
@@ -146,6 +163,24 @@ def schedule(example: tuple[Config, int], folder: Path) -> None:
     assert 0 <= min(rates) <= max(rates) <= made.training.learning_rate * (1 + 1e-6)
 
 
+def measure(example: tuple[float, Config], folder: Path) -> None:
+    """Accuracies are fractions, of embeddings of any size, or the classifier is said to have diverged."""
+    scale, made = example
+    random = np.random.RandomState(0)
+    labelled = [
+        embeddings.LabelledEmbeddings(
+            np.float32(scale * random.standard_normal((7, 3))), random.randint(0, 3, 7).astype(np.int32), 3
+        )
+        for _ in range(2)
+    ]
+    both = dict(zip(("train", "test"), labelled, strict=True))
+    accuracies = [evaluation.measure_knn(both, made.evaluation)]
+    if made.evaluation.linear_epochs > 0:
+        accuracies += evaluation.measure_linear(both, made.evaluation, made.training.seed).values()
+    for accuracy in accuracies:
+        assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 1
+
+
 class Kind(NamedTuple):
     """A kind of input and what is done with it, which raises UserError, succeeds, or fails the test."""
 
@@ -164,11 +199,13 @@ KINDS = {
         read_config_json,
     ),
     "config files": Kind(bad_input.CONFIG_FILES | st.binary(max_size=50), run_config_file),
+    "arguments": Kind(bad_input.ARGUMENTS, parse, 0.5),
     "embeddings": Kind(bad_input.EMBEDDINGS, load_embeddings),
     "results.json": Kind(bad_input.RESULTS, add_to_results),
     "metrics.jsonl": Kind(bad_input.METRICS, resume_metrics),
     "pictures": Kind(bad_input.PICTURES, decode),
     "schedules": Kind(st.tuples(bad_input.tiny_configs(), st.integers(1, 5)), schedule, 0.1),
+    "evaluations": Kind(st.tuples(bad_input.SCALES, bad_input.tiny_configs()), measure, 0.1),
     "traced steps": Kind(st.tuples(bad_input.tiny_configs(), SIDES), trace, 0.01),
     "train steps": Kind(st.tuples(bad_input.tiny_configs(), SIDES), step, 0.002),
 }

@@ -20,6 +20,7 @@ from empssl_jax.embeddings import LabelledEmbeddings, embed_dataset, load_embedd
 from empssl_jax.keys import classifier_key, parameters_key
 from empssl_jax.knn import check_num_neighbours, knn_scores, top_k_accuracy
 from empssl_jax.linear import linear_accuracy
+from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState, init_encoder
 from empssl_jax.workdir import claimed, replacing, storage_errors
 
@@ -95,6 +96,7 @@ def _load_both_embeddings(folder: Path) -> Embeddings:
 
 def _measure(folder: Path, embeddings: Embeddings, config: EvaluationConfig, seed: int) -> dict[str, Accuracy]:
     results = {"kNN": measure_knn(embeddings, config)}
+    add_results(folder, results)  # now: the linear classifier may diverge
     if config.linear_epochs > 0:
         results |= measure_linear(embeddings, config, seed)
     print(format_table(load_results(folder) | results))
@@ -150,9 +152,16 @@ def measure_knn(embeddings: Embeddings, config: EvaluationConfig) -> Accuracy:
 
 
 def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> dict[str, Accuracy]:
-    """Accuracy of the linear classifier on the test embeddings, after its last epoch and at its best on the test."""
+    """Accuracy of the linear classifier on the test embeddings, after its last epoch and at its best on the test.
+
+    Raises:
+        DivergenceError: it is not finite any more.
+    """
     top1, top5 = linear_accuracy(classifier_key(seed), embeddings["train"], embeddings["test"], config)
-    best = int(jnp.argmax(top1))
+    if not jnp.isfinite(top1[-1]):
+        rate = config.linear_learning_rate
+        raise DivergenceError(f"The linear classifier diverged at --linear-learning-rate {rate}: try a lower one.")
+    best = int(jnp.nanargmax(top1))
     return {
         "linear": {"top1": float(top1[-1]), "top5": float(top5[-1])},
         "linear, best epoch on test": {"top1": float(top1[best]), "top5": float(top5[best])},
