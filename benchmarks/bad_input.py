@@ -71,6 +71,11 @@ def some_options(name: str) -> st.SearchStrategy[dict[str, Any]]:
 ANY_OPTIONS = st.fixed_dictionaries({}, optional={name: some_options(name) | VALUES for name in GROUPS})
 
 
+CONFIG_JSON = damaged(st.just(config.to_json(Config()).encode())) | JSON_VALUES.map(as_json) | st.binary(max_size=50)
+CONFIG_JSON |= st.fixed_dictionaries({"model": st.dictionaries(st.sampled_from(OPTIONS["model"]), JSON_VALUES)}).map(
+    as_json
+)
+
 STATEMENTS = [
     *("config = Config()", "config = Config", "config = None", "config = Config(data=3)", "config = (Config(),)"),
     *("config = Config(training=TrainingConfig(seed=1))", "TrainingConfig(learning_rate=-1)", "config.data = 3"),

@@ -192,12 +192,7 @@ class Kind(NamedTuple):
 SIDES = st.sampled_from([1, 2, 8, 28, 32, 33])
 KINDS = {
     "options": Kind(bad_input.ANY_OPTIONS, make_config),
-    "config.json": Kind(
-        bad_input.damaged(st.just(config.to_json(Config()).encode()))
-        | bad_input.JSON_VALUES.map(bad_input.as_json)
-        | st.binary(),
-        read_config_json,
-    ),
+    "config.json": Kind(bad_input.CONFIG_JSON, read_config_json),
     "config files": Kind(bad_input.CONFIG_FILES | st.binary(max_size=50), run_config_file),
     "arguments": Kind(bad_input.ARGUMENTS, parse, 0.5),
     "embeddings": Kind(bad_input.EMBEDDINGS, load_embeddings),
