@@ -96,11 +96,12 @@ def _load_both_embeddings(folder: Path) -> Embeddings:
 
 def _measure(folder: Path, embeddings: Embeddings, config: EvaluationConfig, seed: int) -> dict[str, Accuracy]:
     results = {"kNN": measure_knn(embeddings, config)}
-    add_results(folder, results)  # now: the linear classifier may diverge
-    if config.linear_epochs > 0:
-        results |= measure_linear(embeddings, config, seed)
-    print(format_table(load_results(folder) | results))
-    add_results(folder, results)
+    try:
+        if config.linear_epochs > 0:
+            results |= measure_linear(embeddings, config, seed)
+    finally:  # what was measured is shown and kept also where the linear classifier diverges or the disk is full
+        print(format_table(load_results(folder) | results))
+        add_results(folder, results)
     return results
 
 

@@ -21,6 +21,7 @@ from tensorflow_datasets import features
 from benchmarks import fuzz
 from empssl_jax import checkpoints, data, embeddings, evaluation, training
 from empssl_jax.config import DataConfig, EvaluationConfig, TrainingConfig, UserError, user_errors_exit
+from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
 
 EXAMPLES = 300  # python -m benchmarks.fuzz tries more
@@ -106,12 +107,9 @@ def embeddings_folder(tmp_path):
     return tmp_path
 
 
-def evaluate(folder):
-    return evaluation.evaluate(
-        evaluation.EvaluateOptions(
-            embeddings=str(folder), evaluation=EvaluationConfig(num_neighbours=1, linear_epochs=0)
-        )
-    )
+def evaluate(folder, **options):
+    config = EvaluationConfig(**{"num_neighbours": 1, "linear_epochs": 0} | options)
+    return evaluation.evaluate(evaluation.EvaluateOptions(embeddings=str(folder), evaluation=config))
 
 
 @pytest.mark.parametrize("content", [b'{"kNN": 3}', b"[3]", b'{"kNN": {"top1": "0.5", "top5": 1}}', b"\xff", None])
@@ -137,6 +135,13 @@ def test_the_table_is_shown_even_if_it_cannot_be_written(embeddings_folder, monk
     assert shown.err == (
         "error: [Errno 28] No space left on device: free the disk, mend the file or give another folder.\n"
     )
+
+
+def test_a_linear_classifier_that_diverges_is_told_and_the_knn_kept(embeddings_folder, capsys):
+    with pytest.raises(DivergenceError, match=r"diverged at --linear-learning-rate 1000000000.0: try a lower one"):
+        evaluate(embeddings_folder, linear_epochs=9, linear_learning_rate=1e9, linear_weight_decay=1e3)
+    assert "kNN  100.00%  100.00%" in capsys.readouterr().out
+    assert evaluation.load_results(embeddings_folder) == {"kNN": {"top1": 1.0, "top5": 1.0}}
 
 
 @pytest.mark.parametrize(
