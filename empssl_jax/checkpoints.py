@@ -45,6 +45,7 @@ class Checkpoints:
         # Folders of saves that a killed process left unfinished go.
         options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)  # Orbax would notice a file in its place when it saves
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         except (OSError, ValueError) as error:
             raise UserError(
@@ -233,4 +234,4 @@ def load_config(workdir: Path) -> Config:
     path = workdir / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"--workdir {workdir} has no {CONFIG_FILE}: give the folder of a run of train.py.")
-    return from_json(path.read_text(), path)
+    return from_json(path.read_bytes(), path)

@@ -1,22 +1,19 @@
-"""Data sets: TFDS reads them without TensorFlow, decoded once into memory; Grain orders and batches them."""
+"""Data sets, decoded once into memory; Grain orders and batches them."""
 
-import io
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 import grain
 import jax
 import numpy as np
 import PIL.Image
-import tensorflow_datasets as tfds
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, Int32, UInt8
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from empssl_jax.config import DataConfig, UserError, require
-from empssl_jax.metrics import image_progress
+from empssl_jax.config import DataConfig, require
+from empssl_jax.tfds_images import load_tfds
 
 Split = Literal["train", "test"]
 DATA_AXIS = "data"  # the mesh axis that splits the images of a batch over devices
@@ -52,7 +49,8 @@ def load(config: DataConfig, split: Split, data_dir: str | None) -> ImageDataset
     if config.dataset == "digits":
         dataset, ids = _load_digits(split), None
     else:
-        dataset, ids = _load_tfds(config.dataset, split, data_dir)
+        images, labels, ids, num_classes = load_tfds(config.dataset, split, data_dir)
+        dataset = ImageDataset(images, labels, num_classes)
     if per_class is None:
         return dataset
     kept = first_of_each_class(dataset.labels, ids, per_class)
@@ -103,62 +101,6 @@ def _load_digits(split: Split) -> ImageDataset:
     ]
     images = np.stack([np.asarray(image.convert("RGB")) for image in enlarged])
     return ImageDataset(images, labels.astype(np.int32), 10)
-
-
-def _load_tfds(name: str, split: Split, data_dir: str | None) -> tuple[ImageDataset, np.ndarray | None]:
-    """A split that TFDS has, and the ids of its images if it gives any."""
-    builder = _prepared_builder(name, data_dir)
-    if split not in builder.info.splits or not {"image", "label"} <= set(builder.info.features):
-        raise UserError(f"--dataset {name!r} has no {split} split with images and labels: choose another data set.")
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    size = builder.info.splits[split].num_examples
-
-    def read(start):
-        return [
-            (example, _decode(example["image"]))
-            for example in source.__getitems__(range(start, min(start + 256, size)))
-        ]
-
-    examples = []
-    with ThreadPoolExecutor() as threads, image_progress(f"decoding {name} {split}", size) as bar:
-        for chunk in threads.map(read, range(0, size, 256)):
-            examples.extend(chunk)
-            bar.update(len(chunk))
-    shapes = {image.shape for _, image in examples}
-    if len(shapes) != 1 or len(set(next(iter(shapes))[:2])) != 1:
-        raise UserError(
-            f"--dataset {name!r} has {split} images of shapes {sorted(shapes)[:3]}: they must be square and alike."
-        )
-    labels = np.array([example["label"] for example, _ in examples], np.int32)
-    ids = np.array([example["id"] for example, _ in examples]) if "id" in builder.info.features else None
-    images = np.stack([image for _, image in examples])
-    return ImageDataset(images, labels, builder.info.features["label"].num_classes), ids
-
-
-def _decode(encoded: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    return np.asarray(PIL.Image.open(io.BytesIO(encoded)).convert("RGB"))
-
-
-def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """TFDS's builder of a data set that is on disk, downloaded if need be."""
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.registered.DatasetNotFoundError as error:
-        raise UserError(f"--dataset {name!r} is not known to TFDS: see tensorflow.org/datasets for names.") from error
-    if builder.is_prepared():
-        return builder
-    folder = builder.data_dir
-    print(
-        f"{name} is not in {folder}: TFDS downloads it there. With {name} elsewhere on disk, stop and give --data-dir."
-    )
-    try:
-        builder.download_and_prepare()
-    except Exception as error:  # TFDS, requests, archives and file systems fail each in their own way
-        raise UserError(
-            f"{name} is not in {folder} and cannot be downloaded ({type(error).__name__}): give the folder that has it "
-            "as --data-dir or $TFDS_DATA_DIR, or try the built-in data with --config configs/digits.py."
-        ) from error
-    return builder
 
 
 def device_mesh(num_devices: int | None = None) -> Mesh:

@@ -1,6 +1,7 @@
 """Bag-of-features embeddings: the mean hidden features of an image's random patches (section 3.2 of the paper)."""
 
 import functools
+import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
+from empssl_jax.checks import one_line
 from empssl_jax.config import Config, UserError
 from empssl_jax.data import Batch, ImageDataset, replicated, split_images
 from empssl_jax.keys import embedding_patches_key
@@ -20,6 +22,10 @@ from empssl_jax.metrics import image_progress
 from empssl_jax.models import EncoderState, encoder_graph
 from empssl_jax.patches import multi_patch
 from empssl_jax.workdir import replacing
+
+MAX_CLASSES = 100_000  # memory grows with it
+MAX_COMPRESSION = 200  # deflate packs zeros 1000 times: a small file must not fill the memory
+REMEDY = "give a folder with train.npz and test.npz, or leave --embeddings out to compute them"
 
 
 class LabelledEmbeddings(NamedTuple):
@@ -102,22 +108,49 @@ def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:
 
 
 def load_embeddings(path: Path) -> LabelledEmbeddings:
-    """Reads what `save_embeddings` wrote; raises UserError if the file is missing, damaged or not finite.
+    """Reads what `save_embeddings` wrote; raises UserError if the file is missing, damaged or of something else.
 
-    A file without `num_classes` has as many as its labels need.
+    Nothing is unpickled, and nothing is read before its header says that it fits. A file without `num_classes` has as
+    many as its labels need.
     """
-    remedy = "give a folder with train.npz and test.npz, or leave --embeddings out to compute them"
     if not path.is_file():
-        raise UserError(f"--embeddings: there is no {path}: {remedy}.")
+        raise UserError(f"--embeddings: there is no {path}: {REMEDY}.")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            embeddings, labels = np.asarray(arrays["embeddings"], np.float32), np.asarray(arrays["labels"])
-            num_classes = int(arrays["num_classes"]) if "num_classes" in arrays else 0
-    except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"--embeddings: {path} cannot be read ({error}): {remedy}.") from error
-    shapes_fit = embeddings.ndim == 2 and labels.shape == embeddings.shape[:1] and len(labels) > 0
-    if not (shapes_fit and np.issubdtype(labels.dtype, np.integer) and labels.min() >= 0):
-        raise UserError(f"--embeddings: {path} has embeddings {embeddings.shape} and labels {labels.shape}: {remedy}.")
-    if not np.isfinite(embeddings).all():
-        raise UserError(f"--embeddings: {path} holds values that are not finite: {remedy}.")
-    return LabelledEmbeddings(embeddings, labels.astype(np.int32), max(num_classes, int(labels.max()) + 1))
+        with zipfile.ZipFile(path) as archive:
+            embeddings = _read_array(archive, "embeddings", dim=2, kinds="fiu")
+            labels = _read_array(archive, "labels", dim=1, kinds="iu")
+            is_given = "num_classes.npy" in archive.namelist()
+            num_classes = int(_read_array(archive, "num_classes", dim=0, kinds="iu")) if is_given else 0
+    except Exception as error:  # numpy, zipfile and zlib fail each in their own ways on damaged files
+        raise UserError(f"--embeddings: {path} cannot be read ({one_line(error) or 'damaged'}): {REMEDY}.") from error
+    if not (embeddings.size > 0 and labels.shape == embeddings.shape[:1]):
+        raise UserError(f"--embeddings: {path} has embeddings {embeddings.shape} and labels {labels.shape}: {REMEDY}.")
+    lowest, highest = int(labels.min()), max(int(labels.max()), num_classes - 1)
+    if not (lowest >= 0 and highest < MAX_CLASSES):
+        raise UserError(
+            f"--embeddings: {path} has labels from {lowest} to {highest}: number the classes from 0 to at most "
+            f"{MAX_CLASSES - 1}."
+        )
+    with np.errstate(over="ignore"):
+        embeddings = embeddings.astype(np.float32)
+        if not np.isfinite(np.einsum("ne,ne->n", embeddings, embeddings)).all():
+            raise UserError(
+                f"--embeddings: {path} holds values that are not finite, or too large for float32: {REMEDY}."
+            )
+    return LabelledEmbeddings(embeddings, labels.astype(np.int32), highest + 1)
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, dim: int, kinds: str) -> np.ndarray:
+    """An array of an .npz; raises ValueError unless it is what was announced, before memory is taken for it."""
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.file_size > MAX_COMPRESSION * (entry.compress_size + 1000):
+        raise ValueError(f"{name} unpacks to more than {MAX_COMPRESSION} times its size")
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        expected = dtype.itemsize * math.prod(shape)
+        if len(shape) != dim or dtype.kind not in kinds or expected != entry.file_size - file.tell():
+            raise ValueError(f"{name} has shape {shape}, type {dtype} and {entry.file_size - file.tell()} bytes")
+    with archive.open(entry) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)

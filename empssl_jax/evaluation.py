@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 
 from empssl_jax import data
 from empssl_jax.checkpoints import Checkpoints, Which, load_config
+from empssl_jax.checks import one_line
 from empssl_jax.config import Config, EvaluationConfig, RunConfig, UserError, require
 from empssl_jax.embeddings import LabelledEmbeddings, embed_dataset, load_embeddings, make_embed, save_embeddings
 from empssl_jax.keys import classifier_key, parameters_key
 from empssl_jax.knn import check_num_neighbours, knn_scores, top_k_accuracy
 from empssl_jax.linear import linear_accuracy
+from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState, init_encoder
 from empssl_jax.workdir import claimed, replacing, storage_errors
 
@@ -72,6 +74,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     """
     if options.embeddings is not None:
         folder = Path(options.embeddings)
+        load_results(folder)  # refuses a damaged file now rather than after the work
         return _measure(folder, _load_both_embeddings(folder), options.evaluation, Config().training.seed)
     folder = Path(options.workdir)
     config = load_config(folder)
@@ -93,9 +96,12 @@ def _load_both_embeddings(folder: Path) -> Embeddings:
 
 def _measure(folder: Path, embeddings: Embeddings, config: EvaluationConfig, seed: int) -> dict[str, Accuracy]:
     results = {"kNN": measure_knn(embeddings, config)}
-    if config.linear_epochs > 0:
-        results |= measure_linear(embeddings, config, seed)
-    print(format_table(add_results(folder, results)))
+    try:
+        if config.linear_epochs > 0:
+            results |= measure_linear(embeddings, config, seed)
+    finally:  # what was measured is shown and kept also where the linear classifier diverges or the disk is full
+        print(format_table(load_results(folder) | results))
+        add_results(folder, results)
     return results
 
 
@@ -147,9 +153,16 @@ def measure_knn(embeddings: Embeddings, config: EvaluationConfig) -> Accuracy:
 
 
 def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> dict[str, Accuracy]:
-    """Accuracy of the linear classifier on the test embeddings, after its last epoch and at its best on the test."""
+    """Accuracy of the linear classifier on the test embeddings, after its last epoch and at its best on the test.
+
+    Raises:
+        DivergenceError: it is not finite any more.
+    """
     top1, top5 = linear_accuracy(classifier_key(seed), embeddings["train"], embeddings["test"], config)
-    best = int(jnp.argmax(top1))
+    if not jnp.isfinite(top1[-1]):
+        rate = config.linear_learning_rate
+        raise DivergenceError(f"The linear classifier diverged at --linear-learning-rate {rate}: try a lower one.")
+    best = int(jnp.nanargmax(top1))
     return {
         "linear": {"top1": float(top1[-1]), "top5": float(top5[-1])},
         "linear, best epoch on test": {"top1": float(top1[best]), "top5": float(top5[best])},
@@ -175,9 +188,13 @@ def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accurac
 
 
 def load_results(folder: Path) -> dict[str, Accuracy]:
-    """What results.json holds, nothing if there is none."""
+    """What results.json holds, nothing if there is none; raises UserError if it is anything else."""
     path = folder / RESULTS_FILE
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it.") from error
+        results = dict(json.loads(path.read_bytes())) if path.exists() else {}
+        if results:
+            format_table(results)
+        return results
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{path} cannot be read ({reason}): delete it, or move it elsewhere to keep it.") from error

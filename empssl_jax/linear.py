@@ -20,7 +20,7 @@ class _Examples(NamedTuple):
 
 
 class LinearAccuracy(NamedTuple):
-    """Accuracy on the test embeddings after each epoch, as fractions."""
+    """Accuracy on the test embeddings after each epoch, as fractions; NaN where the classifier is not finite."""
 
     top1: Float[Array, " epochs"]
     top5: Float[Array, " epochs"]
@@ -95,5 +95,5 @@ def _logits(params, embeddings):
 
 def _top1_and_top5(logits, labels) -> LinearAccuracy:
     _, classes = jax.lax.top_k(logits, min(5, logits.shape[1]))
-    hits = classes == labels[:, None]
-    return LinearAccuracy(jnp.mean(hits[:, 0]), jnp.mean(jnp.any(hits, axis=1)))
+    hits = jnp.where(jnp.isfinite(logits).all(), classes == labels[:, None], jnp.nan)
+    return LinearAccuracy(jnp.mean(hits[:, 0]), jnp.mean(jnp.max(hits, axis=1)))

@@ -146,16 +146,18 @@ def image_progress(description: str, num_images: int) -> tqdm:
 
 
 def _drop_steps_from(path: Path, first_step: int) -> None:
-    """Keeps the lines of the steps before `first_step`; a line cut short by a crash goes too."""
+    """Keeps the lines of the steps before `first_step`; what is no line of a step, as one cut by a crash, goes too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-        if step < first_step:
-            kept.append(line)
+    kept = [line for line in path.read_text(errors="replace").split("\n") if _step_of(line) < first_step]
     with replacing(path) as file:
-        file.write("".join(kept).encode())
+        file.write("".join(line + "\n" for line in kept).encode())
+
+
+def _step_of(line: str) -> int | float:
+    """The step of a line of metrics.jsonl, infinite if it is none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if type(step) is int and step >= 0 else math.inf

@@ -43,8 +43,9 @@ TrainStep = Callable[[TrainState, data.Batch], tuple[TrainState, dict[str, Array
 
 def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
     """From the learning rate to 0 along a half cosine over all steps, after a linear rise if there is a warm-up."""
-    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
-    cosine_steps = config.max_epochs * steps_per_epoch - warmup_steps
+    last_step = config.max_epochs * steps_per_epoch
+    warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), last_step - 1)
+    cosine_steps = last_step - warmup_steps
     cosine = optax.cosine_decay_schedule(config.learning_rate, cosine_steps)
     rise = optax.linear_schedule(0.0, config.learning_rate, warmup_steps)
     return optax.join_schedules([rise, cosine], [warmup_steps]) if warmup_steps else cosine
@@ -133,7 +134,9 @@ def train(config: Config) -> None:
         first_step = _check_workdir(workdir, config)
         datasets = evaluation.load_datasets(config)
         steps_per_epoch = data.count_steps(datasets["train"], config.training.batch_size)
-        _check_profile(config, steps_per_epoch * config.training.max_epochs - first_step)
+        last_step = steps_per_epoch * config.training.max_epochs
+        require(last_step < 2**31, "max_epochs", config.training.max_epochs, "those are more than 2147483647 steps")
+        _check_profile(config, last_step - first_step)
         with storage_errors(workdir):
             _train(config, datasets, mesh, workdir)
 

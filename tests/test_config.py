@@ -18,8 +18,7 @@ def out_of_range():
         for field in dataclasses.fields(group):
             if "range" in field.metadata:
                 allowed = field.metadata["range"]
-                below = allowed.low if allowed.above else allowed.low - 1
-                wrong = [below, allowed.high + 1, float("nan"), float("inf"), "3", True]
+                wrong = [allowed.low - 1, allowed.low - 1e-9, allowed.high + 1, float("nan"), float("inf"), "3", True]
                 wrong += [allowed.low + 0.5] if allowed.whole else []
                 wrong += [None] if field.default is not None else []
                 yield from ((group, field.name, value) for value in wrong)
@@ -43,6 +42,31 @@ def test_values_at_the_edge_of_their_range_pass(name, value):
 def test_empty_names_are_refused(name, group):
     with pytest.raises(UserError, match=f"--{name} is ''"):
         group(**{name: ""})
+
+
+@pytest.mark.parametrize("value", ["", "\0", "a\nb", "\ud800", "x" * 1001, b"name", 3, Path("runs")])
+def test_names_that_files_cannot_have_are_refused(value):
+    for group, name in ((config.DataConfig, "dataset"), (config.RunConfig, "workdir"), (config.RunConfig, "data_dir")):
+        with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is .*: give a name of 1 to 1000 printable"):
+            group(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value", "remedy"),
+    [
+        (config.ModelConfig, "precision", "float16", "'auto' or 'float32' or 'bfloat16'"),
+        (config.RunConfig, "remat", 1, "False or True"),
+        (config.EvaluationConfig, "untrained", None, "False or True"),
+    ],
+)
+def test_values_that_are_no_choice_are_refused_with_the_choices(group, name, value, remedy):
+    with pytest.raises(UserError, match=f"^--{name} is {value!r}: give {remedy}"):
+        group(**{name: value})
+
+
+def test_an_eps_that_float32_cannot_compute_is_refused():
+    with pytest.raises(UserError, match=r"^--coding-rate-eps is 0.01: give at least 0.02, .* --projection-dim 2000"):
+        Config(model=config.ModelConfig(projection_dim=2000), training=config.TrainingConfig(coding_rate_eps=0.01))
 
 
 def test_warm_up_must_end_before_training_does():
