@@ -48,7 +48,7 @@ def config(workdir: str) -> Config:
         data=DataConfig(dataset="digits", images_per_class=20, test_images_per_class=10),
         patches=PatchConfig(train_patches=4, patch_size=16),
         model=ModelConfig(width=4, hidden_dim=32, projection_dim=16, precision="float32"),
-        training=TrainingConfig(batch_size=40, max_epochs=1_000_000),
+        training=TrainingConfig(batch_size=40, max_epochs=100_000),
         evaluation=EvaluationConfig(valid_patches=2, embedding_batch_size=64, linear_epochs=5),
         run=RunConfig(workdir=workdir),
     )

@@ -1,5 +1,6 @@
 """Checkpoints of a run by Orbax, every array verified against a digest; beside them the config as JSON."""
 
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +99,7 @@ class Checkpoints:
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         if not self._folder.is_dir():
             raise self._storage_error("the folder is gone")
+        gc.collect()  # Orbax leaves cycles behind that would keep the state of the save before in memory
         try:
             self._manager.save(step, args=ocp.args.Composite(**saves, record=ocp.args.JsonSave(record)))
         except Exception as error:  # Orbax, TensorStore and the file system each raise their own
