@@ -5,9 +5,12 @@ from pathlib import Path
 
 from empssl_jax.compilation import keep_compiled_programs
 from empssl_jax.config import parse_train_options, user_errors_exit
+from empssl_jax.distributed import processes
 from empssl_jax.training import train
 
 if __name__ == "__main__":
     with user_errors_exit():
         keep_compiled_programs()
-        train(parse_train_options(sys.argv[1:], Path(__file__).parent / "configs" / "cifar10.py"))
+        config = parse_train_options(sys.argv[1:], Path(__file__).parent / "configs" / "cifar10.py")
+        with processes(config.distributed):
+            train(config)

@@ -174,9 +174,9 @@ def measure(example: tuple[float, Config], folder: Path) -> None:
         for _ in range(2)
     ]
     both = dict(zip(("train", "test"), labelled, strict=True))
-    accuracies = [evaluation.measure_knn(both, made.evaluation)]
+    accuracies = [evaluation.measure_knn(both, made.evaluation, data.device_mesh())]
     if made.evaluation.linear_epochs > 0:
-        accuracies += evaluation.measure_linear(both, made.evaluation, made.training.seed).values()
+        accuracies += evaluation.measure_linear(both, made.evaluation, made.training.seed, data.device_mesh()).values()
     for accuracy in accuracies:
         assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 1
 

@@ -137,4 +137,6 @@ def linear_probe(sizes: Sizes) -> Work:
     vectors, labels = random_vectors(sizes.linear_images, sizes.dim), random_labels(sizes.linear_images)
     split = embeddings.LabelledEmbeddings(vectors, labels.astype(np.int32), 10)
     config = EvaluationConfig(linear_epochs=sizes.linear_epochs)
-    return _until_done(lambda: linear.linear_accuracy(keys.classifier_key(0), split, split, config))
+    return _until_done(
+        lambda: linear.linear_accuracy(keys.classifier_key(0), split, split, config, data.device_mesh(1))
+    )

@@ -12,6 +12,7 @@ from jax.sharding import Sharding
 
 from empssl_jax.config import Config, RunConfig, UserError, from_json, to_json
 from empssl_jax.digests import array_digests, first_not_finite, is_sealed, seal
+from empssl_jax.distributed import first_process_first, is_first_process
 from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
 from empssl_jax.workdir import StorageError, replacing
@@ -145,14 +146,19 @@ class Checkpoints:
 
     def set_aside_after(self, step: int) -> None:
         """Moves newer checkpoints, which were passed over as damaged, to damaged/ of the workdir."""
-        for newer in [newer for newer in self._manager.all_steps() if newer > step]:
-            place = self._workdir / "damaged" / str(newer)
-            place.parent.mkdir(exist_ok=True)
-            while place.exists():
-                place = place.with_name(place.name + "+")
-            (self._folder / str(newer)).rename(place)
-            self._losses.pop(newer, None)
+        with first_process_first():
+            for newer in [newer for newer in self._manager.all_steps() if newer > step]:
+                if is_first_process():
+                    self._set_aside(newer)
+                self._losses.pop(newer, None)
         self._manager.reload()
+
+    def _set_aside(self, step: int) -> None:
+        place = self._workdir / "damaged" / str(step)
+        place.parent.mkdir(exist_ok=True)
+        while place.exists():
+            place = place.with_name(place.name + "+")
+        (self._folder / str(step)).rename(place)
 
     def _restore(self, which: Which, sharding: Sharding, **templates: Any) -> tuple[int, dict[str, Any]]:
         steps = self._find(which)

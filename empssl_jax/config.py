@@ -136,6 +136,38 @@ class RunConfig(Checked):
     """Write a trace of steps 10 to 15 into profile/ of the workdir, for TensorBoard's profile plugin."""
 
 
+@dataclass(frozen=True)
+class DistributedConfig(Checked):
+    """The processes that work as one; no part of the run, which other processes may resume."""
+
+    coordinator: str | None = None
+    """Where the processes meet: HOST:PORT, a host and a free port of process 0. Goes with --num-processes and
+    --process-id; TPU pods, SLURM and other clusters that JAX recognises need none of the three."""
+    num_processes: int | None = whole(None, 1)
+    """How many processes there are; 1 runs alone, also where JAX recognises a cluster."""
+    process_id: int | None = whole(None, 0)
+    """Number of this process, from 0."""
+    heartbeat_timeout: int = whole(100, 5)
+    """Seconds after which the processes give up one that has ended or been stopped, and end too."""
+    step_timeout: int = whole(600, 1)
+    """Seconds after which the processes end if no training step is done, as when one of them hangs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.coordinator is None:
+            remedy = "give --coordinator, --num-processes and --process-id together"
+            require(self.num_processes in (None, 1), "num_processes", self.num_processes, remedy)
+            require(self.process_id is None, "process_id", self.process_id, remedy)
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        remedy = "give HOST:PORT, a host and a free port of process 0, as 10.0.0.1:1234"
+        require(bool(host) and port.isdecimal() and 0 < int(port) < 2**16, "coordinator", self.coordinator, remedy)
+        remedy = "give --num-processes and --process-id with it"
+        require(None not in (self.num_processes, self.process_id), "coordinator", self.coordinator, remedy)
+        remedy = f"with --num-processes {self.num_processes}, the processes are numbered from 0 to one less"
+        require(self.process_id < self.num_processes, "process_id", self.process_id, remedy)  # type: ignore[operator]
+
+
 # The loss's matrices have eigenvalues from 1 to dimension / eps: above 1e6 float32 can lose what keeps them positive.
 SMALLEST_EPS = 1e-5  # of the dimension
 
@@ -152,6 +184,7 @@ class Config:
     training: Annotated[TrainingConfig, _flat] = dataclasses.field(default_factory=TrainingConfig)
     evaluation: Annotated[EvaluationConfig, _flat] = dataclasses.field(default_factory=EvaluationConfig)
     run: Annotated[RunConfig, _flat] = dataclasses.field(default_factory=RunConfig)
+    distributed: Annotated[DistributedConfig, _flat] = dataclasses.field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -178,8 +211,9 @@ def training_differences(ours: Config, theirs: Config) -> list[str]:
 
 
 def to_json(config: Config) -> str:
-    """The config as JSON, one object a group."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    """The config as JSON, one object a group, without the processes, which are no part of the run."""
+    groups = {name: values for name, values in dataclasses.asdict(config).items() if name != "distributed"}
+    return json.dumps(groups, indent=2) + "\n"
 
 
 def from_json(text: str | bytes, source: object) -> Config:

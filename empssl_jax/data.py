@@ -7,8 +7,9 @@ import grain
 import jax
 import numpy as np
 import PIL.Image
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int, Int32, Shaped, UInt8
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -37,6 +38,9 @@ class Batch(NamedTuple):
 def load(config: DataConfig, split: Split, data_dir: str | None) -> ImageDataset:
     """Decodes a split into memory, with a progress bar.
 
+    Of several processes each decodes it whole: every epoch is another permutation, so that a process needs any image
+    sooner or later. What it gathers in a step is only its own part, see `own_rows`.
+
     Args:
         config: which data set and how much of it.
         split: train or test.
@@ -57,11 +61,26 @@ def load(config: DataConfig, split: Split, data_dir: str | None) -> ImageDataset
     return dataset._replace(images=dataset.images[kept], labels=dataset.labels[kept])
 
 
-def batches(dataset: ImageDataset, batch_size: int, seed: int, first_step: int, last_step: int) -> Iterator[Batch]:
+def batches(
+    dataset: ImageDataset,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    last_step: int,
+    rows: Int[np.ndarray, " K"] | slice = slice(None),
+) -> Iterator[Batch]:
     """Shuffled batches of the steps from `first_step` up to `last_step`, prefetched by a thread.
 
     The batch of a step depends only on (seed, step). Each epoch is another permutation and leaves its incomplete last
     batch out.
+
+    Args:
+        dataset: what is shuffled.
+        batch_size: images in a step.
+        seed: decides the order.
+        first_step: counted from the start of the run.
+        last_step: the first that is left out.
+        rows: which images of each batch to gather, see `own_rows`.
 
     Raises:
         UserError: the data set has no full batch.
@@ -69,7 +88,8 @@ def batches(dataset: ImageDataset, batch_size: int, seed: int, first_step: int, 
     steps_per_epoch = count_steps(dataset, batch_size)
 
     def gather(indices):
-        return Batch(dataset.images[indices], indices.astype(np.int32))
+        own = indices[rows]
+        return Batch(dataset.images[own], own.astype(np.int32))
 
     order = grain.MapDataset.range(len(dataset.labels)).shuffle(seed=seed).batch(batch_size, drop_remainder=True)
     steps = order.repeat(-(-last_step // steps_per_epoch)).slice(slice(first_step, last_step)).map(gather)
@@ -117,3 +137,26 @@ def split_images(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Each device holds everything."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def own_rows(mesh: Mesh, num_rows: int) -> Int[np.ndarray, " K"]:
+    """Which rows of an array that is split by `split_images` this process's devices hold, ascending."""
+    indices = split_images(mesh).addressable_devices_indices_map((num_rows,)).values()
+    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in indices]))
+
+
+def place_rows(
+    own: Shaped[jax.Array | np.ndarray, "K *rest"], mesh: Mesh, num_rows: int
+) -> Shaped[jax.Array, "N *rest"]:
+    """The array of all processes, split over their devices, from this process's `own_rows` of it."""
+    return jax.make_array_from_process_local_data(split_images(mesh), own, (num_rows, *own.shape[1:]))
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has whole, on the devices; each process sends what its own devices hold."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole of an array that is split over devices, on the host of each process."""
+    return multihost_utils.process_allgather(array, tiled=True)

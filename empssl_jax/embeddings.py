@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
 from empssl_jax.checks import one_line
 from empssl_jax.config import Config, UserError
-from empssl_jax.data import Batch, ImageDataset, replicated, split_images
+from empssl_jax.data import ImageDataset, fetch, own_rows, place_rows, replicated, split_images
 from empssl_jax.keys import embedding_patches_key
 from empssl_jax.metrics import image_progress
 from empssl_jax.models import EncoderState, encoder_graph
@@ -76,21 +76,20 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
 def embed_dataset(
     embed: Embed, encoder_state: EncoderState, dataset: ImageDataset, batch_size: int, mesh: Mesh, name: str
 ) -> LabelledEmbeddings:
-    """Embeddings of all images, with a progress bar; the last batch is filled up and cut again.
+    """Embeddings of all images, on each process, with a progress bar; the last batch is filled up and cut again.
 
     Raises:
         UserError: an embedding is not finite, which says that training went wrong.
     """
     size = len(dataset.images)
     batch_size = -(-min(batch_size, size) // mesh.size) * mesh.size
-    parts = []
+    rows, parts = own_rows(mesh, batch_size), []
     with image_progress(f"embedding {name}", size) as bar:
         for start in range(0, size, batch_size):
-            indices = np.arange(start, start + batch_size, dtype=np.int32)
+            indices = (start + rows).astype(np.int32)
             kept = min(batch_size, size - start)
-            batch = Batch(dataset.images[indices % size], indices)
-            images, numbers = jax.device_put(batch, split_images(mesh))
-            parts.append(np.asarray(embed(encoder_state, images, numbers))[:kept])
+            batch = (place_rows(own, mesh, batch_size) for own in (dataset.images[indices % size], indices))
+            parts.append(fetch(embed(encoder_state, *batch))[:kept])
             bar.update(kept)
     embeddings = np.concatenate(parts)
     if not np.isfinite(embeddings).all():

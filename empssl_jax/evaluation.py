@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from empssl_jax import data
 from empssl_jax.checkpoints import Checkpoints, Which, load_config
 from empssl_jax.checks import one_line
-from empssl_jax.config import Config, EvaluationConfig, RunConfig, UserError, require
+from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, RunConfig, UserError, require
+from empssl_jax.distributed import is_first_process
 from empssl_jax.embeddings import LabelledEmbeddings, embed_dataset, load_embeddings, make_embed, save_embeddings
 from empssl_jax.keys import classifier_key, parameters_key
-from empssl_jax.knn import check_num_neighbours, knn_scores, top_k_accuracy
+from empssl_jax.knn import check_num_neighbours, sharded_knn_scores, top_k_accuracy
 from empssl_jax.linear import linear_accuracy
 from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState, init_encoder
@@ -27,6 +28,7 @@ from empssl_jax.workdir import claimed, replacing, storage_errors
 RESULTS_FILE = "results.json"
 SPLITS: tuple[data.Split, ...] = ("train", "test")
 
+_flat = tyro.conf.arg(name="")
 Accuracy = dict[str, float]  # "top1" and "top5", as fractions
 Datasets = dict[data.Split, data.ImageDataset]
 Embeddings = dict[data.Split, LabelledEmbeddings]
@@ -44,9 +46,8 @@ class EvaluateOptions:
     """Folder with train.npz and test.npz to evaluate, in place of a checkpoint."""
     data_dir: str | None = None
     """Folder of prepared TFDS data sets; by default the run's, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=EvaluationConfig
-    )
+    evaluation: Annotated[EvaluationConfig, _flat] = dataclasses.field(default_factory=EvaluationConfig)
+    distributed: Annotated[DistributedConfig, _flat] = dataclasses.field(default_factory=DistributedConfig)
 
 
 def parse_evaluate_options(arguments: Sequence[str]) -> EvaluateOptions:
@@ -72,10 +73,11 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged or in use, or the options do not fit it.
     """
+    mesh = data.device_mesh()
     if options.embeddings is not None:
         folder = Path(options.embeddings)
         load_results(folder)  # refuses a damaged file now rather than after the work
-        return _measure(folder, _load_both_embeddings(folder), options.evaluation, Config().training.seed)
+        return _measure(folder, _load_both_embeddings(folder), options.evaluation, Config().training.seed, mesh)
     folder = Path(options.workdir)
     config = load_config(folder)
     require(options.evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches to embed, as 128")
@@ -83,8 +85,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     config = dataclasses.replace(config, evaluation=options.evaluation, run=run)
     with claimed(folder), storage_errors(folder):
         load_results(folder)  # refuses a damaged file now rather than after the work
-        embeddings = _embed_checkpoint(config, folder, options.step)
-        return _measure(folder, embeddings, options.evaluation, config.training.seed)
+        embeddings = _embed_checkpoint(config, folder, options.step, mesh)
+        return _measure(folder, embeddings, options.evaluation, config.training.seed, mesh)
 
 
 def _load_both_embeddings(folder: Path) -> Embeddings:
@@ -94,20 +96,21 @@ def _load_both_embeddings(folder: Path) -> Embeddings:
     return embeddings
 
 
-def _measure(folder: Path, embeddings: Embeddings, config: EvaluationConfig, seed: int) -> dict[str, Accuracy]:
-    results = {"kNN": measure_knn(embeddings, config)}
+def _measure(
+    folder: Path, embeddings: Embeddings, config: EvaluationConfig, seed: int, mesh: Mesh
+) -> dict[str, Accuracy]:
+    results = {"kNN": measure_knn(embeddings, config, mesh)}
     try:
         if config.linear_epochs > 0:
-            results |= measure_linear(embeddings, config, seed)
+            results |= measure_linear(embeddings, config, seed, mesh)
     finally:  # what was measured is shown and kept also where the linear classifier diverges or the disk is full
         print(format_table(load_results(folder) | results))
         add_results(folder, results)
     return results
 
 
-def _embed_checkpoint(config: Config, workdir: Path, step: Which) -> Embeddings:
+def _embed_checkpoint(config: Config, workdir: Path, step: Which, mesh: Mesh) -> Embeddings:
     """Restores an encoder, embeds both splits and saves the embeddings."""
-    mesh = data.device_mesh()
     template = jax.eval_shape(lambda: init_encoder(config.model, parameters_key(0)))
     with Checkpoints(workdir) as checkpoints:
         step, encoder = checkpoints.restore_encoder(template, data.replicated(mesh), step)
@@ -126,8 +129,9 @@ def load_datasets(config: Config) -> Datasets:
 def embed_and_save(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh, workdir: Path) -> Embeddings:
     """Embeddings of both splits, left behind in the run's embeddings/{train,test}.npz."""
     embeddings = embed_splits(config, encoder, datasets, mesh)
-    for split, labelled in embeddings.items():
-        save_embeddings(workdir / "embeddings" / f"{split}.npz", labelled)
+    if is_first_process():
+        for split, labelled in embeddings.items():
+            save_embeddings(workdir / "embeddings" / f"{split}.npz", labelled)
     return embeddings
 
 
@@ -137,28 +141,28 @@ def embed_splits(config: Config, encoder: EncoderState, datasets: Datasets, mesh
     return {split: embed_dataset(embed, encoder, images, batch_size, mesh, split) for split, images in datasets.items()}
 
 
-def measure_knn(embeddings: Embeddings, config: EvaluationConfig) -> Accuracy:
+def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> Accuracy:
     """Accuracy of weighted kNN on the test embeddings."""
     train, test = embeddings["train"], embeddings["test"]
-    scores = knn_scores(
-        jnp.asarray(test.embeddings),
-        jnp.asarray(train.embeddings),
-        jnp.asarray(train.labels),
+    scores = sharded_knn_scores(
+        mesh,
+        test.embeddings,
+        train.embeddings,
+        train.labels,
         num_classes=train.num_classes,
         num_neighbours=config.num_neighbours,
         temperature=config.temperature,
     )
-    labels = jnp.asarray(test.labels)
-    return {"top1": top_k_accuracy(scores, labels, 1), "top5": top_k_accuracy(scores, labels, 5)}
+    return {f"top{k}": top_k_accuracy(jnp.asarray(scores), jnp.asarray(test.labels), k) for k in (1, 5)}
 
 
-def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> dict[str, Accuracy]:
+def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int, mesh: Mesh) -> dict[str, Accuracy]:
     """Accuracy of the linear classifier on the test embeddings, after its last epoch and at its best on the test.
 
     Raises:
         DivergenceError: it is not finite any more.
     """
-    top1, top5 = linear_accuracy(classifier_key(seed), embeddings["train"], embeddings["test"], config)
+    top1, top5 = linear_accuracy(classifier_key(seed), embeddings["train"], embeddings["test"], config, mesh)
     if not jnp.isfinite(top1[-1]):
         rate = config.linear_learning_rate
         raise DivergenceError(f"The linear classifier diverged at --linear-learning-rate {rate}: try a lower one.")
@@ -182,8 +186,9 @@ def format_table(results: dict[str, Accuracy]) -> str:
 def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
     """Writes results into the folder's results.json, beside those of other names that are there; returns all."""
     together = load_results(folder) | results
-    with replacing(folder / RESULTS_FILE) as file:
-        file.write((json.dumps(together, indent=2) + "\n").encode())
+    if is_first_process():
+        with replacing(folder / RESULTS_FILE) as file:
+            file.write((json.dumps(together, indent=2) + "\n").encode())
     return together
 
 

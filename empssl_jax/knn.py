@@ -1,12 +1,16 @@
 """Weighted k-nearest-neighbour classification of embeddings by cosine similarity."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from empssl_jax.config import require
+from empssl_jax.data import fetch, place, replicated, split_images
 from empssl_jax.losses import normalise
 
 
@@ -36,6 +40,25 @@ def knn_scores(
     """
     check_num_neighbours(num_neighbours, len(bank))
     return _scores(queries, bank, bank_labels, num_classes, num_neighbours, temperature, queries_at_once)
+
+
+def sharded_knn_scores(
+    mesh: Mesh,
+    queries: Float[np.ndarray, "Q E"],
+    bank: Float[np.ndarray, "N E"],
+    bank_labels: Int[np.ndarray, " N"],
+    **options: Any,
+) -> Float[np.ndarray, "Q C"]:
+    """`knn_scores` with the queries split over the devices of all processes; each device has the whole bank."""
+    whole, split = replicated(mesh), split_images(mesh)
+    padded = np.pad(queries, ((0, -len(queries) % mesh.size), (0, 0)))
+    scores = jax.shard_map(
+        functools.partial(knn_scores, **options),
+        mesh=mesh,
+        in_specs=(split.spec, whole.spec, whole.spec),
+        out_specs=split.spec,
+    )
+    return fetch(jax.jit(scores)(place(padded, split), place(bank, whole), place(bank_labels, whole)))[: len(queries)]
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 6))

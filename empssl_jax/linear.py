@@ -5,10 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from empssl_jax.config import EvaluationConfig
+from empssl_jax.data import DATA_AXIS, place, replicated
 from empssl_jax.embeddings import LabelledEmbeddings
 
 MOMENTUM = 0.9
@@ -27,26 +30,43 @@ class LinearAccuracy(NamedTuple):
 
 
 def linear_accuracy(
-    key: Key[Array, ""], train: LabelledEmbeddings, test: LabelledEmbeddings, config: EvaluationConfig
+    key: Key[Array, ""], train: LabelledEmbeddings, test: LabelledEmbeddings, config: EvaluationConfig, mesh: Mesh
 ) -> LinearAccuracy:
     """Trains a linear classifier and measures it after each epoch.
 
     SGD with momentum 0.9 and L2 penalty on mini-batches of cross entropy, the learning rate a half cosine by epoch, as
     the references do. The last epoch's accuracy is the classifier's; choosing another looks at the test labels.
 
+    Each device holds and multiplies its share of every embedding's *dimensions*, and of the kernel. What the devices
+    exchange in a step is then a batch's logits, B x C numbers; sharing out the images instead would move their
+    embeddings in each step, since every batch draws from all, and the whole kernel's gradient.
+
     Args:
         key: draws the initial weights and the order of the batches.
         train: what is learned from.
         test: what is measured on.
         config: its `linear_*` fields.
+        mesh: the devices.
     """
-    examples = [_Examples(jnp.asarray(split.embeddings), jnp.asarray(split.labels)) for split in (train, test)]
-    return _run(key, *examples, train.num_classes, config)
+    dim = train.embeddings.shape[1]
+    # The devices' shares are equal: zeros fill the last one, which neither logits nor gradients see.
+    filling = ((0, 0), (0, -dim % mesh.size))
+    examples = [
+        _Examples(
+            place(np.pad(split.embeddings, filling), _split_dimensions(mesh)), place(split.labels, replicated(mesh))
+        )
+        for split in (train, test)
+    ]
+    return _run(key, *examples, dim, train.num_classes, config, mesh)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _run(key, train, test, num_classes, config):
-    size, dim = train.embeddings.shape
+def _split_dimensions(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(None, DATA_AXIS))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _run(key, train, test, dim, num_classes, config, mesh):
+    size, padded_dim = train.embeddings.shape
     batch_size = min(config.linear_batch_size, size)
     steps = -(-size // batch_size)
 
@@ -57,6 +77,8 @@ def _run(key, train, test, num_classes, config):
         optax.add_decayed_weights(config.linear_weight_decay), optax.sgd(learning_rate, momentum=MOMENTUM)
     )
     params = init(jax.random.fold_in(key, 0), dim, num_classes)
+    kernel = jnp.pad(params["kernel"], ((0, 0), (0, padded_dim - dim)))
+    params["kernel"] = jax.lax.with_sharding_constraint(kernel, _split_dimensions(mesh))
 
     def loss_fn(params, batch, weights):
         losses = optax.softmax_cross_entropy_with_integer_labels(_logits(params, batch.embeddings), batch.labels)
@@ -77,7 +99,7 @@ def _run(key, train, test, num_classes, config):
         return carry, _top1_and_top5(_logits(carry[0], test.embeddings), test.labels)
 
     _, accuracy = jax.lax.scan(epoch, (params, optimizer.init(params)), jnp.arange(config.linear_epochs))
-    return accuracy
+    return jax.lax.with_sharding_constraint(accuracy, replicated(mesh))
 
 
 def init(key, dim, num_classes):

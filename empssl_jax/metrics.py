@@ -16,6 +16,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from empssl_jax.config import UserError
+from empssl_jax.distributed import is_first_process
 from empssl_jax.workdir import replacing
 
 
@@ -27,6 +28,8 @@ class DivergenceError(UserError):
 
 class MetricsWriter:
     """Writes the metrics of each step once and in order, also across interruptions; a context manager.
+
+    Every process checks them and knows their mean; the first one writes.
 
     Args:
         workdir: folder of the run; gets metrics.jsonl, one JSON object a step, and tensorboard/.
@@ -46,10 +49,12 @@ class MetricsWriter:
         coding_rate_bounds: tuple[float, float],
     ):
         path = workdir / "metrics.jsonl"
-        _drop_steps_from(path, first_step)
-        self._lines = path.open("a")
-        self._events = _EventFile(workdir / "tensorboard", first_step)
-        self._bar = tqdm(total=last_step, initial=first_step, desc="training", unit="step", disable=None)
+        self._writes = is_first_process()
+        if self._writes:
+            _drop_steps_from(path, first_step)
+            self._lines = path.open("a")
+            self._events = _EventFile(workdir / "tensorboard", first_step)
+            self._bar = tqdm(total=last_step, initial=first_step, desc="training", unit="step", disable=None)
         self._patches_per_step = patches_per_step
         self._coding_rate_bounds = coding_rate_bounds
         self._times = collections.deque([time.perf_counter()], maxlen=10)
@@ -60,9 +65,10 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-        self._lines.close()
-        self._events.close()
+        if self._writes:
+            self._bar.close()
+            self._lines.close()
+            self._events.close()
 
     def add(self, step: int, metrics: dict[str, Array]) -> None:
         """Takes the metrics of a step and writes those of the step before, so that the devices never wait.
@@ -76,7 +82,8 @@ class MetricsWriter:
     def flush(self) -> float:
         """Writes those of the last step too; returns the mean loss of the steps since the last flush, see `add`."""
         self._write_pending()
-        os.fsync(self._lines.fileno())  # a checkpoint of these steps must not outlive their metrics
+        if self._writes:
+            os.fsync(self._lines.fileno())  # a checkpoint of these steps must not outlive their metrics
         losses, self._losses = self._losses, []
         return sum(losses) / len(losses)
 
@@ -94,7 +101,8 @@ class MetricsWriter:
         self._losses.append(values["loss"])
         smallest, largest = self._coding_rate_bounds
         values["coding_rate_fraction"] = (values["coding_rate"] - smallest) / (largest - smallest)
-        self._write(step, values)
+        if self._writes:
+            self._write(step, values)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         self._times.append(time.perf_counter())
@@ -139,8 +147,8 @@ class _EventFile:
 
 def image_progress(description: str, num_images: int) -> tqdm:
     """A progress bar over images; a plain line where it cannot be drawn."""
-    bar = tqdm(total=num_images, desc=description, unit=" images", disable=None)
-    if bar.disable:
+    bar = tqdm(total=num_images, desc=description, unit=" images", disable=None if is_first_process() else True)
+    if bar.disable and is_first_process():
         print(f"{description}: {num_images} images", file=sys.stderr, flush=True)
     return bar
 

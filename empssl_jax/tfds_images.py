@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int32, Shaped, UInt8
 
 from empssl_jax.checks import UserError, one_line
+from empssl_jax.distributed import first_process_first
 from empssl_jax.metrics import image_progress
 
 
@@ -30,7 +31,8 @@ def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsImages:
     Raises:
         UserError: the data set is unknown, cannot be had, is damaged, or is not of square 8-bit images with labels.
     """
-    builder = _prepared_builder(name, data_dir)
+    with first_process_first():
+        builder = _prepared_builder(name, data_dir)
     _check_features(builder.info, name, split)
     size = builder.info.splits[split].num_examples
     try:

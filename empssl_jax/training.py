@@ -1,23 +1,23 @@
 """The train state, the train step, and the loop around it."""
 
-import contextlib
 import dataclasses
 import functools
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from empssl_jax import batch_norm, checkpoints, data, evaluation, profiling
+from empssl_jax import batch_norm, checkpoints, data, evaluation, interruption, profiling
 from empssl_jax.checkpoints import Checkpoints
 from empssl_jax.config import Config, RunConfig, TrainingConfig, UserError, require, training_differences
+from empssl_jax.distributed import is_first_process, step_watchdog
 from empssl_jax.keys import parameters_key, training_patches_key
 from empssl_jax.lars import lars
 from empssl_jax.losses import coding_rate_bounds, emp_ssl_loss, normalise
@@ -132,6 +132,7 @@ def train(config: Config) -> None:
     _check_devices(config, mesh)
     with claimed(workdir):
         first_step = _check_workdir(workdir, config)
+        interruption.begin_at(first_step)
         datasets = evaluation.load_datasets(config)
         steps_per_epoch = data.count_steps(datasets["train"], config.training.batch_size)
         last_step = steps_per_epoch * config.training.max_epochs
@@ -142,13 +143,14 @@ def train(config: Config) -> None:
 
 
 def _train(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: Path) -> None:
-    checkpoints.save_config(workdir, config)
+    if is_first_process():
+        checkpoints.save_config(workdir, config)
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         _measure_untrained(config, datasets, mesh, workdir)
     encoder = _fit(config, datasets["train"], mesh, workdir)
     if config.evaluation.valid_patches > 0:
         embeddings = evaluation.embed_and_save(config, encoder, datasets, mesh, workdir)
-        knn = evaluation.measure_knn(embeddings, config.evaluation)
+        knn = evaluation.measure_knn(embeddings, config.evaluation, mesh)
         print(evaluation.format_table(evaluation.add_results(workdir, {"kNN": knn})))
 
 
@@ -186,26 +188,30 @@ def _fit(config: Config, dataset: data.ImageDataset, mesh: Mesh, workdir: Path) 
     schedule = learning_rate_schedule(config.training, steps_per_epoch)
     optimizer = make_optimizer(config.training, schedule)
     train_step = make_train_step(config, optimizer, schedule, steps_per_epoch, mesh)
-    with Checkpoints(workdir, config.run.max_to_keep) as store, deferred_signals() as signals:
+    with Checkpoints(workdir, config.run.max_to_keep) as store, interruption.stop_requests() as stop_signal:
         state = _initial_state(config, optimizer, store, mesh)
         first_step = int(state.step)
         if first_step:
             print(f"resuming {workdir} at step {first_step} of {last_step}")
-        if config.run.profile:
+        if config.run.profile and is_first_process():
             train_step = profiling.traced(train_step, workdir / "profile")
-        with _metrics_writer(config, workdir, first_step, last_step) as writer:
+        watchdog = step_watchdog(config.distributed.step_timeout)
+        with _metrics_writer(config, workdir, first_step, last_step) as writer, watchdog as step_done:
             for step, batch in _placed_batches(config, dataset, first_step, last_step, mesh):
                 state, metrics = train_step(state, batch)
                 writer.add(step, metrics)
                 store.check()
-                if _checkpoint_is_due(config.run, step + 1, steps_per_epoch) or signals:
+                if step > first_step:
+                    step_done()  # the one before, which the writer has waited for
+                stop = stop_signal(step + 1) is not None
+                if _checkpoint_is_due(config.run, step + 1, steps_per_epoch) or stop:
                     store.save(step + 1, state.encoder, state.optimizer, loss=writer.flush())
-                if signals:
+                if stop:
                     break
         store.wait()
-        if signals:
+        if signal := stop_signal(int(state.step)):
             print(f"stopped and saved at step {int(state.step)} of {last_step}: the same command resumes there")
-            raise SystemExit(128 + signals[0])
+            raise SystemExit(128 + signal)
     return state.encoder
 
 
@@ -225,38 +231,22 @@ def _initial_state(config: Config, optimizer, store: Checkpoints, mesh: Mesh) ->
     create = functools.partial(create_state, config, optimizer)
     sharding = data.replicated(mesh)
     if store.latest_step() is None:
-        return jax.device_put(create(), sharding)
+        return jax.jit(create, out_shardings=sharding)()
     template = jax.eval_shape(create)
     step, encoder, optimizer_state = store.restore(template.encoder, template.optimizer, sharding, "latest")
     store.set_aside_after(step)
-    return TrainState(jax.device_put(jnp.int32(step), sharding), encoder, optimizer_state)
+    return TrainState(data.place(np.array(step, np.int32), sharding), encoder, optimizer_state)
 
 
 def _placed_batches(
     config: Config, dataset, first_step: int, last_step: int, mesh: Mesh
 ) -> Iterator[tuple[int, data.Batch]]:
     """The steps and their batches, on the devices."""
-    batches = data.batches(dataset, config.training.batch_size, config.training.seed, first_step, last_step)
+    batch_size = config.training.batch_size
+    rows = data.own_rows(mesh, batch_size)
+    batches = data.batches(dataset, batch_size, config.training.seed, first_step, last_step, rows)
     for step, batch in enumerate(batches, start=first_step):
-        yield step, jax.device_put(batch, data.split_images(mesh))
-
-
-@contextlib.contextmanager
-def deferred_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT, for the loop to stop at the end of its step; a second one interrupts at once."""
-    received: list[int] = []
-
-    def receive(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        yield step, data.Batch(*(data.place_rows(own, mesh, batch_size) for own in batch))
 
 
 def _measure_untrained(
@@ -275,11 +265,11 @@ def _measure_untrained(
     steps_per_epoch = data.count_steps(dataset, config.training.batch_size)
     nothing = optax.set_to_zero()
     step = make_train_step(config, nothing, optax.constant_schedule(0.0), steps_per_epoch, mesh)
-    state = jax.device_put(create_state(config, nothing), data.replicated(mesh))
+    state = jax.jit(functools.partial(create_state, config, nothing), out_shardings=data.replicated(mesh))()
     start = jax.tree.map(jnp.copy, state.encoder.batch_stats)
     for _, batch in _placed_batches(config, dataset, 0, STATISTICS_PASSES, mesh):
         state, _ = step(state, batch)
     kept = batch_norm.MOMENTUM**STATISTICS_PASSES
     batch_stats = jax.tree.map(lambda now, first: (now - kept * first) / (1 - kept), state.encoder.batch_stats, start)
     embeddings = evaluation.embed_splits(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
-    evaluation.add_results(workdir, {name: evaluation.measure_knn(embeddings, config.evaluation)})
+    evaluation.add_results(workdir, {name: evaluation.measure_knn(embeddings, config.evaluation, mesh)})

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from empssl_jax.config import UserError
+from empssl_jax.distributed import is_first_process
 
 LOCK_FILE = "lock"
 
@@ -24,13 +25,17 @@ class StorageError(UserError):
 
 @contextlib.contextmanager
 def claimed(workdir: Path) -> Iterator[None]:
-    """Makes the folder and keeps every other process out of it.
+    """Makes the folder and keeps every other job out of it.
 
-    The lock is the operating system's, so that it ends with its process, however that ends.
+    The lock is the operating system's, so that it ends with its process, however that ends. Of the processes of a job
+    only the first one takes it.
 
     Raises:
         UserError: the folder cannot be written to, or another process is using it.
     """
+    if not is_first_process():
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK_FILE).open("a+")

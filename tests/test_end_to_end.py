@@ -46,14 +46,16 @@ def arrays_of(path):
         return dict(arrays)
 
 
-def checkpoint_arrays(workdir, step):
-    """Every array of a checkpoint, as Orbax restores it without being told what to expect."""
+def checkpoint_arrays(workdir, step, *items):
+    """Every array of a checkpoint's items, all by default, as Orbax restores it when told only shapes."""
     import jax
     import orbax.checkpoint as ocp
 
     arrays = []
-    for item in ("encoder", "optimizer"):
-        restored = ocp.StandardCheckpointer().restore(workdir.absolute() / "checkpoints" / str(step) / item)
+    for item in items or ("encoder", "optimizer"):
+        folder, checkpointer = workdir.absolute() / "checkpoints" / str(step) / item, ocp.StandardCheckpointer()
+        there = checkpointer.metadata(folder).item_metadata.tree
+        restored = checkpointer.restore(folder, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), there))
         arrays += jax.tree.leaves(restored)
     return [np.asarray(array) for array in arrays]
 

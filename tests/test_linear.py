@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from empssl_jax import linear
+from empssl_jax import data, linear
 from empssl_jax.config import EvaluationConfig
 from empssl_jax.embeddings import LabelledEmbeddings
 
@@ -46,7 +46,7 @@ def numpy_accuracies(key, train, test, config):
 def test_accuracies_equal_numpys():
     key, train, test = jax.random.key(5), blobs(330, 1), blobs(500, 2)
     config = EvaluationConfig(linear_epochs=5, linear_batch_size=50)
-    accuracy = linear.linear_accuracy(key, train, test, config)
+    accuracy = linear.linear_accuracy(key, train, test, config, data.device_mesh(1))
     np.testing.assert_allclose(accuracy.top1, numpy_accuracies(key, train, test, config), atol=0.0021)
     assert np.all(accuracy.top5 >= accuracy.top1)
 
@@ -55,4 +55,6 @@ def test_separable_classes_are_learned():
     labels = np.arange(120, dtype=np.int32) % CLASSES
     split = LabelledEmbeddings(4 * np.eye(CLASSES, dtype=np.float32)[labels], labels, CLASSES)
     config = EvaluationConfig(linear_epochs=20, linear_batch_size=1000)
-    assert float(linear.linear_accuracy(jax.random.key(0), split, split, config).top1[-1]) == pytest.approx(1.0)
+    assert float(
+        linear.linear_accuracy(jax.random.key(0), split, split, config, data.device_mesh(1)).top1[-1]
+    ) == pytest.approx(1.0)

@@ -1,0 +1,285 @@
+"""Several processes on this machine, joined by CPU collectives, against one: as users start them, and lose them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_end_to_end import DIGITS, REPOSITORY, arrays_of, checkpoint_arrays
+
+from empssl_jax import data, distributed, knn, linear
+from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, UserError, from_json, to_json
+from empssl_jax.embeddings import LabelledEmbeddings
+from empssl_jax.evaluation import EvaluateOptions, evaluate
+
+# At so small a rate the rounding of one step is not amplified by the next ones, and all steps can be compared. Only
+# gradients jump now and then: the flat margins of digits put thousands of equal pixels on one side of a ReLU together.
+OPTIONS = [*DIGITS, "--max-epochs", "3", "--learning-rate", "1e-7", "--max-to-keep", "20"]
+STEPS = 15
+RESUMES = "Start all processes again by the same command: training resumes"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts a script in so many processes of so many devices each, all with one compilation cache."""
+    started = []
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1"}
+
+    def start_processes(*command, processes=1, devices=1, slurm=False):
+        job = []
+        for number in range(processes):
+            joining = slurm_variables if slurm else options_for_joining
+            variables, arguments = joining(processes, number)
+            variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
+            whole = [sys.executable, *map(str, command), *arguments]
+            job.append(subprocess.Popen(whole, env=environment | variables, **pipes))
+        started.extend(job)
+        return job
+
+    port = free_port()
+
+    def options_for_joining(processes, number):
+        address = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes), "--process-id", str(number)]
+        return {}, address if processes > 1 else []
+
+    def slurm_variables(processes, number):
+        names = {"JOB_ID": 1, "STEP_NODELIST": "127.0.0.1", "NTASKS": processes, "PROCID": number, "LOCALID": number}
+        return {f"SLURM_{name}": str(value) for name, value in names.items()} | {"JAX_COORDINATOR_PORT": str(port)}, []
+
+    yield start_processes
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def training(workdir, *options):
+    return ["train.py", *OPTIONS, "--workdir", workdir, *options]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def read_until(stream, text):
+    """Reads a process's output line by line until one contains the text."""
+    lines = []
+    while not (lines and text in lines[-1]):
+        lines.append(stream.readline())
+        assert lines[-1], f"ended before {text!r}: {''.join(lines)}"
+
+
+def finish(job):
+    """Waits for all processes; returns their exit codes, outputs and errors."""
+    outputs, errors = zip(*(process.communicate(timeout=100) for process in job), strict=True)
+    return [process.returncode for process in job], outputs, errors
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    """The folder of a whole run by one process with one device."""
+    workdir = tmp_path_factory.mktemp("runs") / "alone"
+    codes, _, errors = finish(start(*training(workdir)))
+    assert codes == [0], errors
+    return workdir
+
+
+def assert_equal_runs(ours, theirs):
+    """Losses, parameters, the optimizer's accumulated gradients, and embeddings, within rounding."""
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (ours, theirs)
+    ]
+    assert [line["step"] for line in lines[0]] == list(range(STEPS))
+    for name in ("loss", "coding_rate", "similarity", "parameter_norm", "update_norm"):
+        a, b = ([line[name] for line in run] for run in lines)
+        np.testing.assert_allclose(a, b, rtol=5e-3 if name == "update_norm" else 1e-5, err_msg=name)
+        assert a[0] == pytest.approx(b[0], rel=1e-5)
+    # Biases, the smallest parameters, have grown from 0 to 1e-5 by gradients alone.
+    for item, tolerance, smallest in (("encoder", 1e-5, 1e-2), ("optimizer", 2e-2, 0.0)):
+        arrays = (checkpoint_arrays(folder, STEPS, item) for folder in (ours, theirs))
+        for a, b in zip(*arrays, strict=True):
+            assert np.linalg.norm(a - b) <= tolerance * max(np.linalg.norm(b), smallest), item
+    for split in ("train", "test"):
+        a, b = (arrays_of(folder / "embeddings" / f"{split}.npz") for folder in (ours, theirs))
+        np.testing.assert_allclose(a["embeddings"], b["embeddings"], rtol=1e-5, atol=1e-5 * np.max(b["embeddings"]))
+        np.testing.assert_array_equal(a["labels"], b["labels"])
+    a, b = (json.loads((folder / "results.json").read_text())["kNN"] for folder in (ours, theirs))
+    assert a == pytest.approx(b, abs=0.011)  # one image of a hundred may lie between two classes
+    configs = [from_json((folder / "config.json").read_text(), folder) for folder in (ours, theirs)]
+    assert configs[0].training == configs[1].training
+
+
+def test_two_processes_of_two_devices_lose_one_stop_together_and_equal_one_process(start, alone, tmp_path):
+    """Three jobs in one folder. In the second, SIGTERM comes while they compile, and both save after the next step."""
+    job = start(*training(tmp_path, "--step-timeout", 8), processes=2, devices=2)
+    read_until(job[0].stderr, "step 7/15")
+    job[1].send_signal(signal.SIGSTOP)
+    codes, _, errors = finish(job[:1])
+    assert codes == [distributed.LOST], errors
+    assert "process 0 of 2 has finished no step for 8 seconds (--step-timeout)" in errors[0]
+    assert RESUMES in errors[0]
+
+    job = start(*training(tmp_path), processes=2, devices=2, slurm=True)
+    read_until(job[0].stdout, f"resuming {tmp_path} at step")
+    job[1].send_signal(signal.SIGTERM)
+    codes, outputs, errors = finish(job)
+    assert codes == [143, 143], errors
+    stopped = int(outputs[0].split("stopped and saved at step ")[1].split()[0])
+    assert 4 <= stopped < STEPS
+
+    codes, outputs, errors = finish(start(*training(tmp_path), processes=2, devices=2, slurm=True))
+    assert codes == [0, 0], errors
+    assert f"resuming {tmp_path} at step {stopped} of 15" in outputs[0]
+    assert_equal_runs(tmp_path, alone)
+    assert "kNN" in outputs[0]
+    assert "step 15/15" in errors[0]
+    # Only the first process speaks.
+    assert [line for line in outputs[1].splitlines() if "Gloo" not in line] == []
+    assert "step" not in errors[1]
+
+
+def test_four_resume_what_one_saved_lose_one_and_one_goes_on(start, alone, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(alone, workdir)
+    for folder in (workdir / "checkpoints").iterdir():
+        if folder.name.isdigit() and int(folder.name) > 3:
+            shutil.rmtree(folder)
+    job = start(*training(workdir), processes=4)
+    read_until(job[0].stdout, f"resuming {workdir} at step 3 of 15")
+    read_until(job[0].stderr, "step 8/15")
+    job[3].kill()
+    codes, _, errors = finish(job)
+    # Whoever loses its connection first says so and ends; where that is the first process, JAX aborts the others.
+    assert codes[3] == -signal.SIGKILL
+    assert set(codes[:3]) <= {distributed.LOST, -signal.SIGABRT}, errors
+    assert "lost another process" in "".join(errors)
+    assert RESUMES in "".join(errors)
+
+    codes, outputs, errors = finish(start(*training(workdir)))
+    assert codes == [0], errors
+    resumed = int(outputs[0].split(f"resuming {workdir} at step ")[1].split()[0])
+    assert resumed >= 5  # the four had saved after steps 5 and 6, the latter perhaps not to the end
+    assert_equal_runs(workdir, alone)
+
+
+def test_two_processes_measure_what_one_does(start, alone, tmp_path):
+    folders = [shutil.copytree(alone / "embeddings", tmp_path / name) for name in ("ours", "theirs")]
+    options = EvaluationConfig(linear_epochs=5)
+    codes, outputs, errors = finish(
+        start("eval.py", "--embeddings", folders[0], "--linear-epochs", options.linear_epochs, processes=2, devices=2)
+    )
+    assert codes == [0, 0], errors
+    evaluate(EvaluateOptions(embeddings=str(folders[1]), evaluation=options))
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in folders)
+    assert set(ours) == {"kNN", "linear", "linear, best epoch on test"}
+    for name, accuracy in ours.items():
+        assert accuracy == pytest.approx(theirs[name], abs=0.011), name
+    assert "linear" in outputs[0]
+    assert "linear" not in outputs[1]
+
+
+REFUSED = {
+    "a process without coordinator": ({"process_id": 1}, "--process-id is 1: give --coordinator"),
+    "a number without coordinator": ({"num_processes": 2}, "--num-processes is 2: give --coordinator"),
+    "no number": ({"coordinator": "a:1", "process_id": 0}, "--coordinator is 'a:1': give --num-processes and"),
+    "no process": ({"coordinator": "a:1", "num_processes": 2}, "--coordinator is 'a:1': give --num-processes and"),
+    "no port": ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "--coordinator is 'a': give HOST:PORT"),
+    "a high port": ({"coordinator": "a:65536", "num_processes": 2, "process_id": 0}, "'a:65536': give HOST:PORT"),
+    "a high process": ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process-id is 2: with --num-p"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_combinations_get_a_sentence(case):
+    options, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        DistributedConfig(**options)
+
+
+def test_the_processes_are_no_part_of_the_saved_run():
+    config = Config(distributed=DistributedConfig("a:1", 2, 1))
+    assert from_json(to_json(config), "text") == Config()
+
+
+@pytest.mark.parametrize(
+    ("config", "called"),
+    [
+        (DistributedConfig(), [()]),
+        (DistributedConfig(num_processes=1), []),
+        (DistributedConfig("a:1", 3, 2), [("a:1", 3, 2)]),
+    ],
+)
+def test_jax_is_asked_for_a_cluster_only_where_the_options_leave_it_open(config, called, monkeypatch):
+    """As on a single machine, where JAX finds no cluster."""
+    calls = []
+
+    def initialize(*address, heartbeat_timeout_seconds, shutdown_timeout_seconds, cluster_detection_method=None):
+        calls.append(address)
+        if not address:
+            raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with distributed.processes(config):
+        pass
+    assert calls == called
+
+
+def test_a_cluster_that_cannot_be_joined_is_named(monkeypatch):
+    def initialize(**timeouts):
+        raise RuntimeError("no permission to read pods")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with (
+        pytest.raises(UserError, match=r"no permission.*--num-processes 1 to run alone"),
+        distributed.processes(DistributedConfig()),
+    ):
+        pass
+
+
+def blobs(size, dim):
+    """Embeddings around ten centres; neither number is a multiple of eight devices."""
+    random = np.random.default_rng(size)
+    labels = random.integers(0, 10, size).astype(np.int32)
+    centres = np.random.default_rng(0).standard_normal((10, dim))
+    return LabelledEmbeddings(np.float32(centres[labels] + random.standard_normal((size, dim))), labels, 10)
+
+
+def test_knn_and_the_linear_classifier_have_the_same_numbers_on_eight_devices():
+    train, test = blobs(203, 13), blobs(101, 13)
+    options = {"num_classes": 10, "num_neighbours": 7, "temperature": 0.07}
+    config = EvaluationConfig(linear_epochs=4, linear_batch_size=30)
+    scores, accuracies = [], []
+    for devices in (1, 8):
+        mesh = data.device_mesh(devices)
+        scores.append(knn.sharded_knn_scores(mesh, test.embeddings, train.embeddings, train.labels, **options))
+        accuracies.append(linear.linear_accuracy(jax.random.key(0), train, test, config, mesh))
+    assert scores[1].shape == (101, 10)
+    np.testing.assert_allclose(*scores, rtol=1e-5)
+    np.testing.assert_allclose(accuracies[0].top1, accuracies[1].top1, atol=1.5 / 101)
+    plain = knn.knn_scores(*map(jnp.asarray, (test.embeddings, train.embeddings, train.labels)), **options)
+    np.testing.assert_allclose(scores[1], plain, rtol=1e-5)
+
+
+def test_batches_of_rows_are_the_rows_of_batches():
+    dataset = blobs_as_images()
+    whole = list(data.batches(dataset, 8, 42, 0, 9))
+    parts = [list(data.batches(dataset, 8, 42, 0, 9, rows)) for rows in (np.arange(2), np.array([2, 5]))]
+    for step, batch in enumerate(whole):
+        np.testing.assert_array_equal(parts[0][step].indices, batch.indices[:2])
+        np.testing.assert_array_equal(parts[1][step].indices, batch.indices[[2, 5]])
+        np.testing.assert_array_equal(parts[1][step].images, batch.images[[2, 5]])
+
+
+def blobs_as_images():
+    images = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3), np.uint8)
+    return data.ImageDataset(images, np.zeros(30, np.int32), 1)
