@@ -1,5 +1,6 @@
 # make quickstart   sets up and trains on built-in digits, 2.5 minutes on two CPU cores after installation
 # make test         sets up and checks everything
+# make test-long    checks runs that are killed, starved of disk, or spread over processes
 # make install      sets up only
 # PYTHON=python3.12 make ... chooses the interpreter, 3.11 or newer
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install quickstart test lint
+.PHONY: install quickstart test test-long lint
 
 install: $(VENV)/.installed
 
@@ -17,6 +18,9 @@ quickstart: install
 
 test: $(VENV)/.tested lint
 	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.tested
+	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from test_end_to_end import DIGITS, REPOSITORY, arrays_of, checkpoint_arrays
 
+from benchmarks.faults import NOT_INHERITED
 from empssl_jax import data, distributed, knn, linear
 from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, UserError, from_json, to_json
 from empssl_jax.embeddings import LabelledEmbeddings
@@ -30,7 +31,8 @@ RESUMES = "Start all processes again by the same command: training resumes"
 def start(tmp_path_factory):
     """Starts a script in so many processes of so many devices each, all with one compilation cache."""
     started = []
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1"}
 
     def start_processes(*command, processes=1, devices=1, slurm=False):
@@ -119,6 +121,7 @@ def assert_equal_runs(ours, theirs):
     assert configs[0].training == configs[1].training
 
 
+@pytest.mark.long
 def test_two_processes_of_two_devices_lose_one_stop_together_and_equal_one_process(start, alone, tmp_path):
     """Three jobs in one folder. In the second, SIGTERM comes while they compile, and both save after the next step."""
     job = start(*training(tmp_path, "--step-timeout", 8), processes=2, devices=2)
@@ -148,6 +151,7 @@ def test_two_processes_of_two_devices_lose_one_stop_together_and_equal_one_proce
     assert "step" not in errors[1]
 
 
+@pytest.mark.long
 def test_four_resume_what_one_saved_lose_one_and_one_goes_on(start, alone, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(alone, workdir)
@@ -172,6 +176,7 @@ def test_four_resume_what_one_saved_lose_one_and_one_goes_on(start, alone, tmp_p
     assert_equal_runs(workdir, alone)
 
 
+@pytest.mark.long
 def test_two_processes_measure_what_one_does(start, alone, tmp_path):
     folders = [shutil.copytree(alone / "embeddings", tmp_path / name) for name in ("ours", "theirs")]
     options = EvaluationConfig(linear_epochs=5)

@@ -14,7 +14,7 @@ from benchmarks.faults import ROOT, Victim, differences
 from tests.test_end_to_end import DIGITS
 
 OPTIONS = [*DIGITS, "--max-epochs", "4"]  # 20 steps
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("cache")]
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,13 @@
 `python -m benchmarks.faults` is the long form.
 """
 
+import pytest
+
 from benchmarks import faults
 from tests.test_end_to_end import DIGITS
 
 
+@pytest.mark.long
 def test_five_kills_lose_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -17,6 +17,7 @@ from empssl_jax.metrics import DivergenceError
 from tests.test_end_to_end import DIGITS, REPOSITORY
 
 STEP = 7
+pytestmark = pytest.mark.long
 
 
 def in_an_image(patch, config, value):
