@@ -151,7 +151,7 @@ def _read(file: Path, side: int) -> UInt8[np.ndarray, "S S 3"] | UnreadableError
 def _load_part(path: Path) -> Part | None:
     """A part that is there; nothing if there is none or it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return Part(arrays["embeddings"], arrays["reasons"].tolist())
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None

@@ -99,6 +99,8 @@ def to_square(image: Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
             raise ValueError("pixels must be uint8 from 0 to 255")
         if image.shape == (side, side, 3):
             return image
+        if image.ndim not in (2, 3):
+            raise ValueError("it must have rows and columns")
         image = PIL.Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
     if image.mode[0] in "IF":
         raise ValueError(f"its mode is {image.mode}, not of 8 bits")

@@ -38,7 +38,7 @@ FOLDED = {
     "projection.0.bias": "projection.1.running_mean",
 }
 COUNTER = "num_batches_tracked"  # which torch's BatchNorm keeps and does not use
-LISTED = 20  # names that a message lists
+LISTED = 10  # names that a message lists
 
 
 def to_torch(state: EncoderState, config: ModelConfig, step: int) -> TorchWeights:
@@ -131,7 +131,7 @@ def _check_arrays(weights: TorchWeights, template: dict[str, jax.ShapeDtypeStruc
 
 def _listed(what: str, names: Iterable[str]) -> str:
     """Names for a message, the first ones of many."""
-    ordered = sorted(names)
+    ordered = [repr(name)[1:-1][:60] for name in sorted(names)]
     more = f" and {len(ordered) - LISTED} more" if len(ordered) > LISTED else ""
     return f"{len(ordered)} {what}{': ' * bool(ordered)}{', '.join(ordered[:LISTED])}{more}"
 

@@ -25,7 +25,8 @@ from empssl_jax.checkpoints import DEFAULT_IMAGE_SIZE, Checkpoints, Which, save_
 from empssl_jax.checks import UserError, one_line, require
 from empssl_jax.config import Config, user_errors_exit
 from empssl_jax.encoder import ImageEncoder, load
-from empssl_jax.models import default_precision
+from empssl_jax.keys import parameters_key
+from empssl_jax.models import default_precision, init_encoder
 from empssl_jax.torch_names import TorchWeights, from_torch, to_torch
 from empssl_jax.training import learning_rate_schedule, make_optimizer
 from empssl_jax.workdir import claimed, replacing, storage_errors
@@ -59,6 +60,9 @@ class Import:
     config: str | None = None
     """Python file with the rest of the run's config, as configs/cifar10.py; by default what the exported run had, else
     the defaults. The file of weights decides the encoder's sizes."""
+    fresh_heads: bool = False
+    """The file holds a ResNet alone, such as torchvision's: its classifier is left out, and the two heads are drawn by
+    the config's sizes and seed."""
 
 
 def export_weights(options: Export) -> Path:
@@ -87,10 +91,10 @@ def import_weights(options: Import) -> None:
         StorageError: the folder cannot be written to.
     """
     weights, metadata = _read(Path(options.file))
-    model, encoder = from_torch(weights)
-    config = _base_config(options, metadata)
+    config, workdir = _base_config(options, metadata), Path(options.workdir)
+    model, encoder = from_torch(_with_fresh_heads(weights, config) if options.fresh_heads else weights)
     precision = default_precision() if config.model.precision == "auto" else config.model.precision
-    model, workdir = dataclasses.replace(model, precision=precision), Path(options.workdir)
+    model = dataclasses.replace(model, precision=precision)
     config = dataclasses.replace(config, model=model, run=dataclasses.replace(config.run, workdir=options.workdir))
     optimizer = make_optimizer(config.training, learning_rate_schedule(config.training, 1))
     encoder = jax.tree.map(jax.numpy.asarray, encoder)
@@ -109,6 +113,14 @@ def _base_config(options: Import, metadata: Metadata) -> Config:
     if options.config is not None:
         return configs.load_config(options.config)
     return configs.from_json(metadata["config"], options.file) if "config" in metadata else Config()
+
+
+def _with_fresh_heads(weights: TorchWeights, config: Config) -> TorchWeights:
+    """A ResNet's arrays beside heads as training would begin with."""
+    model = dataclasses.replace(config.model, precision="float32")
+    fresh = to_torch(init_encoder(model, parameters_key(config.training.seed)), model, 0)
+    heads = {name: array for name, array in fresh.items() if not name.startswith("backbone.")}
+    return heads | {f"backbone.{name}": array for name, array in weights.items() if not name.startswith("fc.")}
 
 
 def _metadata(encoder: ImageEncoder) -> Metadata:

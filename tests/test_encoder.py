@@ -95,7 +95,7 @@ def test_the_middle_of_the_shorter_side_is_kept():
         PIL.Image.new("RGB", (32, 32), (7, 7, 7)),
         PIL.Image.new("L", (40, 36), 7),
         PIL.Image.new("RGBA", (32, 32), (7, 7, 7, 0)),
-        PIL.Image.new("RGB", (32, 32), (7, 7, 7)).convert("P"),
+        PIL.Image.new("RGB", (32, 32), (7, 7, 7)).convert("P", palette=PIL.Image.Palette.ADAPTIVE),
     ],
 )
 def test_modes_are_converted(image):

@@ -18,6 +18,7 @@ from empssl_jax import data, models, training, weights
 from empssl_jax import torch_names as names_module
 from empssl_jax.checkpoints import Checkpoints
 from empssl_jax.config import ModelConfig, UserError
+from empssl_jax.keys import parameters_key
 
 KEY = jax.random.key(0)
 OFFICIAL = ModelConfig(hidden_dim=64, projection_dim=32, precision="float32")
@@ -120,6 +121,25 @@ def test_metadata_say_how_to_build_the_encoder(tiny_run):
         "2",
     )
     assert json.loads(metadata["config"])["patches"]["patch_size"] == 16
+
+
+def test_a_torchvision_resnet_gets_heads_as_training_begins_with(tmp_path):
+    """Its own arrays stay as they are; its classifier goes."""
+    model = ModelConfig(width=2, stem="imagenet", hidden_dim=3, projection_dim=2, precision="float32")
+    config = f"from empssl_jax.config import *\nconfig = Config(model={model!r}, training=TrainingConfig(seed=5))\n"
+    (tmp_path / "config.py").write_text(config)
+    begun = models.init_encoder(model, parameters_key(5))
+    other = models.init_encoder(model, parameters_key(6))
+    arrays = names_module.to_torch(other, model, 0)
+    resnet = {name.removeprefix("backbone."): a for name, a in arrays.items() if name.startswith("backbone.")}
+    file = save(tmp_path / "a.safetensors", resnet | {"fc.weight": np.eye(2), "fc.bias": np.zeros(2)})
+    command = ["import", file, "--workdir", str(tmp_path / "run"), "--config", str(tmp_path / "config.py")]
+    with pytest.raises(UserError, match="These are not the arrays of an EMP-SSL encoder"):
+        weights.main(command)
+    weights.main([*command, "--fresh-heads"])
+    encoder = empssl_jax.load(tmp_path / "run")
+    assert encoder.config.model == model
+    assert_equal(encoder.state, begun._replace(params=begun.params | {"backbone": other.params["backbone"]}))
 
 
 def without(name):
