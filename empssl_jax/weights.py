@@ -143,7 +143,7 @@ def _write(path: Path, weights: TorchWeights, metadata: Metadata, kind: str) -> 
             file.write(safetensors.numpy.save(weights, metadata))
         else:
             torch = _torch()
-            tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+            tensors = {name: torch.tensor(array) for name, array in weights.items()}
             torch.save({"state_dict": tensors, "metadata": metadata}, file)
 
 

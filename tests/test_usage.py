@@ -23,10 +23,10 @@ def folder(tmp_path_factory):
     """Where a user would be: with a run of width 64, twelve photos, and one of them to look for."""
     folder = tmp_path_factory.mktemp("usage")
     made = config.Config(
-        data=config.DataConfig(dataset="digits", images_per_class=10, test_images_per_class=2),
+        data=config.DataConfig(dataset="digits", images_per_class=20, test_images_per_class=4),
         patches=config.PatchConfig(train_patches=2, patch_size=16),
         model=config.ModelConfig(hidden_dim=32, projection_dim=16, precision="float32"),
-        training=config.TrainingConfig(batch_size=16),
+        training=config.TrainingConfig(batch_size=40),
         evaluation=config.EvaluationConfig(valid_patches=8, embedding_batch_size=16, linear_epochs=0),
         run=config.RunConfig(workdir=str(folder / "runs" / "cifar10")),
     )
@@ -74,8 +74,8 @@ def embeds(known, shown):
 
 
 def classifies(known, shown):
-    # Two images of each of ten classes; chance is a tenth.
-    assert known["accuracy"] > 0.3
+    # Four images of each of ten classes, where chance is a tenth.
+    assert known["accuracy"] > 0.25
     assert known["share_of_same_class"] > 0.15
     assert f"classifier {known['accuracy']:.1%}" in shown
 

@@ -223,7 +223,7 @@ def test_torchvision_computes_our_features(backbone, stem):
     if stem == "cifar":
         resnet.conv1, resnet.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
     arrays = names_module.to_torch(models.EncoderState(params, batch_stats), config, 0)
-    arrays = {name: torch.from_numpy(array) for name, array in arrays.items() if name.startswith("backbone.")}
+    arrays = {name: torch.tensor(array) for name, array in arrays.items() if name.startswith("backbone.")}
     resnet.load_state_dict({name.removeprefix("backbone."): array for name, array in arrays.items()})
     patches = np.asarray(jax.random.uniform(KEY, (3, 48, 48, 3), minval=-1, maxval=1))
     with torch.no_grad():
