@@ -9,6 +9,7 @@ BatchNorm: in training BatchNorm takes them out again with the mean, and in eval
 so that a bias is subtracted from the running mean when it is read, and is 0 when it is written.
 """
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -91,12 +92,15 @@ def _names(state: EncoderState, config: ModelConfig) -> list[str]:
     return [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
 
 
+@functools.cache
+def _expected_names(backbone: str) -> frozenset[str]:
+    config = ModelConfig(backbone=backbone, width=1, hidden_dim=1, projection_dim=2, precision="float32")  # type: ignore[arg-type]
+    return frozenset([*_names(_template(config), config), *FOLDED])
+
+
 def _config_of(weights: TorchWeights) -> ModelConfig:
     """The sizes of the encoder whose arrays these are, by the names and by the shapes of a few."""
-    expected = {}
-    for backbone in BACKBONES:
-        config = ModelConfig(backbone=backbone, width=1, hidden_dim=1, projection_dim=2, precision="float32")  # type: ignore[arg-type]
-        expected[backbone] = {*_names(_template(config), config), *FOLDED}
+    expected = {backbone: _expected_names(backbone) for backbone in BACKBONES}
     backbone = min(expected, key=lambda name: len(expected[name] ^ weights.keys()))
     missing, left_over = expected[backbone] - weights.keys(), weights.keys() - expected[backbone]
     if missing or left_over:
