@@ -40,6 +40,7 @@ def copy_bandwidth() -> float:
 def flops_per_patch(config: ModelConfig, patch_size: int, training: bool = True) -> float:
     """Multiplications and additions of convolutions and linear layers for one patch, counted by hand.
 
+    Of the ResNet-18 with the CIFAR stem, that is, which every benchmark has.
     Products with the zeros of the padding count, as they do in other people's figures; XLA leaves them out. Training
     counts three passes, except for the stem, which needs no gradient of its input, and both heads; without training it
     is the embedding alone.

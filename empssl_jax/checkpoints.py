@@ -1,6 +1,7 @@
 """Checkpoints of a run by Orbax, every array verified against a digest; beside them the config as JSON."""
 
 import gc
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
+from empssl_jax.checks import one_line
 from empssl_jax.config import Config, RunConfig, UserError, from_json, to_json
 from empssl_jax.digests import array_digests, first_not_finite, is_sealed, seal
 from empssl_jax.distributed import first_process_first, is_first_process
@@ -18,6 +20,8 @@ from empssl_jax.models import EncoderState
 from empssl_jax.workdir import StorageError, replacing
 
 CONFIG_FILE = "config.json"
+IMAGES_FILE = "images.json"
+DEFAULT_IMAGE_SIZE = 32  # of runs that do not say
 Which = int | Literal["latest", "best"]
 
 
@@ -34,20 +38,24 @@ class Checkpoints:
     Args:
         workdir: folder of the run; gets checkpoints/.
         max_to_keep: newest checkpoints to keep, besides the one with the lowest loss.
+        read_only: leave the folder as it is, so that another process may be using it.
 
     Raises:
         UserError: the folder cannot be used.
     """
 
-    def __init__(self, workdir: Path, max_to_keep: int = RunConfig.max_to_keep):
+    def __init__(self, workdir: Path, max_to_keep: int = RunConfig.max_to_keep, read_only: bool = False):
         self._workdir = workdir
         self._folder = workdir.absolute() / "checkpoints"
         self._losses: dict[int, float] = {}
         self._max_to_keep = max_to_keep
         # Folders of saves that a killed process left unfinished go.
-        options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self, cleanup_tmp_directories=not read_only, create=not read_only
+        )
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)  # Orbax would notice a file in its place when it saves
+            if not read_only:
+                self._folder.mkdir(parents=True, exist_ok=True)  # Orbax would notice a file in its place when it saves
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         except (OSError, ValueError) as error:
             raise UserError(
@@ -243,3 +251,21 @@ def load_config(workdir: Path) -> Config:
     if not path.is_file():
         raise UserError(f"--workdir {workdir} has no {CONFIG_FILE}: give the folder of a run of train.py.")
     return from_json(path.read_bytes(), path)
+
+
+def save_image_size(workdir: Path, size: int) -> None:
+    """Writes down the side in pixels of the training images, which the config leaves to the data set."""
+    with replacing(workdir / IMAGES_FILE) as file:
+        file.write(json.dumps({"size": size}).encode())
+
+
+def load_image_size(workdir: Path) -> int:
+    """The side in pixels of a run's training images; raises UserError if the file is of something else."""
+    path = workdir / IMAGES_FILE
+    try:
+        size = json.loads(path.read_bytes())["size"] if path.exists() else DEFAULT_IMAGE_SIZE
+        if type(size) is not int or not 1 <= size <= 2**16:
+            raise ValueError(f"size {size!r}")
+        return size
+    except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): delete it for {DEFAULT_IMAGE_SIZE}.") from error

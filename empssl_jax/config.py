@@ -51,8 +51,13 @@ class PatchConfig(Checked):
 class ModelConfig(Checked):
     """The encoder."""
 
+    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    """The ResNet: two convolutions a block and 8 or 16 blocks, or three a block and 16 blocks."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """How the ResNet begins: with a 3x3 convolution, for patches of about 32 pixels; or with a 7x7 convolution and
+    pooling that quarter the side, for larger ones."""
     width: int = whole(64, 1, 1000)
-    """Channels of the ResNet's first stage."""
+    """Channels of the stem; the ResNet's size goes with it."""
     hidden_dim: int = whole(4096, 1, 1_000_000)
     """Dimension of the embeddings."""
     projection_dim: int = whole(1024, 2, 1_000_000)

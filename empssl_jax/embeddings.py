@@ -76,27 +76,55 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
 def embed_dataset(
     embed: Embed, encoder_state: EncoderState, dataset: ImageDataset, batch_size: int, mesh: Mesh, name: str
 ) -> LabelledEmbeddings:
-    """Embeddings of all images, on each process, with a progress bar; the last batch is filled up and cut again.
+    """Embeddings of all images, on each process, with a progress bar.
 
     Raises:
         UserError: an embedding is not finite, which says that training went wrong.
     """
-    size = len(dataset.images)
-    batch_size = -(-min(batch_size, size) // mesh.size) * mesh.size
-    rows, parts = own_rows(mesh, batch_size), []
-    with image_progress(f"embedding {name}", size) as bar:
-        for start in range(0, size, batch_size):
-            indices = (start + rows).astype(np.int32)
-            kept = min(batch_size, size - start)
-            batch = (place_rows(own, mesh, batch_size) for own in (dataset.images[indices % size], indices))
-            parts.append(fetch(embed(encoder_state, *batch))[:kept])
-            bar.update(kept)
-    embeddings = np.concatenate(parts)
+    indices = np.arange(len(dataset.images), dtype=np.int32)
+    with image_progress(f"embedding {name}", len(indices)) as bar:
+        embeddings = embed_images(
+            embed, encoder_state, dataset.images.__getitem__, indices, batch_size, mesh, bar.update
+        )
     if not np.isfinite(embeddings).all():
         raise UserError(
             f"The {name} embeddings are not all finite: train again, or evaluate an earlier checkpoint by --step."
         )
     return LabelledEmbeddings(embeddings, dataset.labels, dataset.num_classes)
+
+
+def embed_images(
+    embed: Embed,
+    encoder_state: EncoderState,
+    images_at: Callable[[Int[np.ndarray, " K"]], UInt8[np.ndarray, "K H W 3"]],
+    indices: Int32[np.ndarray, " N"],
+    batch_size: int,
+    mesh: Mesh,
+    progress: Callable[[int], object] | None = None,
+) -> Float32[np.ndarray, "N E"]:
+    """Embeddings of images, on each process; the last batch is filled up and cut again.
+
+    Fewer images than a batch are filled up to a power of two, so that few sizes need compiling.
+
+    Args:
+        embed: see `make_embed`.
+        encoder_state: what embeds.
+        images_at: gives the images at positions from 0 to N-1.
+        indices: numbers that the images' patches are drawn by.
+        batch_size: images at a time, over all devices.
+        mesh: the devices.
+        progress: called with the number of images done since the last call.
+    """
+    size, parts = len(indices), []
+    batch_size = -(-min(batch_size, 1 << (size - 1).bit_length()) // mesh.size) * mesh.size
+    rows = own_rows(mesh, batch_size)
+    for start in range(0, size, batch_size):
+        positions, kept = (start + rows) % size, min(batch_size, size - start)
+        batch = (place_rows(own, mesh, batch_size) for own in (images_at(positions), indices[positions]))
+        parts.append(fetch(embed(encoder_state, *batch))[:kept])
+        if progress is not None:
+            progress(kept)
+    return np.concatenate(parts)
 
 
 def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:

@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 import tyro
 from jax.sharding import Mesh
 
 from empssl_jax import data
-from empssl_jax.checkpoints import Checkpoints, Which, load_config
+from empssl_jax.checkpoints import Which, load_config
 from empssl_jax.checks import one_line
 from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, RunConfig, UserError, require
 from empssl_jax.distributed import is_first_process
 from empssl_jax.embeddings import LabelledEmbeddings, embed_dataset, load_embeddings, make_embed, save_embeddings
-from empssl_jax.keys import classifier_key, parameters_key
+from empssl_jax.encoder import load
+from empssl_jax.keys import classifier_key
 from empssl_jax.knn import check_num_neighbours, sharded_knn_scores, top_k_accuracy
 from empssl_jax.linear import linear_accuracy
 from empssl_jax.metrics import DivergenceError
-from empssl_jax.models import EncoderState, init_encoder
+from empssl_jax.models import EncoderState
 from empssl_jax.workdir import claimed, replacing, storage_errors
 
 RESULTS_FILE = "results.json"
@@ -111,12 +111,10 @@ def _measure(
 
 def _embed_checkpoint(config: Config, workdir: Path, step: Which, mesh: Mesh) -> Embeddings:
     """Restores an encoder, embeds both splits and saves the embeddings."""
-    template = jax.eval_shape(lambda: init_encoder(config.model, parameters_key(0)))
-    with Checkpoints(workdir) as checkpoints:
-        step, encoder = checkpoints.restore_encoder(template, data.replicated(mesh), step)
-    print(f"evaluating step {step} of {workdir} with {config.evaluation.valid_patches} patches an image")
+    encoder = load(workdir, step)
+    print(f"evaluating step {encoder.step} of {workdir} with {config.evaluation.valid_patches} patches an image")
     datasets = load_datasets(config)
-    return embed_and_save(config, encoder, datasets, mesh, workdir)
+    return embed_and_save(config, encoder.state, datasets, mesh, workdir)
 
 
 def load_datasets(config: Config) -> Datasets:

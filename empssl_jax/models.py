@@ -1,7 +1,8 @@
-"""The encoder of EMP-SSL: a ResNet-18 for small images, a hidden layer whose output is the embedding, a projection."""
+"""The encoder of EMP-SSL: a ResNet, a hidden layer whose output is the embedding, and a projection."""
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -68,19 +69,17 @@ class Convolution(nnx.Conv):
         return jnp.einsum("nabc,ijabcd->nijd", x.astype(self.dtype), jnp.stack([jnp.stack(row) for row in at]))
 
 
-class ResidualBlock(nnx.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2015, figure 2); the first may halve the map."""
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2015, figure 5, left); the first may halve the map."""
 
-    def __init__(self, features_in: int, features_out: int, stride: int, *, dtype, axis_name):
-        self.conv1 = Convolution(features_in, features_out, 3, stride, dtype)
-        self.norm1 = BatchNorm(features_out, axis_name)
-        self.conv2 = Convolution(features_out, features_out, 3, 1, dtype)
-        self.norm2 = BatchNorm(features_out, axis_name)
-        if stride == 1 and features_in == features_out:
-            self.shortcut = nnx.identity
-        else:
-            convolution = Convolution(features_in, features_out, 1, stride, dtype)
-            self.shortcut = nnx.Sequential(convolution, BatchNorm(features_out, axis_name))
+    expansion = 1
+
+    def __init__(self, features_in: int, features: int, stride: int, *, dtype, axis_name):
+        self.conv1 = Convolution(features_in, features, 3, stride, dtype)
+        self.norm1 = BatchNorm(features, axis_name)
+        self.conv2 = Convolution(features, features, 3, 1, dtype)
+        self.norm2 = BatchNorm(features, axis_name)
+        self.shortcut = _shortcut(features_in, features, stride, dtype, axis_name)
 
     def __call__(self, x):
         y = nnx.relu(self.norm1(self.conv1(x)))
@@ -88,25 +87,80 @@ class ResidualBlock(nnx.Module):
         return nnx.relu(y + self.shortcut(x))
 
 
-class ResNet18(nnx.Module):
-    """ResNet-18 with a 3x3 stem of stride 1 and no max pooling, as for 32x32 images; returns the global average."""
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut (He et al. 2015, figure 5, right).
 
-    def __init__(self, width: int, *, dtype, axis_name, remat: bool):
-        self.remat = remat
-        self.stem = Convolution(3, width, 3, 1, dtype)
-        self.norm = BatchNorm(width, axis_name)
-        blocks, features_in = [], width
-        for stage in range(4):
-            for block in range(2):
-                features_out, stride = width * 2**stage, 2 if stage > 0 and block == 0 else 1
-                block_options = {"dtype": dtype, "axis_name": axis_name}
-                blocks.append(ResidualBlock(features_in, features_out, stride, **block_options))
-                features_in = features_out
-        self.blocks = nnx.List(blocks)
+    The 3x3 convolution may halve the map, as in torchvision; in the paper it is the first one.
+    """
+
+    expansion = 4
+
+    def __init__(self, features_in: int, features: int, stride: int, *, dtype, axis_name):
+        features_out = self.expansion * features
+        self.conv1 = Convolution(features_in, features, 1, 1, dtype)
+        self.norm1 = BatchNorm(features, axis_name)
+        self.conv2 = Convolution(features, features, 3, stride, dtype)
+        self.norm2 = BatchNorm(features, axis_name)
+        self.conv3 = Convolution(features, features_out, 1, 1, dtype)
+        self.norm3 = BatchNorm(features_out, axis_name)
+        self.shortcut = _shortcut(features_in, features_out, stride, dtype, axis_name)
 
     def __call__(self, x):
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = nnx.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        return nnx.relu(y + self.shortcut(x))
+
+
+def _shortcut(features_in: int, features_out: int, stride: int, dtype, axis_name):
+    if stride == 1 and features_in == features_out:
+        return nnx.identity
+    return nnx.Sequential(Convolution(features_in, features_out, 1, stride, dtype), BatchNorm(features_out, axis_name))
+
+
+class Backbone(NamedTuple):
+    """What makes one ResNet another."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    stage_sizes: tuple[int, int, int, int]  # blocks in each stage
+
+
+BACKBONES = {
+    "resnet18": Backbone(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Backbone(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Backbone(Bottleneck, (3, 4, 6, 3)),
+}
+
+
+class ResNet(nnx.Module):
+    """A ResNet without its classifier, laid out as torchvision's; returns the global average of its last map.
+
+    The CIFAR stem is a 3x3 convolution of stride 1; the ImageNet stem, 7x7 of stride 2 and then max pooling, leaves a
+    sixteenth of the positions.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype, axis_name, remat: bool):
+        self.backbone, self.remat = config.backbone, remat
+        self.has_pooling = config.stem == "imagenet"
+        size, stride = (7, 2) if config.stem == "imagenet" else (3, 1)
+        self.stem = Convolution(3, config.width, size, stride, dtype)
+        self.norm = BatchNorm(config.width, axis_name)
+        block, stage_sizes = BACKBONES[config.backbone]
+        blocks, features_in = [], config.width
+        for stage, stage_size in enumerate(stage_sizes):
+            for number in range(stage_size):
+                features, stride = config.width * 2**stage, 2 if stage > 0 and number == 0 else 1
+                blocks.append(block(features_in, features, stride, dtype=dtype, axis_name=axis_name))
+                features_in = block.expansion * features
+        self.blocks = nnx.List(blocks)
+        self.features_out = features_in
+
+    def __call__(self, x: Float[Array, "N H W 3"]) -> Float[Array, "N F"]:
         x = nnx.relu(self.norm(self.stem(x)))
-        apply = nnx.remat(ResidualBlock.__call__) if self.remat else ResidualBlock.__call__
+        if self.has_pooling:
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        call: Callable = BACKBONES[self.backbone].block.__call__
+        apply = nnx.remat(call) if self.remat else call
         for block in self.blocks:
             x = apply(block, x)
         return jnp.mean(x, axis=(1, 2))
@@ -131,8 +185,8 @@ class Encoder(nnx.Module):
             options = {"kernel_init": ZEROS, "use_bias": use_bias, "dtype": dtype, "rngs": nnx.Rngs(0)}
             return nnx.Linear(features_in, features_out, **options)
 
-        self.backbone = ResNet18(config.width, dtype=dtype, axis_name=axis_name, remat=remat)
-        self.hidden = linear(8 * config.width, config.hidden_dim)
+        self.backbone = ResNet(config, dtype=dtype, axis_name=axis_name, remat=remat)
+        self.hidden = linear(self.backbone.features_out, config.hidden_dim)
         self.hidden_norm = BatchNorm(config.hidden_dim, axis_name)
         self.projector = linear(config.hidden_dim, config.hidden_dim)
         self.projector_norm = BatchNorm(config.hidden_dim, axis_name)

@@ -145,6 +145,7 @@ def train(config: Config) -> None:
 def _train(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: Path) -> None:
     if is_first_process():
         checkpoints.save_config(workdir, config)
+        checkpoints.save_image_size(workdir, datasets["train"].images.shape[1])
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         _measure_untrained(config, datasets, mesh, workdir)
     encoder = _fit(config, datasets["train"], mesh, workdir)
@@ -173,12 +174,12 @@ def _check_workdir(workdir: Path, config: Config) -> int:
     """
     evaluation.load_results(workdir)  # refuses a damaged file now rather than after the training
     with Checkpoints(workdir) as store:
-        first_step = store.latest_step() or 0
-    differences = training_differences(config, checkpoints.load_config(workdir)) if first_step else []
+        newest = store.latest_step()
+    differences = [] if newest is None else training_differences(config, checkpoints.load_config(workdir))
     if differences:
         listed = ", ".join(differences)
         raise UserError(f"--workdir {workdir} holds another run: {listed}; give those values or another folder.")
-    return first_step
+    return newest or 0
 
 
 def _fit(config: Config, dataset: data.ImageDataset, mesh: Mesh, workdir: Path) -> EncoderState:

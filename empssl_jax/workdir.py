@@ -24,8 +24,8 @@ class StorageError(UserError):
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path) -> Iterator[None]:
-    """Makes the folder and keeps every other job out of it.
+def claimed(workdir: Path, option: str = "workdir") -> Iterator[None]:
+    """Makes the folder, which an option has named, and keeps every other job out of it.
 
     The lock is the operating system's, so that it ends with its process, however that ends. Of the processes of a job
     only the first one takes it.
@@ -40,20 +40,22 @@ def claimed(workdir: Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK_FILE).open("a+")
     except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}): give another folder.") from error
+        raise UserError(
+            f"--{option} {workdir} cannot be written to ({error.strerror}): give another folder."
+        ) from error
     with file:
-        _lock(file, workdir)
+        _lock(file, workdir, option)
         yield
 
 
-def _lock(file: IO[str], workdir: Path) -> None:
+def _lock(file: IO[str], workdir: Path, option: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "another process"
         raise UserError(
-            f"--workdir {workdir} is in use by {owner}: wait for it, stop it, or give another folder."
+            f"--{option} {workdir} is in use by {owner}: wait for it, stop it, or give another folder."
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):

@@ -4,6 +4,8 @@ import os
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ import pytest
 # Eight virtual CPU devices, so that every test of the train step can choose between one and eight.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-# Not the config: it checks its values itself, and is tested with values of wrong types.
+# Not the config and the encoder: they check their values themselves, and are tested with values of wrong types.
 CHECKED = ("batch_norm", "checkpoints", "data", "digests", "embeddings", "evaluation", "keys", "knn", "lars", "linear")
-CHECKED += ("losses", "metrics", "models", "patches", "reductions", "tfds_images", "training", "workdir")
+CHECKED += ("losses", "metrics", "models", "patches", "reductions", "tfds_images", "torch_names", "training")
+CHECKED += ("workdir",)
 jaxtyping.install_import_hook([f"empssl_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,6 +31,24 @@ def golden():
             return dict(arrays)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The folder of a run on digits: 80 images in two steps, each saved, and 10 test images."""
+    from empssl_jax import config, training
+
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    made = config.Config(
+        data=config.DataConfig(dataset="digits", images_per_class=8, test_images_per_class=1),
+        patches=config.PatchConfig(train_patches=2, patch_size=16),
+        model=config.ModelConfig(width=4, hidden_dim=32, projection_dim=16, precision="float32"),
+        training=config.TrainingConfig(batch_size=40),
+        evaluation=config.EvaluationConfig(valid_patches=2, embedding_batch_size=32, linear_epochs=0),
+        run=config.RunConfig(workdir=str(workdir), checkpoint_every=1),
+    )
+    training.train(made)
+    return workdir
 
 
 def torch_weights(names, seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -54,21 +75,31 @@ def torch_weights(names, seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[
 
 
 def torch_names(names) -> dict[str, tuple[str, ...]]:
-    """For each name in a torch state dictionary the path of the same array in the encoder's state."""
+    """For each name in a torch state dictionary the path of the same array in the encoder's state.
+
+    The names are those of torchvision's ResNets, or of the PyTorch Lightning reference, which numbers its layers, or of
+    the authors' checkpoints. Their biases before a BatchNorm have paths too, where the encoder has no array.
+    """
     heads = {"8.1": "hidden", "8.2": "hidden_norm", "projector.0": "projector", "projector.1": "projector_norm"}
     heads |= {"projector.3": "projection", "0": "backbone/stem", "1": "backbone/norm"}
-    parts = {"conv1": "conv1", "bn1": "norm1", "conv2": "conv2", "bn2": "norm2"}
+    heads |= {"conv1": "backbone/stem", "bn1": "backbone/norm", "pre_feature.0": "hidden"}
+    heads |= {"pre_feature.1": "hidden_norm", "projection.0": "projector", "projection.1": "projector_norm"}
+    heads |= {"projection.3": "projection"}
+    parts = {f"conv{i}": f"conv{i}" for i in (1, 2, 3)} | {f"bn{i}": f"norm{i}" for i in (1, 2, 3)}
     parts |= {"downsample.0": "shortcut/layers/0", "downsample.1": "shortcut/layers/1"}
+
+    def place(module):
+        """Stage, number and part of a layer inside a block, None for any other."""
+        match = re.fullmatch(r"(layer[1-4]|[3-6])\.([0-9]+)\.(.+)", module)
+        return match and (match[1], int(match[2]), match[3])
+
+    names = [name for name in map(str, names) if not name.endswith("num_batches_tracked")]
+    modules = {name: name.removeprefix("module.").removeprefix("backbone.").rsplit(".", 1)[0] for name in names}
+    blocks = sorted({block[:2] for module in modules.values() if (block := place(module))})
     paths = {}
-    for name in map(str, names):
-        module, leaf = name.removeprefix("backbone.").rsplit(".", 1)
-        if leaf == "num_batches_tracked":
-            continue
-        if block := re.fullmatch(r"([3-6])\.([01])\.(.+)", module):
-            stage, number, part = block.groups()
-            path = f"backbone/blocks/{2 * (int(stage) - 3) + int(number)}/{parts[part]}"
-        else:
-            path = heads[module]
+    for name, module in modules.items():
+        block = place(module)
+        path = f"backbone/blocks/{blocks.index(block[:2])}/{parts[block[2]]}" if block else heads[module]
         is_norm = "norm" in path.rsplit("/", 1)[-1] or path.endswith("layers/1")
         leaves = {
             "weight": "scale" if is_norm else "kernel",
@@ -76,8 +107,22 @@ def torch_names(names) -> dict[str, tuple[str, ...]]:
             "running_mean": "mean",
             "running_var": "var",
         }
-        paths[name] = (*path.split("/"), leaves[leaf])
+        paths[name] = (*path.split("/"), leaves[name.rsplit(".", 1)[1]])
     return paths
+
+
+def golden_state(state, names, seed: int):
+    """An encoder's state with the weights that `torch_weights` draws, in place of its own."""
+    state, paths = jax.tree.map(np.array, state), torch_names(names)
+
+    def tree_of(name):
+        return state.batch_stats if "running" in name else state.params
+
+    shapes = {name: to_torch_layout(leaf(tree_of(name), path)).shape for name, path in paths.items()}
+    weights = torch_weights(names, seed, shapes)
+    for name, path in paths.items():
+        leaf(tree_of(name), path[:-1])[path[-1]] = np.float32(from_torch_layout(weights[name]))
+    return jax.tree.map(jnp.asarray, state)
 
 
 def to_torch_layout(array: np.ndarray) -> np.ndarray:

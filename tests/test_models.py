@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import from_torch_layout, leaf, to_torch_layout, torch_names, torch_weights
+from conftest import golden_state, leaf, torch_names
 from flax import nnx
 
 from empssl_jax import losses, models
@@ -19,17 +19,8 @@ def reference(golden):
     """The golden numbers, the names of its arrays as paths of ours, and an encoder with its weights."""
     numbers = golden("resnet18")
     paths = torch_names(numbers["names"])
-    graph = models.encoder_graph(CONFIG)
-    state = jax.tree.map(np.array, models.init_encoder(CONFIG, KEY))
-
-    def tree_of(name):
-        return state.batch_stats if "running" in name else state.params
-
-    shapes = {name: to_torch_layout(leaf(tree_of(name), path)).shape for name, path in paths.items()}
-    weights = torch_weights(numbers["names"], int(numbers["weight_seed"]), shapes)
-    for name, path in paths.items():
-        leaf(tree_of(name), path[:-1])[path[-1]] = jnp.asarray(from_torch_layout(weights[name]), jnp.float32)
-    return numbers, paths, graph, jax.tree.map(jnp.asarray, state)
+    state = golden_state(models.init_encoder(CONFIG, KEY), numbers["names"], int(numbers["weight_seed"]))
+    return numbers, paths, models.encoder_graph(CONFIG), state
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +89,48 @@ def test_golden_eval_outputs(reference, trained_once):
     embeddings, projections = encoder(jnp.asarray(numbers["images"]))
     assert relative_error(embeddings, numbers["eval_embeddings"]) < 1e-3
     assert relative_error(projections, numbers["eval_projections"]) < 1e-3
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_golden_backbones(golden, backbone, stem):
+    """Features in training mode, a running statistic after that, and features in evaluation mode then."""
+    numbers = golden("backbones")
+    expected = {key.split("/")[1]: value for key, value in numbers.items() if key.startswith(f"{backbone}-{stem}/")}
+    config = ModelConfig(backbone=backbone, stem=stem, hidden_dim=1, projection_dim=2, precision="float32")
+    state = models.init_encoder(config, KEY)
+    names = [name for name in expected["names"] if not name.endswith("num_batches_tracked")]
+    assert len(names) == len(jax.tree.leaves((state.params["backbone"], state.batch_stats["backbone"])))
+    state = golden_state(state, names, int(numbers["backbone_weight_seed"]))
+
+    @jax.jit
+    def run(state, images):
+        encoder = nnx.merge(models.encoder_graph(config), *state)
+        encoder.train()
+        train_features = encoder.backbone(images)
+        encoder.eval()
+        return train_features, encoder.backbone.norm.var[...], encoder.backbone(images)
+
+    train_features, variance, eval_features = run(state, jnp.asarray(expected["images"]))
+    assert relative_error(train_features, expected["train_features"]) < 1e-3
+    assert relative_error(variance, expected["after_bn1_running_var"]) < 1e-3
+    assert relative_error(eval_features, expected["eval_features"]) < 1e-3
+
+
+def test_remat_changes_no_gradient():
+    config = ModelConfig(backbone="resnet50", width=2, hidden_dim=4, projection_dim=2, precision="float32")
+    state = models.init_encoder(config, KEY)
+    patches = jax.random.uniform(KEY, (3, 8, 8, 3), minval=-1, maxval=1)
+
+    def gradients(remat):
+        def loss(params):
+            encoder = nnx.merge(models.encoder_graph(config, remat=remat), params, state.batch_stats)
+            encoder.train()
+            return jnp.sum(encoder(patches)[1] ** 3)
+
+        return jax.jit(jax.grad(loss))(state.params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients(True), gradients(False))
 
 
 @pytest.mark.parametrize(("side", "stride"), [(2, 1), (4, 1), (4, 2), (8, 2)])

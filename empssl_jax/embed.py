@@ -1,0 +1,173 @@
+"""Embeddings of image files.
+
+    python -m empssl_jax.embed --workdir runs/cifar10 --images photos --output photos.npz
+
+Folders are worked off in parts, kept in OUTPUT.parts until all are done: the same command goes on where it was stopped,
+to the same embeddings bit for bit.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+import tyro
+from jaxtyping import Float32, UInt8
+
+from empssl_jax.checkpoints import Which
+from empssl_jax.checks import UserError
+from empssl_jax.compilation import keep_compiled_programs
+from empssl_jax.config import RunConfig, user_errors_exit
+from empssl_jax.decoding import UnreadableError, decode
+from empssl_jax.digests import array_digests
+from empssl_jax.encoder import ImageEncoder, load
+from empssl_jax.metrics import image_progress
+from empssl_jax.workdir import claimed, replacing
+
+BATCHES = 4  # in a part: what an interruption costs at most
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """What to embed and by which encoder."""
+
+    images: str
+    """Folder of images, with all folders below it, or one image."""
+    workdir: str = RunConfig.workdir
+    """Folder of a run."""
+    output: str = "embeddings.npz"
+    """File to write: `embeddings` (N, E) float32, `files`, the N names below the folder, and `unreadable`, the names of
+    those that were skipped."""
+    step: Which = "latest"
+    """Checkpoint to use: its step, or the newest, or the one with the lowest loss."""
+    valid_patches: int | None = None
+    """Random patches averaged into an embedding; by default as many as in the run's evaluation."""
+
+
+class Part(NamedTuple):
+    """Some files in a row: the embeddings of those that could be read, and for each file the reason or nothing."""
+
+    embeddings: Float32[np.ndarray, "K E"]
+    reasons: Sequence[str]
+
+
+def embed_files(options: EmbedOptions) -> None:
+    """Embeds all images below a folder, in the order of their names, and writes one .npz, whole or not at all.
+
+    The number of a file in that order decides its random patches. Files that cannot be read are listed and left out.
+
+    Raises:
+        UserError: there is no such run, checkpoint or folder, it holds no image that can be read, or the parts in the
+            way are of something else.
+    """
+    root, output = Path(options.images), Path(options.output)
+    files = find_images(root)
+    encoder = load(options.workdir, options.step)
+    patches = encoder.config.evaluation.valid_patches if options.valid_patches is None else options.valid_patches
+    folder = output.with_name(output.name + ".parts")
+    names = [file.relative_to(root if root.is_dir() else root.parent).as_posix() for file in files]
+    with claimed(folder, "output"):
+        _begin(folder, encoder, patches, [[name, file.stat().st_size] for name, file in zip(names, files, strict=True)])
+        parts = _embed_parts(encoder, patches, files, folder, f"embedding {root}")
+        embeddings = np.concatenate([part.embeddings for part in parts])
+        reasons = [reason for part in parts for reason in part.reasons]
+        _tell_unreadable(names, reasons, root)
+        kept = [name for name, reason in zip(names, reasons, strict=True) if not reason]
+        unreadable = [name for name, reason in zip(names, reasons, strict=True) if reason]
+        with replacing(output) as file:
+            np.savez(file, files=np.array(kept), embeddings=embeddings, unreadable=np.array(unreadable, dtype=np.str_))
+        shutil.rmtree(folder)
+    print(f"embeddings of {len(kept)} images: {output}")
+
+
+def find_images(root: Path) -> list[Path]:
+    """The image files below a folder, by their suffixes, in the order of their names; a file is taken as it is."""
+    if root.is_file():
+        return [root]
+    known = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in known and file.is_file())
+    if not files:
+        raise UserError(f"--images {root} holds no image: give a folder of images, or one image.")
+    return files
+
+
+def _begin(folder: Path, encoder: ImageEncoder, patches: int, files: list[list]) -> None:
+    """Writes down what the parts are of; refuses parts of something else."""
+    plan = {"patches": patches, "seed": encoder.config.training.seed, "image_size": encoder.image_size, "files": files}
+    plan |= {"encoder": array_digests(encoder.state), "patch": repr(encoder.config.patches)}
+    digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    path = folder / "plan"
+    if not path.exists():
+        with replacing(path) as file:
+            file.write(digest.encode())
+    elif path.read_bytes() != digest.encode():
+        raise UserError(
+            f"{folder} holds parts of other images, or by another encoder: give that command again, another --output, "
+            "or delete that folder."
+        )
+
+
+def _embed_parts(encoder: ImageEncoder, patches: int, files: list[Path], folder: Path, title: str) -> list[Part]:
+    """Each part, from the folder if it is there, else computed and left in it."""
+    size, parts = BATCHES * encoder.config.evaluation.embedding_batch_size, []
+    with image_progress(title, len(files)) as bar, ThreadPoolExecutor() as threads:
+        for start in range(0, len(files), size):
+            path = folder / f"{start}.npz"
+            part = _load_part(path)
+            if part is None:
+                chosen = files[start : start + size]
+                read = list(threads.map(lambda file: _read(file, encoder.image_size), chosen))
+                part = _embed_part(encoder, patches, read, start)
+                with replacing(path) as file:
+                    np.savez(file, embeddings=part.embeddings, reasons=np.array(part.reasons))
+            parts.append(part)
+            bar.update(len(part.reasons))
+    return parts
+
+
+def _embed_part(
+    encoder: ImageEncoder, patches: int, read: list[UInt8[np.ndarray, "S S 3"] | UnreadableError], start: int
+) -> Part:
+    images = {start + number: image for number, image in enumerate(read) if not isinstance(image, UnreadableError)}
+    embeddings = encoder.embed(list(images.values()), patches, indices=np.array(list(images), np.int32))
+    return Part(embeddings, [str(image) if isinstance(image, UnreadableError) else "" for image in read])
+
+
+def _read(file: Path, side: int) -> UInt8[np.ndarray, "S S 3"] | UnreadableError:
+    try:
+        return decode(file, side)
+    except UnreadableError as error:
+        return error
+
+
+def _load_part(path: Path) -> Part | None:
+    """A part that is there; nothing if there is none or it is damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return Part(arrays["embeddings"], arrays["reasons"].tolist())
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _tell_unreadable(names: list[str], reasons: list[str], root: Path) -> None:
+    skipped = [f"{name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
+    if len(skipped) == len(names):
+        raise UserError(f"--images {root}: none of {len(names)} files can be read ({skipped[0]}): give other images.")
+    if skipped:
+        print(
+            f"skipped {len(skipped)} of {len(names)} files, which cannot be read:", *skipped, sep="\n", file=sys.stderr
+        )
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        keep_compiled_programs()
+        embed_files(tyro.cli(EmbedOptions, description=__doc__))

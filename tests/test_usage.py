@@ -1,0 +1,124 @@
+"""Every block of docs/usage.md does what the page says, on a tiny run of digits in place of CIFAR-10."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+
+import empssl_jax
+from empssl_jax import config, data, training
+
+REPOSITORY = Path(__file__).parent.parent
+PAGE = (REPOSITORY / "docs" / "usage.md").read_text()
+BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a user would be: with a run of width 64, twelve photos, and one of them to look for."""
+    folder = tmp_path_factory.mktemp("usage")
+    made = config.Config(
+        data=config.DataConfig(dataset="digits", images_per_class=10, test_images_per_class=4),
+        patches=config.PatchConfig(train_patches=2, patch_size=16),
+        model=config.ModelConfig(hidden_dim=32, projection_dim=16, precision="float32"),
+        training=config.TrainingConfig(batch_size=20),
+        evaluation=config.EvaluationConfig(valid_patches=8, embedding_batch_size=16, linear_epochs=0),
+        run=config.RunConfig(workdir=str(folder / "runs" / "cifar10")),
+    )
+    training.train(made)
+    (folder / "photos").mkdir()
+    for number, image in enumerate(data.load(made.data, "test", None).images[:12]):
+        PIL.Image.fromarray(image).save(folder / "photos" / f"{number:02}.png")
+    (folder / "query.png").write_bytes((folder / "photos" / "00.png").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_block(folder):
+    """Runs a block where the ones before have left off; returns what Python knows then."""
+    namespace: dict = {}
+
+    def run(language, block):
+        if language == "python":
+            exec(compile(block, "docs/usage.md", "exec"), namespace)
+            return namespace
+        paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+        subprocess.run(["bash", "-euc", block], env=os.environ | paths, check=True)
+        return namespace
+
+    return run
+
+
+def test_the_page_has_blocks_of_python_and_of_the_shell():
+    assert [language for language, _ in BLOCKS] == ["python", "python", "sh", "python", "sh", "python", "sh"]
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_block(folder, run_block, monkeypatch, capsys, number):
+    language, block = BLOCKS[number]
+    if "import torch" in block:
+        pytest.importorskip("torch", reason="pip install -e '.[torch]'")
+        pytest.importorskip("torchvision", reason="pip install -e '.[bench]'")
+    monkeypatch.chdir(folder)
+    CHECKS[number](run_block(language, block), capsys.readouterr().out)
+
+
+def embeds(known, shown):
+    assert known["embeddings"].shape == (5, 32)
+    np.testing.assert_array_equal(known["embeddings"], known["encoder"].embed(known["images"]))
+
+
+def classifies(known, shown):
+    """Both figures by hand, from what the run has left in its folder."""
+    train, test = known["train"], known["test"]
+    bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train["embeddings"], test["embeddings"]))
+    nearest = np.argsort(-(queries @ bank.T), axis=1)[:, :20]
+    share = np.mean(train["labels"][nearest] == test["labels"][:, None])
+    assert known["share_of_same_class"] == pytest.approx(share, abs=0.01)
+    votes = queries @ known["classifier"].coef_.T + known["classifier"].intercept_
+    assert known["accuracy"] == pytest.approx(np.mean(np.argmax(votes, axis=1) == test["labels"]), abs=0.03)
+    assert f"classifier {known['accuracy']:.1%}" in shown
+
+
+def embeds_files(known, shown):
+    with np.load("photos.npz") as arrays:
+        assert arrays["files"].tolist() == [f"{number:02}.png" for number in range(12)]
+        assert arrays["unreadable"].tolist() == []
+
+
+def finds_itself_first(known, shown):
+    # The first photo is embedded by the same patches as the query, which is the same picture.
+    assert re.match(r"1\.000 00\.png\n", shown)
+
+
+def exports(known, shown):
+    assert Path("encoder.safetensors").is_file()
+
+
+def gives_the_same_features(known, shown):
+    """Of the same patches in either framework."""
+    from flax import nnx
+
+    from empssl_jax.models import encoder_graph
+
+    encoder = known["encoder"]
+    model = nnx.merge(encoder_graph(encoder.config.model), *encoder.state)
+    model.eval()
+    theirs = known["embeddings_of_patches"].detach().numpy()
+    ours = np.asarray(model.embed(jnp.asarray(np.moveaxis(known["patches"].numpy(), 1, -1))))
+    assert np.abs(ours - theirs).max() < 1e-3 * np.abs(theirs).max()
+
+
+def imports(known, shown):
+    ours, theirs = empssl_jax.load("runs/imported"), empssl_jax.load("runs/cifar10")
+    images = known["images"]
+    np.testing.assert_array_equal(ours.embed(images), theirs.embed(images))
+
+
+CHECKS = [embeds, classifies, embeds_files, finds_itself_first, exports, gives_the_same_features, imports]
