@@ -12,8 +12,9 @@ import pytest
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 # Not the config: it checks its values itself, and is tested with values of wrong types.
-CHECKED = ("batch_norm", "checkpoints", "data", "digests", "embeddings", "evaluation", "keys", "knn", "lars", "linear")
-CHECKED += ("losses", "metrics", "models", "patches", "reductions", "tfds_images", "training", "workdir")
+CHECKED = ("batch_norm", "checkpoints", "crops", "data", "decoding", "digests", "embeddings", "evaluation")
+CHECKED += ("folder_images", "image_store", "keys", "knn", "lars", "linear", "losses", "metrics", "models", "patches")
+CHECKED += ("reductions", "tfds_images", "training", "workdir")
 jaxtyping.install_import_hook([f"empssl_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"
