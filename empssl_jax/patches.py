@@ -146,10 +146,13 @@ def apply_to_axes(
 ) -> Float[Array, "C I J"]:
     """Applies a matrix to each axis of all planes.
 
-    The second is a sum of products on purpose: for a matrix product XLA's CPU compiler would turn the planes around
-    and back, which takes three times as long as all the rest.
+    For small planes the second is a sum of products on purpose: for a matrix product XLA's CPU compiler would turn the
+    planes around and back, which takes three times as long as all the rest. From 64x64 pixels on, the sum takes twenty
+    times as long as the product.
     """
     wide = jnp.einsum("chw,jw->chj", patch, columns, precision=jax.lax.Precision.HIGHEST)
+    if patch.shape[1] > 32:
+        return jnp.einsum("chj,ih->cij", wide, rows, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(rows[None, :, :, None] * wide[:, None], axis=2)
 
 
