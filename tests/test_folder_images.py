@@ -107,6 +107,7 @@ def test_without_a_test_folder_a_tenth_is_held_out_whatever_the_order_of_the_fil
     backwards = write(tmp_path / "backwards", *reversed(FLAT))
     expected = sorted(sorted(FLAT, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:4])
     for folder in (root, backwards):
+        assert [file.name for file in list_images(folder)] == FLAT
         assert load(folder, "test").names.tolist() == expected
         assert load(folder, "train").names.tolist() == sorted(set(FLAT) - set(expected))
     both = hold_out(list_images(root)[::-1])
