@@ -39,7 +39,7 @@ def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[
     Raises:
         UserError: there is no such folder, or it does not hold images for training and for testing.
     """
-    root = Path(config.dataset.removeprefix("folder:")).expanduser()
+    root = Path(os.path.expanduser(config.dataset.removeprefix("folder:")))
     files = _splits(root, config)
     classes = _find_classes(root, config, files["train"])
     labels = _labels(files[split], classes)
@@ -97,13 +97,13 @@ def _look_at(root: Path, path: Path) -> ImageFile:
 
 def _splits(root: Path, config: DataConfig) -> dict[str, Files]:
     """The files that are trained on and those that are tested on."""
-    if not root.is_dir():
+    if config.dataset == "folder:" or not os.path.isdir(root):
         raise UserError(f"--dataset {config.dataset!r} is no folder: give folder:PATH of one with images.")
     wanted = (config.test_split,) if config.test_split is not None else TEST_SPLITS
-    test = next((name for name in wanted if (root / name).is_dir()), None)
+    test = next((name for name in wanted if os.path.isdir(root / name)), None)
     if config.test_split is not None and test is None:
         raise UserError(f"--test-split is {config.test_split!r}: {root} has no such subfolder.")
-    if (root / config.train_split).is_dir():
+    if os.path.isdir(root / config.train_split):
         train_root = root / config.train_split
     elif config.train_split != DataConfig.train_split or test is not None:
         raise UserError(
@@ -141,7 +141,7 @@ def _check_overlap(config: DataConfig, files: dict[str, Files]) -> None:
 def _find_classes(root: Path, config: DataConfig, train: Files) -> list[str]:
     """The names of the classes: the subfolders of the labelled split that hold images, if there are two or more."""
     names = _class_names(train)
-    if len(names) < 2 and config.train_split != DataConfig.train_split and (root / DataConfig.train_split).is_dir():
+    if len(names) < 2 and config.train_split != DataConfig.train_split and os.path.isdir(root / DataConfig.train_split):
         names = _class_names(list_images(root / DataConfig.train_split))
     return names if len(names) > 1 else []
 

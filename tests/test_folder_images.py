@@ -200,6 +200,12 @@ def test_folders_that_do_not_fit_get_a_sentence(case, root):
         load_both(root, **options)
 
 
+@pytest.mark.parametrize("name", ["", "~nobody-of-this-name/x", "x" * 900, "/dev/null", "a b", "..x"])
+def test_odd_names_of_folders_are_refused(name, tmp_path):
+    with pytest.raises(UserError, match=r"^--dataset 'folder:.* is no folder: give folder:PATH"):
+        data.load(DataConfig(dataset=f"folder:{name}"), "train", None, str(tmp_path))
+
+
 def test_the_same_split_for_training_and_testing_is_refused():
     with pytest.raises(UserError, match=r"^--test-split is 'train': give another split than --train-split"):
         DataConfig(test_split="train")
