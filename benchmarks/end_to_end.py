@@ -43,7 +43,7 @@ def theirs(config: Config) -> dict[str, float]:
     datasets = evaluation.load_datasets(config)
 
     def loader(split: str, num_patches: int, batch_size: int, train: bool):
-        images, labels, _ = datasets[split]
+        images, labels = datasets[split][:2]
         dataset = baseline.PatchDataset(images, labels, num_patches, config.patches.patch_size)
         return baseline.loader(dataset, batch_size, workers, train)
 
@@ -53,7 +53,7 @@ def theirs(config: Config) -> dict[str, float]:
         if step % 50 == 0:
             print(f"step {step}: loss {loss:.2f}, {time.perf_counter() - START:.0f} s", flush=True)
     patches = config.evaluation.valid_patches
-    embedded = {split: baseline.embed(model, loader(split, patches, 50, False), device) for split in datasets}
+    embedded = {split: baseline.embed(model, loader(split, patches, 50, False), device) for split in evaluation.SPLITS}
     train, test = embedded["train"], embedded["test"]
     options = config.evaluation
     scores = baseline.knn_scores(test[0], *train, 10, options.num_neighbours, options.temperature)

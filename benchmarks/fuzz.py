@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from benchmarks import bad_input
 from benchmarks.bad_input import FLAGS, GROUPS, OPTIONS
-from empssl_jax import config, data, embeddings, evaluation, metrics, tfds_images, training
+from empssl_jax import config, data, decoding, embeddings, evaluation, metrics, training
 from empssl_jax.checks import UserError
 from empssl_jax.config import Config
 
@@ -74,14 +74,14 @@ def parse(arguments: list[str], folder: Path) -> None:
 
 
 def load_embeddings(content: bytes, folder: Path) -> None:
-    """Embeddings are refused or finite, each with a class below their number."""
+    """Embeddings are refused or finite, each with a class below their number or with -1 for none."""
     path = folder / "test.npz"
     path.write_bytes(content)
     loaded = embeddings.load_embeddings(path)
     assert loaded.embeddings.dtype == np.float32
     assert len(loaded.embeddings) == len(loaded.labels) > 0
     assert np.isfinite(np.linalg.norm(loaded.embeddings, axis=1)).all()
-    assert 0 <= loaded.labels.min() <= loaded.labels.max() < loaded.num_classes <= embeddings.MAX_CLASSES
+    assert -1 <= loaded.labels.min() <= loaded.labels.max() < loaded.num_classes <= embeddings.MAX_CLASSES
 
 
 def add_to_results(content: bytes, folder: Path) -> None:
@@ -104,7 +104,10 @@ def resume_metrics(lines: list[tuple[int | None, bytes]], folder: Path) -> None:
 
 def decode(content: bytes, folder: Path) -> None:
     """A picture is refused or gives RGB pixels."""
-    image = tfds_images._decode(content, 7, "pictures train")
+    try:
+        image = decoding.decode(content, None)
+    except decoding.UnreadableError as error:
+        raise UserError(f"The picture is refused: {error}.") from error
     assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)
 
 

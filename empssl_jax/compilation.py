@@ -13,7 +13,11 @@ def keep_compiled_programs() -> None:
     cannot be written to. Programs are found again only for the same versions, options and kind of device.
     """
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(user_cache / "empssl_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache()))
         # JAX leaves out what compiles in less than a second: together that is a third of the time to the first step.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def user_cache() -> Path:
+    """The package's folder in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "empssl_jax"

@@ -27,11 +27,28 @@ class DataConfig(Checked):
     """Which images."""
 
     dataset: str = "cifar10"
-    """Name of a TFDS data set with square colour images, or "digits" (8x8 digits that scikit-learn contains)."""
+    """Name of a TFDS data set of images; or folder:PATH, a folder of JPEG, PNG and WebP files, as docs/data.md
+    describes; or digits, the 8x8 digits that scikit-learn contains."""
+    train_split: str = "train"
+    """Split that is trained on; labels play no part in it. kNN and the linear classifier learn from the labelled
+    images of this split, or if it has none (as stl10's unlabelled) from those of the split train."""
+    test_split: str | None = None
+    """Split that kNN and the linear classifier are measured on; by default test, or else validation. Images without
+    labels are embedded but left out of both measures."""
+    image_size: int | None = whole(None, 1, 4096)
+    """Side in pixels that images are brought to when they are decoded: the largest square in their centre is resized.
+    By default they stay as they are, and must be square and alike."""
+    strict_images: bool = False
+    """Refuse a folder with files that cannot be decoded, in place of listing them and leaving them out."""
     images_per_class: int | None = whole(None, 1)
-    """Keep only the first so many training images of each class, in the order of their ids."""
+    """Keep only the first so many training images of each class, in the order of their ids; none without a label."""
     test_images_per_class: int | None = whole(None, 1)
     """Keep only the first so many test images of each class, in the order of their ids."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        remedy = "give another split than --train-split, or accuracies would be those of images that were trained on"
+        require(self.test_split != self.train_split, "test_split", self.test_split, remedy)
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,11 @@ class PatchConfig(Checked):
     patch_size: int = whole(32, 4, 1024)
     """Side in pixels that crops are resized to; 16 leaves the crops of 32x32 images as they are, at a quarter of the
     cost."""
+    patch_aspect: float = real(1.0, 1.0, 100.0)
+    """Highest ratio of the two sides of a crop, which is drawn anew for each; 1 keeps crops square. torchvision's
+    RandomResizedCrop, and so the paper's recipe for ImageNet, has 4/3."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How crops are resized; the paper's recipe for ImageNet has bicubic."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +152,9 @@ class RunConfig(Checked):
     """Folder of the run: checkpoints, metrics, embeddings, results. Training resumes where that folder left off."""
     data_dir: str | None = None
     """Folder of prepared TFDS data sets; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    cache_dir: str | None = None
+    """Folder for the decoded images of folders and of large data sets, which need not fit into memory; by default
+    empssl_jax/images of the user's cache folder."""
     checkpoint_every: int | None = whole(None, 1)
     """Save a checkpoint every so many steps, besides the end of each epoch."""
     max_to_keep: int = whole(2, 1)
@@ -173,6 +198,8 @@ class DistributedConfig(Checked):
         require(self.process_id < self.num_processes, "process_id", self.process_id, remedy)  # type: ignore[operator]
 
 
+NO_PART_IN_TRAINING = ("test_split", "test_images_per_class", "strict_images")
+
 # The loss's matrices have eigenvalues from 1 to dimension / eps: above 1e6 float32 can lose what keeps them positive.
 SMALLEST_EPS = 1e-5  # of the dimension
 
@@ -209,8 +236,7 @@ def training_differences(ours: Config, theirs: Config) -> list[str]:
     for group in ("data", "patches", "model", "training"):
         for field in dataclasses.fields(getattr(ours, group)):
             mine, other = (getattr(getattr(config, group), field.name) for config in (ours, theirs))
-            # The test images play no part in training.
-            if mine != other and field.name != "test_images_per_class":
+            if mine != other and field.name not in NO_PART_IN_TRAINING:
                 differences.append(f"--{field.name.replace('_', '-')} {mine} (was {other})")
     return differences
 

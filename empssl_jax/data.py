@@ -1,5 +1,6 @@
-"""Data sets, decoded once into memory; Grain orders and batches them."""
+"""Data sets, decoded once; Grain orders and batches them."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -14,18 +15,20 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from empssl_jax.config import DataConfig, require
-from empssl_jax.tfds_images import load_tfds
+from empssl_jax.folder_images import load_folder
+from empssl_jax.tfds_images import find_test_split, load_tfds
 
 Split = Literal["train", "test"]
 DATA_AXIS = "data"  # the mesh axis that splits the images of a batch over devices
 
 
 class ImageDataset(NamedTuple):
-    """A decoded split."""
+    """A decoded split; the labels number the classes from 0, with -1 for images without a label."""
 
     images: UInt8[np.ndarray, "N H W 3"]
     labels: Int32[np.ndarray, " N"]
     num_classes: int
+    names: Shaped[np.ndarray, " N"] | None = None  # of the files, if they are files of the user's
 
 
 class Batch(NamedTuple):
@@ -35,30 +38,56 @@ class Batch(NamedTuple):
     indices: Int32[jax.Array | np.ndarray, " B"]
 
 
-def load(config: DataConfig, split: Split, data_dir: str | None) -> ImageDataset:
-    """Decodes a split into memory, with a progress bar.
+def load(config: DataConfig, split: Split, data_dir: str | None, cache_dir: str | None = None) -> ImageDataset:
+    """Decodes a split, with a progress bar, or maps what was decoded before.
 
-    Of several processes each decodes it whole: every epoch is another permutation, so that a process needs any image
+    Of several processes each has all images: every epoch is another permutation, so that a process needs any image
     sooner or later. What it gathers in a step is only its own part, see `own_rows`.
 
     Args:
         config: which data set and how much of it.
-        split: train or test.
+        split: train or test, whatever the data set calls them.
         data_dir: where TFDS looks, and downloads to; None leaves it to TFDS.
+        cache_dir: where decoded images are kept; None for the user's cache folder.
 
     Raises:
-        UserError: the data set is unknown, cannot be had, or is not of square colour images with labels.
+        UserError: the data set is unknown, cannot be had, is damaged, or does not fit the options.
     """
     per_class = config.images_per_class if split == "train" else config.test_images_per_class
-    if config.dataset == "digits":
-        dataset, ids = _load_digits(split), None
-    else:
-        images, labels, ids, num_classes = load_tfds(config.dataset, split, data_dir)
-        dataset = ImageDataset(images, labels, num_classes)
+    dataset, ids = _load(config, split, data_dir, cache_dir)
     if per_class is None:
         return dataset
+    option = "images_per_class" if split == "train" else "test_images_per_class"
+    require(bool((dataset.labels >= 0).any()), option, per_class, f"the {split} images have no labels, so leave it out")
     kept = first_of_each_class(dataset.labels, ids, per_class)
-    return dataset._replace(images=dataset.images[kept], labels=dataset.labels[kept])
+    names = None if dataset.names is None else dataset.names[kept]
+    return ImageDataset(dataset.images[kept], dataset.labels[kept], dataset.num_classes, names)
+
+
+def load_bank(
+    config: DataConfig, train: ImageDataset, data_dir: str | None, cache_dir: str | None = None
+) -> ImageDataset:
+    """The images that kNN and the linear classifier learn from.
+
+    They are those of the split train if that is another one and none of the training images has a label, else the
+    training images.
+    """
+    if (train.labels >= 0).any() or config.train_split == DataConfig.train_split:
+        return train
+    labelled = dataclasses.replace(config, train_split=DataConfig.train_split)
+    return load(labelled, "train", data_dir, cache_dir)
+
+
+def _load(config, split, data_dir, cache_dir) -> tuple[ImageDataset, Shaped[np.ndarray, " N"] | None]:
+    """All images of a split, and their ids."""
+    if config.dataset == "digits":
+        return _load_digits(config, split), None
+    if config.dataset.startswith("folder:"):
+        images, num_classes = load_folder(config, split, cache_dir)
+        return ImageDataset(images.images, images.labels, num_classes, images.ids), images.ids
+    name = config.train_split if split == "train" else find_test_split(config, data_dir)
+    images, num_classes = load_tfds(config, name, data_dir, cache_dir)
+    return ImageDataset(images.images, images.labels, num_classes), images.ids
 
 
 def batches(
@@ -106,18 +135,20 @@ def count_steps(dataset: ImageDataset, batch_size: int) -> int:
 def first_of_each_class(labels, ids, per_class) -> Int[np.ndarray, " K"]:
     """Positions, ascending, of the first `per_class` images of each class by id."""
     order = np.arange(len(labels)) if ids is None else np.argsort(ids, kind="stable")
-    kept = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
+    kept = [order[labels[order] == label][:per_class] for label in np.unique(labels[labels >= 0])]
     return np.sort(np.concatenate(kept))
 
 
-def _load_digits(split: Split) -> ImageDataset:
+def _load_digits(config: DataConfig, split: Split) -> ImageDataset:
     """scikit-learn's digits, enlarged to 32x32: 1,437 for training and 360 for testing, stratified."""
+    require(config.train_split == "train", "train_split", config.train_split, "digits has only train and test")
+    require(config.test_split in (None, "test"), "test_split", config.test_split, "digits has only train and test")
+    size = (config.image_size or 32,) * 2
     digits, labels = load_digits(return_X_y=True)
     parts = train_test_split(digits.reshape(-1, 8, 8), labels, test_size=360, stratify=labels, random_state=0)
     digits, labels = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
     enlarged = [
-        PIL.Image.fromarray(np.uint8(digit * 255 / 16)).resize((32, 32), PIL.Image.Resampling.BILINEAR)
-        for digit in digits
+        PIL.Image.fromarray(np.uint8(digit * 255 / 16)).resize(size, PIL.Image.Resampling.BILINEAR) for digit in digits
     ]
     images = np.stack([np.asarray(image.convert("RGB")) for image in enlarged])
     return ImageDataset(images, labels.astype(np.int32), 10)

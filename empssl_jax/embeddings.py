@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8
 
 from empssl_jax.checks import one_line
 from empssl_jax.config import Config, UserError
@@ -29,11 +29,21 @@ REMEDY = "give a folder with train.npz and test.npz, or leave --embeddings out t
 
 
 class LabelledEmbeddings(NamedTuple):
-    """Embeddings of a split and the classes of its images."""
+    """Embeddings of a split and the classes of its images, -1 for those without one."""
 
     embeddings: Float32[np.ndarray, "N E"]
     labels: Int32[np.ndarray, " N"]
     num_classes: int
+    names: Shaped[np.ndarray, " N"] | None = None  # of the images' files, if they are files of the user's
+
+
+def labelled(split: LabelledEmbeddings) -> LabelledEmbeddings:
+    """The embeddings of the images that have a label."""
+    has_label = split.labels >= 0
+    if has_label.all():
+        return split
+    names = None if split.names is None else split.names[has_label]
+    return LabelledEmbeddings(split.embeddings[has_label], split.labels[has_label], split.num_classes, names)
 
 
 Embed = Callable[[EncoderState, UInt8[Array, "B H W 3"], Int[Array, " B"]], Float[Array, "B E"]]
@@ -61,6 +71,8 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
                 1,
                 patch_area=config.patches.patch_area,
                 patch_size=config.patches.patch_size,
+                patch_aspect=config.patches.patch_aspect,
+                interpolation=config.patches.interpolation,
                 indices=indices,
                 first_patch=number,
             )
@@ -90,7 +102,7 @@ def embed_dataset(
         raise UserError(
             f"The {name} embeddings are not all finite: train again, or evaluate an earlier checkpoint by --step."
         )
-    return LabelledEmbeddings(embeddings, dataset.labels, dataset.num_classes)
+    return LabelledEmbeddings(embeddings, dataset.labels, dataset.num_classes, dataset.names)
 
 
 def embed_images(
@@ -128,17 +140,20 @@ def embed_images(
 
 
 def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:
-    """Writes an .npz with `embeddings` (N, E) float32, `labels` (N,) int32 and `num_classes`, whole or not at all."""
+    """Writes an .npz with `embeddings` (N, E) float32, `labels` (N,) int32 and `num_classes`, whole or not at all.
+
+    Where the images are files it also has their `names` (N,), as text.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        np.savez(file, **split._asdict())
+        np.savez(file, **{name: value for name, value in split._asdict().items() if value is not None})
 
 
 def load_embeddings(path: Path) -> LabelledEmbeddings:
     """Reads what `save_embeddings` wrote; raises UserError if the file is missing, damaged or of something else.
 
     Nothing is unpickled, and nothing is read before its header says that it fits. A file without `num_classes` has as
-    many as its labels need.
+    many as its labels need; `names` are not read.
     """
     if not path.is_file():
         raise UserError(f"--embeddings: there is no {path}: {REMEDY}.")
@@ -153,10 +168,10 @@ def load_embeddings(path: Path) -> LabelledEmbeddings:
     if not (embeddings.size > 0 and labels.shape == embeddings.shape[:1]):
         raise UserError(f"--embeddings: {path} has embeddings {embeddings.shape} and labels {labels.shape}: {REMEDY}.")
     lowest, highest = int(labels.min()), max(int(labels.max()), num_classes - 1)
-    if not (lowest >= 0 and highest < MAX_CLASSES):
+    if not (lowest >= -1 and highest < MAX_CLASSES):
         raise UserError(
             f"--embeddings: {path} has labels from {lowest} to {highest}: number the classes from 0 to at most "
-            f"{MAX_CLASSES - 1}."
+            f"{MAX_CLASSES - 1}, and -1 for no label."
         )
     with np.errstate(over="ignore"):
         embeddings = embeddings.astype(np.float32)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import jax.numpy as jnp
+import numpy as np
 import tyro
 from jax.sharding import Mesh
 
@@ -16,7 +17,14 @@ from empssl_jax.checkpoints import Which, load_config
 from empssl_jax.checks import one_line
 from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, RunConfig, UserError, require
 from empssl_jax.distributed import is_first_process
-from empssl_jax.embeddings import LabelledEmbeddings, embed_dataset, load_embeddings, make_embed, save_embeddings
+from empssl_jax.embeddings import (
+    LabelledEmbeddings,
+    embed_dataset,
+    labelled,
+    load_embeddings,
+    make_embed,
+    save_embeddings,
+)
 from empssl_jax.encoder import load
 from empssl_jax.keys import classifier_key
 from empssl_jax.knn import check_num_neighbours, sharded_knn_scores, top_k_accuracy
@@ -30,7 +38,7 @@ SPLITS: tuple[data.Split, ...] = ("train", "test")
 
 _flat = tyro.conf.arg(name="")
 Accuracy = dict[str, float]  # "top1" and "top5", as fractions
-Datasets = dict[data.Split, data.ImageDataset]
+Datasets = dict[str, data.ImageDataset]  # "train", "test", and "bank", see `data.load_bank`
 Embeddings = dict[data.Split, LabelledEmbeddings]
 
 
@@ -46,6 +54,8 @@ class EvaluateOptions:
     """Folder with train.npz and test.npz to evaluate, in place of a checkpoint."""
     data_dir: str | None = None
     """Folder of prepared TFDS data sets; by default the run's, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    cache_dir: str | None = None
+    """Folder for decoded images; by default the run's, else empssl_jax/images of the user's cache folder."""
     evaluation: Annotated[EvaluationConfig, _flat] = dataclasses.field(default_factory=EvaluationConfig)
     distributed: Annotated[DistributedConfig, _flat] = dataclasses.field(default_factory=DistributedConfig)
 
@@ -62,7 +72,8 @@ def parse_evaluate_options(arguments: Sequence[str]) -> EvaluateOptions:
     default = EvaluateOptions()
     if source.embeddings is None and not {"-h", "--help"} & set(arguments):
         config = load_config(Path(source.workdir))
-        default = EvaluateOptions(data_dir=config.run.data_dir, evaluation=config.evaluation)
+        run = config.run
+        default = EvaluateOptions(data_dir=run.data_dir, cache_dir=run.cache_dir, evaluation=config.evaluation)
     description = "Measures the embeddings of a trained encoder by kNN and a linear classifier."
     return tyro.cli(EvaluateOptions, args=list(arguments), default=default, description=description)
 
@@ -81,7 +92,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     folder = Path(options.workdir)
     config = load_config(folder)
     require(options.evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches to embed, as 128")
-    run = dataclasses.replace(config.run, data_dir=options.data_dir)
+    run = dataclasses.replace(config.run, data_dir=options.data_dir, cache_dir=options.cache_dir)
     config = dataclasses.replace(config, evaluation=options.evaluation, run=run)
     with claimed(folder), storage_errors(folder):
         load_results(folder)  # refuses a damaged file now rather than after the work
@@ -99,6 +110,8 @@ def _load_both_embeddings(folder: Path) -> Embeddings:
 def _measure(
     folder: Path, embeddings: Embeddings, config: EvaluationConfig, seed: int, mesh: Mesh
 ) -> dict[str, Accuracy]:
+    if not have_labels(embeddings):
+        return {}
     results = {"kNN": measure_knn(embeddings, config, mesh)}
     try:
         if config.linear_epochs > 0:
@@ -118,14 +131,17 @@ def _embed_checkpoint(config: Config, workdir: Path, step: Which, mesh: Mesh) ->
 
 
 def load_datasets(config: Config) -> Datasets:
-    """Both splits; raises UserError if there are fewer training images than kNN asks."""
-    datasets = {split: data.load(config.data, split, config.run.data_dir) for split in SPLITS}
-    check_num_neighbours(config.evaluation.num_neighbours, len(datasets["train"].labels))
+    """The images of a run; raises UserError if there are fewer labelled ones to look among than kNN asks."""
+    folders = config.run.data_dir, config.run.cache_dir
+    datasets: Datasets = {split: data.load(config.data, split, *folders) for split in SPLITS}
+    bank = datasets["bank"] = data.load_bank(config.data, datasets["train"], *folders)
+    if num_labelled := int(np.count_nonzero(bank.labels >= 0)):
+        check_num_neighbours(config.evaluation.num_neighbours, num_labelled)
     return datasets
 
 
 def embed_and_save(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh, workdir: Path) -> Embeddings:
-    """Embeddings of both splits, left behind in the run's embeddings/{train,test}.npz."""
+    """Embeddings of the bank and the test images, left behind in the run's embeddings/{train,test}.npz."""
     embeddings = embed_splits(config, encoder, datasets, mesh)
     if is_first_process():
         for split, labelled in embeddings.items():
@@ -134,14 +150,25 @@ def embed_and_save(config: Config, encoder: EncoderState, datasets: Datasets, me
 
 
 def embed_splits(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh) -> Embeddings:
-    """Embeddings of both splits."""
+    """Embeddings of the bank and of the test images."""
     embed, batch_size = make_embed(config, mesh), config.evaluation.embedding_batch_size
-    return {split: embed_dataset(embed, encoder, images, batch_size, mesh, split) for split, images in datasets.items()}
+    return {
+        split: embed_dataset(embed, encoder, datasets[name], batch_size, mesh, split)
+        for split, name in zip(SPLITS, ("bank", "test"), strict=True)
+    }
+
+
+def have_labels(embeddings: Embeddings) -> bool:
+    """Whether there is anything to measure; if not, says so."""
+    unlabelled = [split for split in SPLITS if not len(labelled(embeddings[split]).labels)]
+    if unlabelled:
+        print(f"no {' and no '.join(unlabelled)} image has a label, so that neither kNN nor linear is measured")
+    return not unlabelled
 
 
 def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> Accuracy:
-    """Accuracy of weighted kNN on the test embeddings."""
-    train, test = embeddings["train"], embeddings["test"]
+    """Accuracy of weighted kNN on the labelled test embeddings."""
+    train, test = labelled(embeddings["train"]), labelled(embeddings["test"])
     scores = sharded_knn_scores(
         mesh,
         test.embeddings,
@@ -155,12 +182,13 @@ def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) ->
 
 
 def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int, mesh: Mesh) -> dict[str, Accuracy]:
-    """Accuracy of the linear classifier on the test embeddings, after its last epoch and at its best on the test.
+    """Accuracy of the linear classifier on the labelled test embeddings, after its last epoch and at its best on them.
 
     Raises:
         DivergenceError: it is not finite any more.
     """
-    top1, top5 = linear_accuracy(classifier_key(seed), embeddings["train"], embeddings["test"], config, mesh)
+    train, test = labelled(embeddings["train"]), labelled(embeddings["test"])
+    top1, top5 = linear_accuracy(classifier_key(seed), train, test, config, mesh)
     if not jnp.isfinite(top1[-1]):
         rate = config.linear_learning_rate
         raise DivergenceError(f"The linear classifier diverged at --linear-learning-rate {rate}: try a lower one.")

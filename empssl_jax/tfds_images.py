@@ -1,109 +1,110 @@
-"""Images and labels of TFDS data sets, read, decoded and if need be prepared without TensorFlow."""
+"""Images of TFDS data sets, read and if need be prepared without TensorFlow."""
 
-import io
+import functools
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
-from jaxtyping import Int32, Shaped, UInt8
 
 from empssl_jax.checks import UserError, one_line
+from empssl_jax.config import DataConfig
 from empssl_jax.distributed import first_process_first
-from empssl_jax.metrics import image_progress
+from empssl_jax.image_store import NO_LABEL, Example, Images, Source, load_images
+
+MEMORY = 2**30  # bytes: the decoded images of larger splits are kept on disk
 
 
-class TfdsImages(NamedTuple):
-    """A decoded split."""
+def load_tfds(config: DataConfig, split: str, data_dir: str | None, cache_dir: str | None) -> tuple[Images, int]:
+    """The images of a split and the number of classes, 0 if the data set has no label for an image.
 
-    images: UInt8[np.ndarray, "N H W 3"]
-    labels: Int32[np.ndarray, " N"]
-    ids: Shaped[np.ndarray, " N"] | None  # for data sets that have them
-    num_classes: int
-
-
-def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsImages:
-    """Decodes a split into memory, with a progress bar; images of other modes are converted to RGB.
+    Args:
+        config: which data set, and at what size.
+        split: TFDS's name of the split, or a slice of one as train[:90%].
+        data_dir: where TFDS looks, and downloads to; None leaves it to TFDS.
+        cache_dir: see `load_images`.
 
     Raises:
-        UserError: the data set is unknown, cannot be had, is damaged, or is not of square 8-bit images with labels.
+        UserError: the data set is unknown, cannot be had, is damaged, or is not of 8-bit images.
     """
+    name = config.dataset
     with first_process_first():
         builder = _prepared_builder(name, data_dir)
-    _check_features(builder.info, name, split)
-    size = builder.info.splits[split].num_examples
-    try:
-        source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        examples = _read(source, size, f"{name} {split}")
-    except UserError:
-        raise
-    except Exception as error:  # TFDS, array_record and protobuf fail each in their own ways on damaged files
+    size = _count(builder.info, name, split)
+    num_classes = _count_classes(builder.info)
+    source = Source(
+        name=f"{name} {split}",
+        place=f"{builder.data_dir} {split}",
+        fingerprint=builder.info.as_json,
+        size=size,
+        read=_reader(builder, name, split),
+        strict=True,
+        remedy="prepare the data set anew, or choose another",
+        memory=MEMORY,
+    )
+    images = load_images(source, config.image_size, cache_dir)
+    if images.labels.min() < NO_LABEL or images.labels.max() >= num_classes > 0:
         raise UserError(
-            f"{name} in {builder.data_dir} cannot be read ({type(error).__name__}: {one_line(error)}): delete that "
-            "folder to prepare it anew, or give another --data-dir."
-        ) from error
-    images = [image for _, image in examples]
-    shapes = sorted({image.shape for image in images})
-    if len(shapes) != 1 or shapes[0][0] != shapes[0][1]:
-        raise UserError(f"--dataset {name!r} has {split} images of shapes {shapes[:3]}: they must be square and alike.")
-    labels = np.array([example["label"] for example, _ in examples], np.int64)
-    num_classes = builder.info.features["label"].num_classes
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise UserError(
-            f"--dataset {name!r} has {split} labels from {labels.min()} to {labels.max()}, and {num_classes} classes "
-            "from 0: choose a data set whose images all have labels."
+            f"--dataset {name!r} has {split} labels from {images.labels.min()} to {images.labels.max()}, and "
+            f"{num_classes} classes from 0: prepare the data set anew, or choose another."
         )
-    ids = np.array([example["id"] for example, _ in examples]) if "id" in builder.info.features else None
-    return TfdsImages(np.stack(images), labels.astype(np.int32), ids, num_classes)
+    return images, num_classes
 
 
-def _check_features(info: tfds.core.DatasetInfo, name: str, split: str) -> None:
-    """Refuses what is no data set of 8-bit images with a class each."""
-    if split not in info.splits or not {"image", "label"} <= set(info.features):
-        raise UserError(f"--dataset {name!r} has no {split} split with images and labels: choose another data set.")
-    image, label = info.features["image"], info.features["label"]
+def find_test_split(config: DataConfig, data_dir: str | None) -> str:
+    """The split that is tested on: the one that is asked for, else test, else validation."""
+    if config.test_split is not None:
+        return config.test_split
+    with first_process_first():
+        splits = _prepared_builder(config.dataset, data_dir).info.splits
+    return "validation" if "test" not in splits and "validation" in splits else "test"
+
+
+def _count(info: tfds.core.DatasetInfo, name: str, split: str) -> int:
+    """Number of images in a split; refuses what is no split of 8-bit images."""
+    try:
+        size = info.splits[split].num_examples
+    except Exception as error:  # TFDS parses names of splits in its own ways
+        there = ", ".join(info.splits)
+        raise UserError(
+            f"--dataset {name!r} has no {split} split but {there}: choose by --train-split and --test-split, also a "
+            "slice as train[:90%]."
+        ) from error
+    image = dict(info.features).get("image")
     if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
         raise UserError(f"--dataset {name!r} has images of type {image}: choose a data set of 8-bit images.")
-    if not (isinstance(label, tfds.features.ClassLabel) and label.num_classes):
-        raise UserError(f"--dataset {name!r} has labels of type {label}: choose a data set with a class an image.")
-    if info.splits[split].num_examples == 0:
+    if size == 0:
         raise UserError(f"--dataset {name!r} has no images in its {split} split: choose another data set.")
+    return size
 
 
-def _read(source, size: int, name: str) -> list[tuple[dict, UInt8[np.ndarray, "H W 3"]]]:
-    """All examples and their decoded images, in order."""
-
-    def read(start):
-        numbers = range(start, min(start + 256, size))
-        return [
-            (example, _decode(example["image"], number, name))
-            for number, example in zip(numbers, source.__getitems__(numbers), strict=True)
-        ]
-
-    examples = []
-    with ThreadPoolExecutor() as threads, image_progress(f"decoding {name}", size) as bar:
-        for chunk in threads.map(read, range(0, size, 256)):
-            examples.extend(chunk)
-            bar.update(len(chunk))
-    return examples
+def _count_classes(info: tfds.core.DatasetInfo) -> int:
+    label = dict(info.features).get("label")
+    return (label.num_classes or 0) if isinstance(label, tfds.features.ClassLabel) else 0
 
 
-def _decode(encoded: bytes, number: int, name: str) -> UInt8[np.ndarray, "H W 3"]:
-    try:
-        image: PIL.Image.Image = PIL.Image.open(io.BytesIO(encoded))
-        if image.mode[0] in "IF":
-            raise ValueError(f"its mode is {image.mode}, not of 8 bits")
-        if "transparency" in image.info:
-            image = image.convert("RGBA")
-        return np.asarray(image.convert("RGB"))
-    except Exception as error:  # PIL's decoders fail each in their own ways
-        reason = "no known format" if isinstance(error, PIL.UnidentifiedImageError) else one_line(error)
-        raise UserError(
-            f"Image {number} of {name} cannot be decoded ({reason}): prepare the data set anew, or choose another."
-        ) from error
+def _reader(builder: tfds.core.DatasetBuilder, name: str, split: str):
+    """What reads a range of a split's examples; on damaged files it raises UserError."""
+    is_labelled = _count_classes(builder.info) > 0
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    source = functools.cache(lambda: builder.as_data_source(split, decoders=decoders))
+
+    def example(features) -> Example:
+        given = features.get("id")
+        label = int(features["label"]) if is_labelled else NO_LABEL
+        return Example(features["image"], label, given.decode() if isinstance(given, bytes) else given)
+
+    def read(numbers: range) -> list[Example]:
+        try:
+            return [example(features) for features in source().__getitems__(numbers)]
+        except Exception as error:  # TFDS, array_record and protobuf fail each in their own ways on damaged files
+            raise UserError(
+                f"{name} in {builder.data_dir} cannot be read ({type(error).__name__}: {one_line(error)}): delete that "
+                "folder to prepare it anew, or give another --data-dir."
+            ) from error
+
+    return read
 
 
 def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:

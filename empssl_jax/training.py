@@ -96,6 +96,8 @@ def make_train_step(
             config.patches.train_patches,
             patch_area=config.patches.patch_area,
             patch_size=config.patches.patch_size,
+            patch_aspect=config.patches.patch_aspect,
+            interpolation=config.patches.interpolation,
             indices=batch.indices,
         )
         gradients, (loss, batch_stats) = jax.grad(loss_fn, has_aux=True)(*state.encoder, patches)
@@ -151,6 +153,8 @@ def _train(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: P
     encoder = _fit(config, datasets["train"], mesh, workdir)
     if config.evaluation.valid_patches > 0:
         embeddings = evaluation.embed_and_save(config, encoder, datasets, mesh, workdir)
+        if not evaluation.have_labels(embeddings):
+            return
         knn = evaluation.measure_knn(embeddings, config.evaluation, mesh)
         print(evaluation.format_table(evaluation.add_results(workdir, {"kNN": knn})))
 
@@ -250,9 +254,7 @@ def _placed_batches(
         yield step, data.Batch(*(data.place_rows(own, mesh, batch_size) for own in batch))
 
 
-def _measure_untrained(
-    config: Config, datasets: dict[data.Split, data.ImageDataset], mesh: Mesh, workdir: Path
-) -> None:
+def _measure_untrained(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: Path) -> None:
     """Measures kNN with the initial parameters, for comparison, and writes it into results.json.
 
     No handicap: BatchNorm gets the statistics of real batches of training patches, from steps whose optimizer changes
@@ -273,4 +275,5 @@ def _measure_untrained(
     kept = batch_norm.MOMENTUM**STATISTICS_PASSES
     batch_stats = jax.tree.map(lambda now, first: (now - kept * first) / (1 - kept), state.encoder.batch_stats, start)
     embeddings = evaluation.embed_splits(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
-    evaluation.add_results(workdir, {name: evaluation.measure_knn(embeddings, config.evaluation, mesh)})
+    if evaluation.have_labels(embeddings):
+        evaluation.add_results(workdir, {name: evaluation.measure_knn(embeddings, config.evaluation, mesh)})

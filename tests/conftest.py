@@ -14,9 +14,9 @@ import pytest
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 # Not the config and the encoder: they check their values themselves, and are tested with values of wrong types.
-CHECKED = ("batch_norm", "checkpoints", "data", "digests", "embeddings", "evaluation", "keys", "knn", "lars", "linear")
-CHECKED += ("losses", "metrics", "models", "patches", "reductions", "tfds_images", "torch_names", "training")
-CHECKED += ("workdir",)
+CHECKED = ("batch_norm", "checkpoints", "crops", "data", "decoding", "digests", "embeddings", "evaluation")
+CHECKED += ("folder_images", "image_store", "keys", "knn", "lars", "linear", "losses", "metrics", "models", "patches")
+CHECKED += ("reductions", "tfds_images", "torch_names", "training", "workdir")
 jaxtyping.install_import_hook([f"empssl_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"

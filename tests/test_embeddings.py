@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from empssl_jax import data, embeddings
+from empssl_jax import data, embeddings, evaluation
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, UserError
 from empssl_jax.keys import embedding_patches_key
 from empssl_jax.models import encoder_graph, init_encoder
@@ -80,3 +80,26 @@ def test_memory_does_not_grow_with_the_number_of_patches(encoder_state):
         return embed.lower(encoder_state, images, indices).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(64) == temporaries(2)
+
+
+def test_images_without_labels_take_no_part_in_either_measure(tmp_path, capsys):
+    """Their embeddings lie where they would change every vote and every gradient."""
+    random = np.random.RandomState(0)
+    mesh, config = data.device_mesh(2), EvaluationConfig(num_neighbours=3, linear_epochs=3, linear_batch_size=4)
+    some, mixed = {}, {}
+    for split, size in (("train", 12), ("test", 8)):
+        labels = np.arange(size).astype(np.int32) % 3
+        features = random.randn(size, 4).astype(np.float32)
+        some[split] = embeddings.LabelledEmbeddings(features, labels, 3)
+        at = np.sort(random.randint(0, size, 5))
+        mixed[split] = embeddings.LabelledEmbeddings(
+            np.insert(features, at, 9.0, axis=0), np.insert(labels, at, -1).astype(np.int32), 3
+        )
+        embeddings.save_embeddings(tmp_path / f"{split}.npz", mixed[split])
+    loaded = {split: embeddings.load_embeddings(tmp_path / f"{split}.npz") for split in mixed}
+    for measure in (evaluation.measure_knn, lambda *args: evaluation.measure_linear(*args[:2], 0, mesh)):
+        expected = measure(some, config, mesh)
+        assert measure(mixed, config, mesh) == measure(loaded, config, mesh) == expected
+    assert evaluation.have_labels(mixed)
+    assert not evaluation.have_labels(mixed | {"test": mixed["test"]._replace(labels=np.full(13, -1, np.int32))})
+    assert capsys.readouterr().out == "no test image has a label, so that neither kNN nor linear is measured\n"

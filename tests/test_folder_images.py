@@ -1,0 +1,282 @@
+"""Folders of pictures: which are trained and tested on, their classes, and the same embeddings as from TFDS."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from empssl_jax import data, embeddings, evaluation, training
+from empssl_jax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    PatchConfig,
+    RunConfig,
+    TrainingConfig,
+    UserError,
+)
+from empssl_jax.folder_images import hold_out, list_images
+from empssl_jax.models import init_encoder
+
+needs_cifar10 = pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
+
+
+def pixels(name: str, side: int = 8) -> np.ndarray:
+    """A picture of its own for each name."""
+    seed = int.from_bytes(hashlib.md5(name.encode()).digest()[:4])
+    return np.random.RandomState(seed).randint(0, 256, (side, side, 3)).astype(np.uint8)
+
+
+def write(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lossless = {"lossless": True} if path.suffix == ".webp" else {}
+        PIL.Image.fromarray(pixels(path.name)).save(path, **lossless)
+    return root
+
+
+def load(root, split="train", **options):
+    return data.load(DataConfig(dataset=f"folder:{root}", **options), split, None, str(root.parent / "cache"))
+
+
+def load_both(root, **options):
+    return [load(root, split, **options) for split in ("train", "test")]
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder to write pictures into, beside which their decoded images go."""
+    (tmp_path / "pictures").mkdir()
+    return tmp_path / "pictures"
+
+
+FLAT = [f"{i:03}.png" for i in range(40)]
+NESTED = [f"{split}/{animal}/{i}{split}.png" for split in ("train", "test") for animal in "bac" for i in range(4)]
+
+
+def test_a_folder_with_train_and_test_has_the_classes_of_its_subfolders(root):
+    write(root, *NESTED)
+    for split in ("train", "test"):
+        loaded = load(root, split)
+        assert loaded.names.tolist() == [f"{animal}/{i}{split}.png" for animal in "abc" for i in range(4)]
+        np.testing.assert_array_equal(loaded.labels, np.repeat([0, 1, 2], 4))
+        assert loaded.num_classes == 3
+        np.testing.assert_array_equal(loaded.images, [pixels(name.split("/")[1]) for name in loaded.names])
+
+
+@pytest.mark.parametrize("name", ["test", "validation", "val"])
+def test_test_images_are_found_by_the_usual_names(root, name):
+    write(root, "train/1.png", "train/2.png", f"{name}/3.png")
+    assert load(root, "test").names.tolist() == ["3.png"]
+
+
+def test_splits_may_have_other_names(root):
+    write(root, "train/a/1.png", "train/b/2.png", "loose/3.jpg", "held/b/4.png", "test/b/5.png")
+    options = {"train_split": "loose", "test_split": "held"}
+    train, test = load(root, **options), load(root, "test", **options)
+    assert (train.labels.tolist(), train.num_classes) == ([-1], 2)
+    assert (test.labels.tolist(), test.names.tolist()) == ([1], ["b/4.png"])
+    bank = data.load_bank(DataConfig(dataset=f"folder:{root}", **options), train, None, str(root.parent / "cache"))
+    assert (bank.labels.tolist(), bank.names.tolist()) == ([0, 1], ["a/1.png", "b/2.png"])
+
+
+def test_files_of_all_three_kinds_are_found_and_no_others(root):
+    write(root, "a.JPG", "b.jpeg", "deep/er/c.webp", "d.PNG", "e.gif", ".hidden.png", ".folder/f.png")
+    (root / "notes.txt").write_text("no picture")
+    assert [file.name for file in list_images(root)] == ["a.JPG", "b.jpeg", "d.PNG", "deep/er/c.webp"]
+    assert (load(root).num_classes, set(load(root).labels.tolist())) == (0, {-1})  # one subfolder is no class
+
+
+def test_links_are_followed_but_not_in_circles(root, tmp_path):
+    write(tmp_path / "elsewhere", "1.png", "2.png")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "self").symlink_to(root)
+    (tmp_path / "elsewhere" / "up").symlink_to(root)
+    assert [file.name for file in list_images(root)] == ["linked/1.png", "linked/2.png"]
+
+
+def test_without_a_test_folder_a_tenth_is_held_out_whatever_the_order_of_the_files(root, tmp_path):
+    write(root, *FLAT)
+    backwards = write(tmp_path / "backwards", *reversed(FLAT))
+    expected = sorted(sorted(FLAT, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:4])
+    for folder in (root, backwards):
+        assert [file.name for file in list_images(folder)] == FLAT
+        assert load(folder, "test").names.tolist() == expected
+        assert load(folder, "train").names.tolist() == sorted(set(FLAT) - set(expected))
+    both = hold_out(list_images(root)[::-1])
+    assert [file.name for file in both[1]] == expected
+    assert [len(part) for part in hold_out(list_images(root)[:2])] == [1, 1]
+
+
+def test_pictures_of_any_size_are_brought_to_one(root):
+    write(root, "a.png", "b.png", "c.png")
+    PIL.Image.fromarray(pixels("wide", 40)[:13]).save(root / "wide.png")
+    PIL.Image.fromarray(pixels("tall", 40)[:, :17, 0]).save(root / "tall.jpg")
+    with pytest.raises(UserError, match=r"has images of shapes .* give --image-size, the side in pixels"):
+        load_both(root)
+    assert load(root, image_size=12).images.shape == (4, 12, 12, 3)
+
+
+def test_files_that_cannot_be_decoded_are_listed_left_out_and_on_demand_refused(root, capsys):
+    write(root, *NESTED)
+    (root / "train" / "a" / "1train.png").write_bytes(b"nonsense")
+    (root / "train" / "b" / "nowhere.png").symlink_to(root / "nowhere")
+    for _ in range(2):  # decoded, then mapped
+        loaded = load(root)
+        assert len(loaded.labels) == 11
+        assert "a/1train.png" not in loaded.names
+        assert loaded.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 4
+        shown = capsys.readouterr().out
+        assert "left out 2 of 13 train images that cannot be decoded:" in shown
+        assert "'a/1train.png' (no known format)" in shown
+        assert "'b/nowhere.png' ([Errno 2] No such file" in shown
+    with pytest.raises(UserError, match=r"^--strict-images: 2 of 13 train images .* as 'a/1train\.png' \(no kno"):
+        load(root, strict_images=True)
+    shutil.rmtree(root.parent / "cache")
+    with pytest.raises(UserError, match=r"^Image a/1train\.png of pictures train cannot be decoded .* --strict-images"):
+        load(root, strict_images=True)
+    assert len(load(root, "test").labels) == 12
+
+
+def test_a_changed_file_is_decoded_anew(root):
+    write(root, *NESTED)
+    before = load(root)
+    PIL.Image.fromarray(pixels("new")).save(root / "train" / "a" / "1train.png")
+    after = load(root)
+    np.testing.assert_array_equal(after.images[1], pixels("new"))
+    assert (after.images != before.images).any(axis=(1, 2, 3)).tolist() == [False, True] + [False] * 10
+
+
+def test_images_per_class_leaves_out_those_without_a_label(root):
+    write(root, *NESTED, "train/loose.png")
+    loaded = load(root, images_per_class=2)
+    assert loaded.names.tolist() == [f"{animal}/{i}train.png" for animal in "abc" for i in range(2)]
+
+
+def test_names_that_are_no_text_are_taken(root):
+    write(root, *FLAT)
+    os.rename(root / "000.png", os.fsencode(root) + b"/\xff\xfe.png")
+    loaded = [load(root, split) for split in ("train", "test")]
+    assert sum(len(part.labels) for part in loaded) == 40
+    assert "\udcff\udcfe.png" in set(loaded[0].names) | set(loaded[1].names)
+
+
+def same_image(root):
+    write(root, *NESTED)
+    shutil.copy(root / "train" / "a" / "1train.png", root / "test" / "a" / "1train.png")
+
+
+REFUSED = {
+    "no folder": (lambda root: root.rmdir(), {}, "pictures' is no folder: give folder:PATH"),
+    "a file": (lambda root: (root.rmdir(), root.write_text("x")), {}, "is no folder"),
+    "no images": (lambda root: (root / "a.txt").write_text("x"), {}, r"has no images \(\.jpeg, \.jpg, \.png, \.webp\)"),
+    "one image": (lambda root: write(root, "a.png"), {}, "has only one image: give a folder with some to train and"),
+    "an empty split": (lambda root: (write(root, *NESTED), (root / "val").mkdir()), {"test_split": "val"}, "in val/"),
+    "test alone": (lambda root: write(root, "test/a.png"), {}, "--train-split is 'train': .* subfolder beside test"),
+    "another split": (lambda root: write(root, *NESTED), {"train_split": "x"}, "--train-split is 'x': .* no such"),
+    "another test": (
+        lambda root: write(root, *NESTED),
+        {"test_split": "x"},
+        "--test-split is 'x': .* no such",
+    ),
+    "the same image": (same_image, {}, "has the same image for training and testing, 'a/1train.png': remove it"),
+    "other classes": (lambda root: write(root, *NESTED, "test/d/1.png"), {}, "test images in a folder 'd' and no tr"),
+    "per class": (lambda root: write(root, *FLAT), {"images_per_class": 3}, "--images-per-class is 3: .* no labels"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_folders_that_do_not_fit_get_a_sentence(case, root):
+    make, options, message = REFUSED[case]
+    make(root)
+    with pytest.raises(UserError, match=f"^--.*{message.removeprefix('--')}.*\\.$"):
+        load_both(root, **options)
+
+
+@pytest.mark.parametrize("name", ["", "~nobody-of-this-name/x", "x" * 900, "/dev/null", "a b", "..x"])
+def test_odd_names_of_folders_are_refused(name, tmp_path):
+    with pytest.raises(UserError, match=r"^--dataset 'folder:.* is no folder: give folder:PATH"):
+        data.load(DataConfig(dataset=f"folder:{name}"), "train", None, str(tmp_path))
+
+
+def test_the_same_split_for_training_and_testing_is_refused():
+    with pytest.raises(UserError, match=r"^--test-split is 'train': give another split than --train-split"):
+        DataConfig(test_split="train")
+
+
+def config_of(root, **options):
+    return Config(
+        data=DataConfig(dataset=f"folder:{root}"),
+        patches=PatchConfig(train_patches=2, patch_size=8, **options),
+        model=ModelConfig(width=2, hidden_dim=8, projection_dim=4, precision="float32"),
+        training=TrainingConfig(batch_size=8),
+        evaluation=EvaluationConfig(valid_patches=2, num_neighbours=3, linear_epochs=1),
+        run=RunConfig(workdir=str(root.parent / "run"), cache_dir=str(root.parent / "cache")),
+    )
+
+
+def test_pictures_without_classes_are_trained_on_and_embedded_but_not_measured(root, capsys):
+    write(root, *FLAT)
+    config = config_of(root, patch_aspect=4 / 3, interpolation="bicubic")
+    training.train(config)
+    assert "no train and no test image has a label, so that neither" in capsys.readouterr().out
+    with np.load(root.parent / "run" / "embeddings" / "train.npz") as arrays:
+        assert arrays["names"].tolist() == load(root).names.tolist()
+        assert arrays["embeddings"].shape == (36, 8)
+        np.testing.assert_array_equal(arrays["labels"], np.full(36, -1))
+        before = arrays["embeddings"]
+    options = evaluation.EvaluateOptions(
+        workdir=config.run.workdir, cache_dir=config.run.cache_dir, evaluation=config.evaluation
+    )
+    assert evaluation.evaluate(options) == {}
+    with np.load(root.parent / "run" / "embeddings" / "train.npz") as arrays:
+        np.testing.assert_array_equal(arrays["embeddings"], before)
+    assert json.loads((root.parent / "run" / "config.json").read_text())["data"]["dataset"] == f"folder:{root}"
+
+
+def embed(dataset, root):
+    config, mesh = config_of(root), data.device_mesh(1)
+    encoder = init_encoder(config.model, jax.random.key(0))
+    return embeddings.embed_dataset(embeddings.make_embed(config, mesh), encoder, dataset, 50, mesh, "train").embeddings
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    """The first 20 training images of each class."""
+    return data.load(DataConfig(images_per_class=20), "train", os.environ["TFDS_DATA_DIR"])
+
+
+@needs_cifar10
+def test_cifar10_as_files_has_the_embeddings_of_cifar10_from_tfds(cifar10, root):
+    """Written out in the order of TFDS, so that each image has the index that draws its patches."""
+    for number, image in enumerate(cifar10.images):
+        path = root / "train" / f"{number:05}.png"
+        path.parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(image).save(path)
+    write(root, "test/any.png")
+    files = load(root)
+    np.testing.assert_array_equal(files.images, cifar10.images)
+    np.testing.assert_array_equal(embed(files, root), embed(cifar10, root))
+
+
+@needs_cifar10
+def test_cifar10_in_folders_of_its_classes_has_its_images_and_labels(cifar10, root):
+    for number, (image, label) in enumerate(zip(cifar10.images, cifar10.labels, strict=True)):
+        path = root / "train" / f"class{label}" / f"{number:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image).save(path)
+    write(root, "test/class3/any.png")
+    files = load(root)
+    numbers = [int(name[-9:-4]) for name in files.names]
+    assert files.num_classes == 10
+    np.testing.assert_array_equal(files.images, cifar10.images[numbers])
+    np.testing.assert_array_equal(files.labels, cifar10.labels[numbers])
+    permuted = data.ImageDataset(cifar10.images[numbers], cifar10.labels[numbers], 10)
+    np.testing.assert_array_equal(embed(files, root), embed(permuted, root))

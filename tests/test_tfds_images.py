@@ -1,0 +1,111 @@
+"""TFDS data sets of other splits, sizes and labels than CIFAR-10's, as TFDS prepares them."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets import features
+
+from empssl_jax import data, evaluation, tfds_images
+from empssl_jax.config import Config, DataConfig, EvaluationConfig, RunConfig, UserError
+
+
+def pixels(number: int, height: int = 8, width: int = 8) -> np.ndarray:
+    return np.random.RandomState(number).randint(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+class TinyStl(tfds.core.GeneratorBasedBuilder):
+    """Like stl10: labelled images, and more without labels."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    SPLITS = {"train": (0, 30), "test": (100, 20), "unlabelled": (200, 50)}  # noqa: RUF012
+    LABEL = features.ClassLabel(num_classes=3)
+    SIDES = (8, 8)
+
+    def _info(self):
+        kinds = {"image": features.Image(shape=(None, None, 3))} | ({"label": self.LABEL} if self.LABEL else {})
+        return tfds.core.DatasetInfo(builder=self, features=features.FeaturesDict(kinds))
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self.SPLITS}
+
+    def _generate_examples(self, split):
+        first, count = self.SPLITS[split]
+        for number in range(first, first + count):
+            image = pixels(number, *(side + (number % 2) * (side != 8) for side in self.SIDES))
+            label = {"label": -1 if split == "unlabelled" else number % 3} if self.LABEL else {}
+            yield number, {"image": image} | label
+
+
+class Unlabelled(TinyStl):
+    """Like div2k: images and nothing else; no test split, but a validation split."""
+
+    SPLITS = {"train": (0, 12), "validation": (100, 5)}  # noqa: RUF012
+    LABEL = None
+    SIDES = (10, 14)
+
+
+def load(folder, split="train", dataset="tiny_stl", **options):
+    return data.load(DataConfig(dataset=dataset, **options), split, str(folder), str(folder / "cache"))
+
+
+def numbers_of(dataset, numbers):
+    """Which of the pictures a data set holds, in order."""
+    known = {pixels(number).tobytes(): number for number in numbers}
+    return [known[image.tobytes()] for image in dataset.images]
+
+
+def test_an_unlabelled_split_is_trained_on_and_the_labelled_one_measured_by(tmp_path):
+    config = DataConfig(dataset="tiny_stl", train_split="unlabelled")
+    run = RunConfig(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    datasets = evaluation.load_datasets(Config(data=config, run=run, evaluation=EvaluationConfig(num_neighbours=30)))
+    assert sorted(numbers_of(datasets["train"], range(200, 250))) == list(range(200, 250))
+    assert set(datasets["train"].labels.tolist()) == {-1}
+    for name, first, count in (("bank", 0, 30), ("test", 100, 20)):
+        numbers = numbers_of(datasets[name], range(first, first + count))
+        assert sorted(numbers) == list(range(first, first + count))
+        np.testing.assert_array_equal(datasets[name].labels, np.array(numbers) % 3)
+    assert [datasets[name].num_classes for name in ("train", "bank", "test")] == [3, 3, 3]
+    with pytest.raises(UserError, match="--num-neighbours is 31: there are only 30 training images"):
+        evaluation.load_datasets(Config(data=config, run=run, evaluation=EvaluationConfig(num_neighbours=31)))
+
+
+def test_the_bank_is_what_is_trained_on_if_that_has_labels(tmp_path):
+    train = load(tmp_path)
+    assert data.load_bank(DataConfig(dataset="tiny_stl"), train, str(tmp_path)) is train
+
+
+def test_splits_may_be_slices(tmp_path):
+    options = {"train_split": "train[:80%]", "test_split": "train[80%:]"}
+    train, test = load(tmp_path, **options), load(tmp_path, "test", **options)
+    assert [len(train.labels), len(test.labels)] == [24, 6]
+    assert sorted(numbers_of(train, range(30)) + numbers_of(test, range(30))) == list(range(30))
+
+
+def test_images_without_labels_and_of_any_shape(tmp_path):
+    with pytest.raises(UserError, match=r"^unlabelled train has images of shapes .* give --image-size"):
+        load(tmp_path, dataset="unlabelled")
+    train = load(tmp_path, dataset="unlabelled", image_size=6)
+    assert (train.images.shape, train.labels.tolist(), train.num_classes) == ((12, 6, 6, 3), [-1] * 12, 0)
+    assert load(tmp_path, "test", dataset="unlabelled", image_size=6).images.shape == (5, 6, 6, 3)
+    # The first picture is of 10x14 pixels: its middle is kept, resized with a look at the pixels beside it.
+    first = PIL.Image.fromarray(pixels(0, 10, 14)[:, 2:12]).resize((6, 6), PIL.Image.Resampling.BICUBIC)
+    assert np.abs(train.images - np.asarray(first, np.float64)).mean(axis=(1, 2, 3)).min() < 4
+
+
+def test_larger_splits_are_kept_on_disk_with_their_labels(tmp_path, monkeypatch):
+    in_memory = load(tmp_path)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(tfds_images, "MEMORY", 30 * 8 * 8 * 3 - 1)
+    for _ in range(2):
+        mapped = load(tmp_path)
+        assert isinstance(mapped.images.base, np.memmap)
+        np.testing.assert_array_equal(mapped.images, in_memory.images)
+        np.testing.assert_array_equal(mapped.labels, in_memory.labels)
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    for options in ({"train_split": "all_of_it"}, {"test_split": "validation"}, {"test_split": "train[x"}):
+        split = "train" if "train_split" in options else "test"
+        with pytest.raises(UserError, match=r"has no .* split but .*unlabelled.*: choose by --train-split and --test-"):
+            load(tmp_path, split, **options)
