@@ -3,7 +3,7 @@
 import functools
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,27 +76,35 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
 def embed_dataset(
     embed: Embed, encoder_state: EncoderState, dataset: ImageDataset, batch_size: int, mesh: Mesh, name: str
 ) -> LabelledEmbeddings:
-    """Embeddings of all images, on each process, with a progress bar; the last batch is filled up and cut again.
+    """Embeddings of all images, on each process, with a progress bar; see `embed_batches`.
 
     Raises:
         UserError: an embedding is not finite, which says that training went wrong.
     """
-    size = len(dataset.images)
-    batch_size = -(-min(batch_size, size) // mesh.size) * mesh.size
-    rows, parts = own_rows(mesh, batch_size), []
-    with image_progress(f"embedding {name}", size) as bar:
-        for start in range(0, size, batch_size):
-            indices = (start + rows).astype(np.int32)
-            kept = min(batch_size, size - start)
-            batch = (place_rows(own, mesh, batch_size) for own in (dataset.images[indices % size], indices))
-            parts.append(fetch(embed(encoder_state, *batch))[:kept])
-            bar.update(kept)
+    parts = []
+    with image_progress(f"embedding {name}", len(dataset.images)) as bar:
+        for part in embed_batches(embed, encoder_state, dataset, batch_size, mesh):
+            parts.append(part)
+            bar.update(len(part))
     embeddings = np.concatenate(parts)
     if not np.isfinite(embeddings).all():
         raise UserError(
             f"The {name} embeddings are not all finite: train again, or evaluate an earlier checkpoint by --step."
         )
     return LabelledEmbeddings(embeddings, dataset.labels, dataset.num_classes)
+
+
+def embed_batches(
+    embed: Embed, encoder_state: EncoderState, dataset: ImageDataset, batch_size: int, mesh: Mesh
+) -> Iterator[Float32[np.ndarray, "K E"]]:
+    """Embeddings of all images in order, on each process; the last batch is filled up and cut again."""
+    size = len(dataset.images)
+    batch_size = -(-min(batch_size, size) // mesh.size) * mesh.size
+    rows = own_rows(mesh, batch_size)
+    for start in range(0, size, batch_size):
+        indices = (start + rows).astype(np.int32)
+        batch = (place_rows(own, mesh, batch_size) for own in (dataset.images[indices % size], indices))
+        yield fetch(embed(encoder_state, *batch))[: size - start]
 
 
 def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:

@@ -1,7 +1,6 @@
 """What eval.py runs: embeddings of a trained encoder, kNN and a linear classifier on them, a table and results.json."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from jax.sharding import Mesh
 
 from empssl_jax import data
 from empssl_jax.checkpoints import Checkpoints, Which, load_config
-from empssl_jax.checks import one_line
-from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, RunConfig, UserError, require
+from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, RunConfig, require
 from empssl_jax.distributed import is_first_process
 from empssl_jax.embeddings import LabelledEmbeddings, embed_dataset, load_embeddings, make_embed, save_embeddings
 from empssl_jax.keys import classifier_key, parameters_key
@@ -23,13 +21,13 @@ from empssl_jax.knn import check_num_neighbours, sharded_knn_scores, top_k_accur
 from empssl_jax.linear import linear_accuracy
 from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState, init_encoder
-from empssl_jax.workdir import claimed, replacing, storage_errors
+from empssl_jax.report import try_to_report
+from empssl_jax.results import Accuracy, add_results, format_table, load_results
+from empssl_jax.workdir import claimed, storage_errors
 
-RESULTS_FILE = "results.json"
 SPLITS: tuple[data.Split, ...] = ("train", "test")
 
 _flat = tyro.conf.arg(name="")
-Accuracy = dict[str, float]  # "top1" and "top5", as fractions
 Datasets = dict[data.Split, data.ImageDataset]
 Embeddings = dict[data.Split, LabelledEmbeddings]
 
@@ -39,7 +37,7 @@ class EvaluateOptions:
     """What to evaluate and how."""
 
     workdir: str = RunConfig.workdir
-    """Folder of a run of train.py."""
+    """Folder of a run of train.py; several, as runs/*, are measured where that has not been done, and compared."""
     step: Which = "latest"
     """Checkpoint to restore: its step, or the newest, or the one with the lowest loss."""
     embeddings: str | None = None
@@ -85,8 +83,13 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     config = dataclasses.replace(config, evaluation=options.evaluation, run=run)
     with claimed(folder), storage_errors(folder):
         load_results(folder)  # refuses a damaged file now rather than after the work
-        embeddings = _embed_checkpoint(config, folder, options.step, mesh)
-        return _measure(folder, embeddings, options.evaluation, config.training.seed, mesh)
+        encoder = _restore(config, folder, options.step, mesh)
+        datasets = load_datasets(config)
+        embeddings = embed_and_save(config, encoder, datasets, mesh, folder)
+        results = _measure(folder, embeddings, options.evaluation, config.training.seed, mesh)
+        if options.evaluation.report:
+            try_to_report(folder, config, datasets)
+        return results
 
 
 def _load_both_embeddings(folder: Path) -> Embeddings:
@@ -109,14 +112,13 @@ def _measure(
     return results
 
 
-def _embed_checkpoint(config: Config, workdir: Path, step: Which, mesh: Mesh) -> Embeddings:
-    """Restores an encoder, embeds both splits and saves the embeddings."""
+def _restore(config: Config, workdir: Path, step: Which, mesh: Mesh) -> EncoderState:
+    """The encoder of a checkpoint."""
     template = jax.eval_shape(lambda: init_encoder(config.model, parameters_key(0)))
     with Checkpoints(workdir) as checkpoints:
         step, encoder = checkpoints.restore_encoder(template, data.replicated(mesh), step)
     print(f"evaluating step {step} of {workdir} with {config.evaluation.valid_patches} patches an image")
-    datasets = load_datasets(config)
-    return embed_and_save(config, encoder, datasets, mesh, workdir)
+    return encoder
 
 
 def load_datasets(config: Config) -> Datasets:
@@ -171,35 +173,3 @@ def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int, 
         "linear": {"top1": float(top1[-1]), "top5": float(top5[-1])},
         "linear, best epoch on test": {"top1": float(top1[best]), "top5": float(top5[best])},
     }
-
-
-def format_table(results: dict[str, Accuracy]) -> str:
-    """Accuracies in percent, a line each."""
-    width = max(map(len, results))
-    lines = [f"{'':{width}}   top-1   top-5"]
-    lines += [
-        f"{name:{width}}  {100 * value['top1']:5.2f}%  {100 * value['top5']:5.2f}%" for name, value in results.items()
-    ]
-    return "\n".join(lines)
-
-
-def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
-    """Writes results into the folder's results.json, beside those of other names that are there; returns all."""
-    together = load_results(folder) | results
-    if is_first_process():
-        with replacing(folder / RESULTS_FILE) as file:
-            file.write((json.dumps(together, indent=2) + "\n").encode())
-    return together
-
-
-def load_results(folder: Path) -> dict[str, Accuracy]:
-    """What results.json holds, nothing if there is none; raises UserError if it is anything else."""
-    path = folder / RESULTS_FILE
-    try:
-        results = dict(json.loads(path.read_bytes())) if path.exists() else {}
-        if results:
-            format_table(results)
-        return results
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{path} cannot be read ({reason}): delete it, or move it elsewhere to keep it.") from error
