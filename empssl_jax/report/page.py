@@ -11,7 +11,7 @@ from empssl_jax.report.findings import Findings, Neighbours, map_classes
 from empssl_jax.report.pictures import PatchSheet, as_grid, data_uri, sprite, thumbnail
 from empssl_jax.report.remarks import remarks
 from empssl_jax.report.run import Run, throughput
-from empssl_jax.report.tables import class_rows, command, duration, numbers, options, percent, worst_pairs
+from empssl_jax.report.tables import class_rows, command, duration, flags, numbers, options, percent, worst_pairs
 
 TEMPLATES = Path(__file__).parent / "templates"
 MATRIX_CLASSES = 20  # a larger matrix cannot be read
@@ -35,7 +35,7 @@ def render(run: Run, sheet: PatchSheet | None, findings: Findings | None) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "duration": duration, "data_uri": data_uri}
+    environment.filters |= {"percent": percent, "duration": duration, "data_uri": data_uri, "flags": flags}
     context: dict[str, Any] = {
         "run": run,
         "name": run.folder.resolve().name,
@@ -63,7 +63,7 @@ def _curves(run: Run) -> list[Curve]:
             "Coding rate",
             steps,
             metrics["coding_rate_fraction"],
-            percent,
+            _whole_percent,
             "How far images are spread apart: 0 % if all look the same to the network (collapse), 100 % if they "
             "are as different as they can be.",
         ),
@@ -86,7 +86,7 @@ def _curves(run: Run) -> list[Curve]:
             "Online probe",
             [probe["seconds"] for probe in run.probes],
             [probe["top1"] for probe in run.probes],
-            percent,
+            _whole_percent,
             "kNN accuracy on a few hundred test images after so many seconds of training.",
             x_name="second",
         ),
@@ -116,10 +116,11 @@ def _about_embeddings(run: Run, findings: Findings) -> dict[str, Any]:
     labels, names, shown = run.embeddings["test"].labels, run.class_names, findings.map_images
     classes = map_classes(labels)
     rows, values = class_rows(findings.confusion, names), findings.singular_values
+    above_rounding = values > 1e-6 * values[0]
     spectrum = curve(
         "Spectrum",
-        np.arange(1, len(values) + 1),
-        values / max(values[0], 1e-30),
+        np.arange(1, len(values) + 1)[above_rounding],
+        values[above_rounding] / max(values[0], 1e-30),
         lambda value: f"{value:.3g}",
         "Spread of the embeddings along each of their directions, the widest first, as a fraction of it.",
         x_name="direction",
@@ -171,3 +172,8 @@ def _example(run: Run, example: Neighbours) -> dict[str, Any]:
 
 def _short(value: float) -> str:
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _whole_percent(fraction: float) -> str:
+    """As `percent`, without a zero behind the point."""
+    return percent(fraction).replace(".0 %", " %")

@@ -51,7 +51,7 @@ def training_patches(config: Config, dataset: data.ImageDataset) -> PatchSheet:
         )
 
     made = np.asarray(make(images, indices))
-    pixels = np.uint8(np.clip(np.round((made + 1) * 127.5), 0, 255))
+    pixels = np.clip(np.round((made + 1) * 127.5), 0, 255).astype(np.uint8)
     return PatchSheet(indices, [*images], _shrink(pixels))
 
 

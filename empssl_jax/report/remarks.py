@@ -7,6 +7,7 @@ import numpy as np
 
 from empssl_jax.report.findings import Findings, margin
 from empssl_jax.report.run import Run
+from empssl_jax.report.tables import percent
 
 COLLAPSED_RATE = 0.05  # of the coding rate's span
 COLLAPSED_SIMILARITY = 0.99
@@ -41,8 +42,8 @@ def _about_training(run: Run):
     if rate < COLLAPSED_RATE and similarity > COLLAPSED_SIMILARITY:
         yield Remark(
             True,
-            f"Collapse: at the end all projections are nearly equal (coding rate {rate:.1%} of its span, similarity "
-            f"{similarity:.3f}), so that they tell images apart no longer. Lower --learning-rate or "
+            f"Collapse: at the end all projections are nearly equal (coding rate {percent(rate)}, similarity "
+            f"{similarity:.3f}), so that they no longer tell images apart. Lower --learning-rate or "
             "--invariance-coefficient.",
         )
     elif still_falling(run.metrics["loss"]):
@@ -71,7 +72,7 @@ def _about_embeddings(run: Run, findings: Findings | None):
     classes, accuracy = len(findings.confusion), findings.accuracy
     tested = int(findings.confusion.sum())
     if accuracy < 1 / classes + margin(max(accuracy, 1 / classes), tested):
-        yield Remark(True, f"kNN finds the class no better than guessing ({accuracy:.1%} with {classes} classes).")
+        yield Remark(True, f"kNN finds the class no better than guessing ({percent(accuracy)} with {classes} classes).")
     if run.datasets is None:
         yield Remark(False, "The images were not at hand when this page was written, so that it has no pictures.")
 
@@ -84,8 +85,8 @@ def _about_measures(run: Run, findings: Findings | None):
     if knn and not math.isclose(knn["top1"], findings.accuracy, abs_tol=1e-3):
         yield Remark(
             True,
-            f"results.json says {knn['top1']:.1%} for kNN and the embeddings give {findings.accuracy:.1%}: they are of "
-            "different checkpoints or settings. Run eval.py again.",
+            f"results.json says {percent(knn['top1'])} for kNN and the embeddings give {percent(findings.accuracy)}: "
+            "they are of different checkpoints or settings. Run eval.py again.",
         )
     tested = int(findings.confusion.sum())
     if knn and before and knn["top1"] <= before["top1"] + margin(knn["top1"], tested):

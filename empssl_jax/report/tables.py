@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import re
 import shlex
 from typing import Any, NamedTuple
 
+import markupsafe
 import numpy as np
 from jaxtyping import Int
 
@@ -29,6 +31,13 @@ class ClassRow(NamedTuple):
 def percent(fraction: float | None) -> str:
     """A fraction as a reader expects it."""
     return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.1f} %"
+
+
+def flags(text: str) -> markupsafe.Markup:
+    """A text whose options, as --seed, stand out and are not broken."""
+    return markupsafe.Markup(
+        re.sub(r"--[a-z][a-z-]*", r'<code class="flag">\g<0></code>', str(markupsafe.escape(text)))
+    )
 
 
 def duration(seconds: float) -> str:
@@ -89,9 +98,11 @@ def options(config: Config) -> list[tuple[str, Any, bool]]:
 
 
 def command(config: Config) -> str:
-    """What trains the same again, without a config file."""
-    words = ["python", "train.py"]
+    """What trains the same again, without a config file, in another folder."""
+    words = ["python", "train.py", "--workdir", "runs/again"]
     for flag, value, differs in options(config):
+        if flag == "--workdir":
+            continue
         if differs and isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif differs:
