@@ -4,7 +4,7 @@ import importlib.util
 import json
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -13,6 +13,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from empssl_jax.config import Config, UserError, to_json
 
 
+@runtime_checkable
 class Logger(Protocol):
     """Takes named numbers of a step."""
 

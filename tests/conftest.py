@@ -13,7 +13,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 # Not the config: it checks its values itself, and is tested with values of wrong types.
 CHECKED = ("batch_norm", "checkpoints", "data", "digests", "embeddings", "evaluation", "keys", "knn", "lars", "linear")
-CHECKED += ("losses", "metrics", "models", "patches", "reductions", "tfds_images", "training", "workdir")
+CHECKED += ("losses", "metrics", "models", "patches", "probe", "reductions", "tfds_images", "training", "workdir")
+CHECKED += ("report.findings", "report.pictures")
 jaxtyping.install_import_hook([f"empssl_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"

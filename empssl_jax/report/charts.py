@@ -57,8 +57,8 @@ class Map(NamedTuple):
 
 def curve(
     title: str,
-    x: Sequence[float] | Float[np.ndarray, " N"],
-    y: Sequence[float] | Float[np.ndarray, " N"],
+    x: Sequence[float] | np.ndarray,
+    y: Sequence[float] | np.ndarray,
     show: Format,
     note: str,
     *,
@@ -148,7 +148,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [number * step for number in range(first, last + 1)]
+    return [float(number * step) for number in range(first, last + 1)]
 
 
 def spread(size: int, count: int) -> list[int]:
