@@ -33,7 +33,7 @@ def write_report(workdir: Path, config: Config, datasets: dict[Split, ImageDatas
         datasets: both splits, as the run uses them; None leaves the pictures out.
     """
     run = read_run(workdir, config, datasets)
-    sheet = training_patches(config, datasets["train"]) if datasets else None
+    sheet = training_patches(config, run.datasets["train"]) if run.datasets else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scikit-learn and UMAP, about their own ways
         seed = config.training.seed

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from empssl_jax.config import EvaluationConfig
 from empssl_jax.embeddings import LabelledEmbeddings
@@ -109,11 +110,9 @@ def draw_maps(embeddings: Float[np.ndarray, "M E"], seed: int) -> dict[str, Floa
     if len(unit) < 5 or np.std(unit, axis=0).max() < 1e-6:
         return {}
     few = PCA(min(50, *unit.shape), random_state=seed % 2**32).fit_transform(unit)
-    perplexity = min(30.0, (len(few) - 1) / 3)
-    maps = {
-        "PCA": _two_columns(few),
-        "t-SNE": TSNE(perplexity=perplexity, init="random", random_state=seed % 2**32).fit_transform(few),
-    }
+    t_sne = TSNE(perplexity=min(30.0, (len(few) - 1) / 3), init="random", random_state=seed % 2**32)
+    with threadpool_limits(1, "openmp"):  # its threads wait for each other 1000 times: minutes where cores are busy
+        maps = {"PCA": _two_columns(few), "t-SNE": t_sne.fit_transform(few)}
     try:
         import umap
     except ImportError:
