@@ -19,8 +19,8 @@ from empssl_jax.knn import sharded_knn_scores, top_k_accuracy
 from empssl_jax.metrics import MetricsWriter
 from empssl_jax.models import EncoderState
 
-SIZES: dict[data.Split, int] = {"train": 2000, "test": 500}  # images, shared out equally among the classes
-PATCHES = 4  # averaged into an embedding
+SIZES: dict[data.Split, int] = {"train": 1000, "test": 500}  # images, shared out equally among the classes
+PATCHES = 16  # averaged into an embedding
 
 ProbeStep = Callable[[int, EncoderState, MetricsWriter], None]
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from synthetic_run import knn_by_numpy
 from test_end_to_end import checkpoint_arrays
 
@@ -78,7 +79,7 @@ def test_it_measures_every_so_many_steps_and_at_the_end_also_across_a_restart(ru
     assert seconds[-1] < 1e6
 
 
-def test_it_is_knn_on_four_patches_of_the_first_images(runs):
+def test_it_is_knn_on_sixteen_patches_of_the_first_images(runs):
     template = jax.eval_shape(lambda: init_encoder(CONFIG.model, parameters_key(0)))
     with Checkpoints(runs / "probed") as store:
         _, state = store.restore_encoder(template, data.replicated(data.device_mesh(1)), "latest")
@@ -86,12 +87,10 @@ def test_it_is_knn_on_four_patches_of_the_first_images(runs):
     for split in ("train", "test"):
         dataset = data.load(CONFIG.data, split, None)
         key = embedding_patches_key(CONFIG.training.seed)
-        patches = multi_patch(key, dataset.images, 4, patch_size=16)
-        from flax import nnx
-
+        patches = multi_patch(key, dataset.images, 16, patch_size=16)
         encoder = nnx.merge(encoder_graph(CONFIG.model), *state)
         encoder.eval()
-        embedded = encoder.embed(patches.reshape(-1, 16, 16, 3)).reshape(len(dataset.labels), 4, -1)
+        embedded = encoder.embed(patches.reshape(-1, 16, 16, 3)).reshape(len(dataset.labels), 16, -1)
         embeddings[split], labels[split] = np.asarray(embedded.mean(axis=1)), dataset.labels
     predicted = knn_by_numpy(embeddings["test"], embeddings["train"], labels["train"], 7, CONFIG.evaluation.temperature)
     assert lines_of(runs / "probed" / "probe.jsonl")[-1]["top1"] == pytest.approx(

@@ -87,7 +87,7 @@ def _curves(run: Run) -> list[Curve]:
             [probe["seconds"] for probe in run.probes],
             [probe["top1"] for probe in run.probes],
             _whole_percent,
-            "kNN accuracy on a few hundred test images after so many seconds of training.",
+            "kNN accuracy while training went on, on fewer images and patches than at the end, and so lower.",
             x_name="second",
         ),
     ]
