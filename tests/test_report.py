@@ -220,9 +220,10 @@ def test_the_sprite_holds_each_thumbnail_in_its_place():
         np.testing.assert_array_equal(sheet.picture[top : top + 32, left : left + 32], image)
 
 
-def test_published_figures_stand_only_beside_their_own_data_set(written):
-    folder, _, page = written
-    assert "published, not" not in page
+def test_published_figures_stand_only_beside_their_own_data_set(written, tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder)
+    assert "published, not" not in written[2]
     config = dataclasses.replace(CONFIG, data=DataConfig(dataset="cifar10"))
     accuracies = Tables(page_of(folder, config)).tables["accuracies"]
     assert ["PyTorch Lightning reference, kNN", "74.3 %", "97.1 %"] in accuracies
@@ -312,7 +313,8 @@ def test_tensorboard_gets_the_patches_and_the_projector(written):
     header, *lines = (projector / "metadata.tsv").read_text().splitlines()
     assert header == "class\tkNN\timage"
     assert [int(line.split("\t")[0]) for line in lines] == embeddings["test"].labels.tolist()
-    assert PIL.Image.open(projector / "sprite.png").size == (11 * 32, 11 * 32)
+    with PIL.Image.open(projector / "sprite.png") as sprite:
+        assert sprite.size == (11 * 32, 11 * 32)
     settings = (folder / "tensorboard" / "projector_config.pbtxt").read_text()
     assert settings.count("{") == settings.count("}") == 2
 
