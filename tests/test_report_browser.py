@@ -77,6 +77,8 @@ def test_pointing_at_a_dot_shows_its_image(open_page):
     assert peek.is_hidden()
     dot = page.locator(".map circle").nth(17)
     dot.scroll_into_view_if_needed()
+    # Scrolling hides the picture, and is told to the page with its next frame.
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     dot.dispatch_event("pointerover")
     assert peek.is_visible()
     labels = datasets()["test"].labels
