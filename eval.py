@@ -1,17 +1,17 @@
-"""Measures a trained encoder: python eval.py --workdir runs/cifar10 [options]. See --help."""
+"""Measures trained encoders: python eval.py --workdir runs/cifar10 [more runs] [options]. See --help."""
 
 import sys
 
+from empssl_jax.comparison import evaluate_all, parse_evaluations
 from empssl_jax.compilation import keep_compiled_programs
 from empssl_jax.config import user_errors_exit
 from empssl_jax.distributed import processes
-from empssl_jax.evaluation import evaluate, parse_evaluate_options
 from empssl_jax.interruption import end_at_sigterm
 
 if __name__ == "__main__":
     with user_errors_exit():
         keep_compiled_programs()
-        options = parse_evaluate_options(sys.argv[1:])
-        with processes(options.distributed):
+        options = parse_evaluations(sys.argv[1:])
+        with processes(options[0].distributed):
             end_at_sigterm()
-            evaluate(options)
+            evaluate_all(options)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 def ours(config: Config, arguments: list[str]) -> dict[str, float]:
     """train.py and eval.py, each a process of its own, as users run them; eval.py embeds anew."""
-    for command in (["train.py", *arguments], ["eval.py", "--workdir", config.run.workdir]):
+    for command in (["train.py", *arguments, "--no-report"], ["eval.py", "--workdir", config.run.workdir]):
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     results = evaluation.load_results(Path(config.run.workdir))
     return {"kNN": results["kNN"]["top1"], "linear": results["linear"]["top1"]}

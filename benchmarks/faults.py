@@ -30,7 +30,7 @@ import tyro
 from benchmarks.measure import environment
 
 ROOT = Path(__file__).parents[1]
-TRAIN_OPTIONS = ["--config", "configs/digits.py", "--checkpoint-every", "3", "--no-untrained"]
+TRAIN_OPTIONS = ["--config", "configs/digits.py", "--checkpoint-every", "3", "--no-untrained", "--no-report"]
 NOT_INHERITED = ("XLA_FLAGS", "TF_CPP_MIN_LOG_LEVEL")
 STEPS, SAVE, EMBEDDING = "between steps", "during a save", "during the embedding"
 

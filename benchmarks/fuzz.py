@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from benchmarks import bad_input
 from benchmarks.bad_input import FLAGS, GROUPS, OPTIONS
-from empssl_jax import config, data, decoding, embeddings, evaluation, metrics, training
+from empssl_jax import config, data, decoding, embeddings, evaluation, json_lines, training
 from empssl_jax.checks import UserError
 from empssl_jax.config import Config
 
@@ -98,7 +98,7 @@ def resume_metrics(lines: list[tuple[int | None, bytes]], folder: Path) -> None:
     """Of metrics.jsonl exactly the lines of the steps before the resumption are kept."""
     path = folder / "metrics.jsonl"
     path.write_bytes(b"\n".join(line for _, line in lines))
-    metrics._drop_steps_from(path, 5)
+    json_lines.drop_steps_from(path, 5)
     assert path.read_bytes() == b"".join(line + b"\n" for step, line in lines if step is not None and step < 5)
 
 

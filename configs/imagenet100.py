@@ -18,15 +18,13 @@ which is the length of the learning rate's cosine too); 78.9 % after 10 with 200
 As in the authors' code: patches of 224x224 pixels from crops of a quarter of the area, of a random aspect ratio and
 resized by a cubic. Ours: images are first brought to 256x256 pixels, 25 GB on disk, where the authors crop the files as
 they are. A step has 2,000 patches of that size: too many for most GPUs without --remat or a smaller --batch-size.
-
-The authors' ResNet-18 begins with ImageNet's stem, a 7x7 convolution and pooling that quarter the side; without it a
-step costs about sixteen times as much.
 """
 
-from empssl_jax.config import Config, DataConfig, PatchConfig, RunConfig
+from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig
 
 config = Config(
     data=DataConfig(dataset="folder:imagenet100", test_split="val", image_size=256),
     patches=PatchConfig(patch_size=224, patch_aspect=4 / 3, interpolation="bicubic"),
+    model=ModelConfig(stem="imagenet"),
     run=RunConfig(workdir="runs/imagenet100"),
 )

@@ -16,10 +16,11 @@ and 51.5 % in less than ten. The authors' README: 38.1 % after one epoch; 51.5 %
 The authors' code has Tiny ImageNet in a comment where it has ImageNet-100, so this is that recipe: see imagenet100.py.
 """
 
-from empssl_jax.config import Config, DataConfig, PatchConfig, RunConfig
+from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig
 
 config = Config(
     data=DataConfig(dataset="folder:tiny-imagenet-200", test_split="val"),
     patches=PatchConfig(patch_size=224, patch_aspect=4 / 3, interpolation="bicubic"),
+    model=ModelConfig(stem="imagenet"),
     run=RunConfig(workdir="runs/tiny_imagenet"),
 )

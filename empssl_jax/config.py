@@ -142,6 +142,8 @@ class EvaluationConfig(Checked):
     """Its batch size."""
     untrained: bool = False
     """Also measure kNN before training, after a few passes that set BatchNorm's statistics but learn nothing."""
+    report: bool = True
+    """Write report.html, a page of figures and explanations, at the end."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,11 @@ class RunConfig(Checked):
     for 200 patches an image, and more time."""
     profile: bool = False
     """Write a trace of steps 10 to 15 into profile/ of the workdir, for TensorBoard's profile plugin."""
+    probe_every: int | None = whole(None, 1)
+    """Measure kNN on a few of the images every so many steps and at the end, into probe.jsonl with the seconds of
+    training; training itself is the same to the bit."""
+    wandb: bool = False
+    """Also log to Weights & Biases (needs the extra of that name)."""
 
 
 @dataclass(frozen=True)

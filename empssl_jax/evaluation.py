@@ -1,7 +1,6 @@
 """What eval.py runs: embeddings of a trained encoder, kNN and a linear classifier on them, a table and results.json."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from jax.sharding import Mesh
 
 from empssl_jax import data
 from empssl_jax.checkpoints import Which, load_config
-from empssl_jax.checks import one_line
-from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, RunConfig, UserError, require
+from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, RunConfig, require
 from empssl_jax.distributed import is_first_process
 from empssl_jax.embeddings import (
     LabelledEmbeddings,
@@ -31,13 +29,13 @@ from empssl_jax.knn import check_num_neighbours, sharded_knn_scores, top_k_accur
 from empssl_jax.linear import linear_accuracy
 from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
-from empssl_jax.workdir import claimed, replacing, storage_errors
+from empssl_jax.report import try_to_report
+from empssl_jax.results import Accuracy, add_results, format_table, load_results
+from empssl_jax.workdir import claimed, storage_errors
 
-RESULTS_FILE = "results.json"
 SPLITS: tuple[data.Split, ...] = ("train", "test")
 
 _flat = tyro.conf.arg(name="")
-Accuracy = dict[str, float]  # "top1" and "top5", as fractions
 Datasets = dict[str, data.ImageDataset]  # "train", "test", and "bank", see `data.load_bank`
 Embeddings = dict[data.Split, LabelledEmbeddings]
 
@@ -47,7 +45,7 @@ class EvaluateOptions:
     """What to evaluate and how."""
 
     workdir: str = RunConfig.workdir
-    """Folder of a run of train.py."""
+    """Folder of a run of train.py; several, as runs/*, are measured where that has not been done, and compared."""
     step: Which = "latest"
     """Checkpoint to restore: its step, or the newest, or the one with the lowest loss."""
     embeddings: str | None = None
@@ -96,8 +94,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     config = dataclasses.replace(config, evaluation=options.evaluation, run=run)
     with claimed(folder), storage_errors(folder):
         load_results(folder)  # refuses a damaged file now rather than after the work
-        embeddings = _embed_checkpoint(config, folder, options.step, mesh)
-        return _measure(folder, embeddings, options.evaluation, config.training.seed, mesh)
+        encoder = load(folder, options.step)
+        print(f"evaluating step {encoder.step} of {folder} with {config.evaluation.valid_patches} patches an image")
+        datasets = load_datasets(config)
+        embeddings = embed_and_save(config, encoder.state, datasets, mesh, folder)
+        results = _measure(folder, embeddings, options.evaluation, config.training.seed, mesh)
+        if options.evaluation.report:
+            try_to_report(folder, config, datasets)
+        return results
 
 
 def _load_both_embeddings(folder: Path) -> Embeddings:
@@ -120,14 +124,6 @@ def _measure(
         print(format_table(load_results(folder) | results))
         add_results(folder, results)
     return results
-
-
-def _embed_checkpoint(config: Config, workdir: Path, step: Which, mesh: Mesh) -> Embeddings:
-    """Restores an encoder, embeds both splits and saves the embeddings."""
-    encoder = load(workdir, step)
-    print(f"evaluating step {encoder.step} of {workdir} with {config.evaluation.valid_patches} patches an image")
-    datasets = load_datasets(config)
-    return embed_and_save(config, encoder.state, datasets, mesh, workdir)
 
 
 def load_datasets(config: Config) -> Datasets:
@@ -197,35 +193,3 @@ def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int, 
         "linear": {"top1": float(top1[-1]), "top5": float(top5[-1])},
         "linear, best epoch on test": {"top1": float(top1[best]), "top5": float(top5[best])},
     }
-
-
-def format_table(results: dict[str, Accuracy]) -> str:
-    """Accuracies in percent, a line each."""
-    width = max(map(len, results))
-    lines = [f"{'':{width}}   top-1   top-5"]
-    lines += [
-        f"{name:{width}}  {100 * value['top1']:5.2f}%  {100 * value['top5']:5.2f}%" for name, value in results.items()
-    ]
-    return "\n".join(lines)
-
-
-def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
-    """Writes results into the folder's results.json, beside those of other names that are there; returns all."""
-    together = load_results(folder) | results
-    if is_first_process():
-        with replacing(folder / RESULTS_FILE) as file:
-            file.write((json.dumps(together, indent=2) + "\n").encode())
-    return together
-
-
-def load_results(folder: Path) -> dict[str, Accuracy]:
-    """What results.json holds, nothing if there is none; raises UserError if it is anything else."""
-    path = folder / RESULTS_FILE
-    try:
-        results = dict(json.loads(path.read_bytes())) if path.exists() else {}
-        if results:
-            format_table(results)
-        return results
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{path} cannot be read ({reason}): delete it, or move it elsewhere to keep it.") from error

@@ -1,23 +1,25 @@
-"""What a run writes down while it trains: a progress bar, metrics.jsonl and TensorBoard event files."""
+"""What a run writes down while it trains: a progress bar, metrics.jsonl, timing.jsonl, probe.jsonl and loggers."""
 
 import collections
+import contextlib
 import json
 import math
 import os
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from jaxtyping import Array
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from empssl_jax.config import UserError
 from empssl_jax.distributed import is_first_process
-from empssl_jax.workdir import replacing
+from empssl_jax.json_lines import drop_steps_from
+from empssl_jax.loggers import EventFile, Logger
+from empssl_jax.timing import TimingFile
+
+PROBE_FILE = "probe.jsonl"
 
 
 class DivergenceError(UserError):
@@ -32,12 +34,13 @@ class MetricsWriter:
     Every process checks them and knows their mean; the first one writes.
 
     Args:
-        workdir: folder of the run; gets metrics.jsonl, one JSON object a step, and tensorboard/.
+        workdir: folder of the run; gets metrics.jsonl and timing.jsonl, one JSON object a step, and tensorboard/.
         first_step: the step that training starts or resumes at; what an interrupted run wrote from there on is
             dropped, since those steps are made again.
         last_step: number of steps in the whole run.
         patches_per_step: for the throughput.
         coding_rate_bounds: the coding rates that are shown as 0 and as 1.
+        loggers: what else takes the numbers, in the first process; closed with the writer.
     """
 
     def __init__(
@@ -47,19 +50,23 @@ class MetricsWriter:
         last_step: int,
         patches_per_step: int,
         coding_rate_bounds: tuple[float, float],
+        loggers: Sequence[Logger] = (),
     ):
-        path = workdir / "metrics.jsonl"
+        path, self._probe_path = workdir / "metrics.jsonl", workdir / PROBE_FILE
         self._writes = is_first_process()
         if self._writes:
-            _drop_steps_from(path, first_step)
+            drop_steps_from(path, first_step)
+            drop_steps_from(self._probe_path, first_step + 1)
             self._lines = path.open("a")
-            self._events = _EventFile(workdir / "tensorboard", first_step)
+            self._timing = TimingFile(workdir, first_step)
+            self._loggers: list[Logger] = [EventFile(workdir / "tensorboard", first_step), *loggers]
+            self._times = collections.deque([self._timing.clock.seconds()], maxlen=10)
             self._bar = tqdm(total=last_step, initial=first_step, desc="training", unit="step", disable=None)
         self._patches_per_step = patches_per_step
         self._coding_rate_bounds = coding_rate_bounds
-        self._times = collections.deque([time.perf_counter()], maxlen=10)
         self._pending: tuple[int, dict[str, Array]] | None = None
         self._losses: list[float] = []
+        self._probed: dict[str, str] = {}  # what the bar shows of the last probe
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -68,7 +75,9 @@ class MetricsWriter:
         if self._writes:
             self._bar.close()
             self._lines.close()
-            self._events.close()
+            self._timing.close()
+            for logger in self._loggers:
+                logger.close()
 
     def add(self, step: int, metrics: dict[str, Array]) -> None:
         """Takes the metrics of a step and writes those of the step before, so that the devices never wait.
@@ -86,6 +95,21 @@ class MetricsWriter:
             os.fsync(self._lines.fileno())  # a checkpoint of these steps must not outlive their metrics
         losses, self._losses = self._losses, []
         return sum(losses) / len(losses)
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """What happens inside counts neither for the seconds of training nor for the throughput."""
+        return self._timing.clock.paused() if self._writes else contextlib.nullcontext()
+
+    def add_probe(self, steps_done: int, accuracy: dict[str, float]) -> None:
+        """Writes what an online probe measured after so many steps, with the seconds of training, into probe.jsonl."""
+        if not self._writes:
+            return
+        line = {"step": steps_done, "seconds": round(self._timing.clock.seconds(), 3), **accuracy}
+        with self._probe_path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for logger in self._loggers:
+            logger.add(steps_done, {f"probe/{name}": value for name, value in accuracy.items()})
+        self._probed = {"kNN": f"{accuracy['top1']:.1%}"}
 
     def _write_pending(self) -> None:
         if self._pending is None:
@@ -105,18 +129,22 @@ class MetricsWriter:
             self._write(step, values)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        self._times.append(time.perf_counter())
+        self._times.append(self._timing.clock.seconds())
         steps_per_second = (len(self._times) - 1) / (self._times[-1] - self._times[0])
         patches_per_second = steps_per_second * self._patches_per_step
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
-        self._events.add(step, values | {"patches_per_second": patches_per_second})
+        self._timing.add(step)
+        for logger in self._loggers:
+            tagged = values | {"patches_per_second": patches_per_second}
+            logger.add(step, {f"train/{name}": value for name, value in tagged.items()})
         shown = {
             "loss": f"{values['loss']:.2f}",
             "coding rate": f"{values['coding_rate']:.2f} ({values['coding_rate_fraction']:.0%})",
             "similarity": f"{values['similarity']:.3f}",
             "lr": f"{values['learning_rate']:.3f}",
             "patches/s": f"{patches_per_second:.0f}",
+            **self._probed,
         }
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
@@ -125,47 +153,9 @@ class MetricsWriter:
             print(f"step {step + 1}/{self._bar.total}: {line}", file=sys.stderr, flush=True)
 
 
-class _EventFile:
-    """TensorBoard's event file, written by the caller's thread: that of tensorboardX would hang on a full disk.
-
-    Steps from `first_step` on that earlier files hold are hidden.
-    """
-
-    def __init__(self, folder: Path, first_step: int):
-        folder.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
-        self._writer.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        scalars = [Summary.Value(tag=f"train/{name}", simple_value=value) for name, value in values.items()]
-        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 def image_progress(description: str, num_images: int) -> tqdm:
     """A progress bar over images; a plain line where it cannot be drawn."""
     bar = tqdm(total=num_images, desc=description, unit=" images", disable=None if is_first_process() else True)
     if bar.disable and is_first_process():
         print(f"{description}: {num_images} images", file=sys.stderr, flush=True)
     return bar
-
-
-def _drop_steps_from(path: Path, first_step: int) -> None:
-    """Keeps the lines of the steps before `first_step`; what is no line of a step, as one cut by a crash, goes too."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text(errors="replace").split("\n") if _step_of(line) < first_step]
-    with replacing(path) as file:
-        file.write("".join(line + "\n" for line in kept).encode())
-
-
-def _step_of(line: str) -> int | float:
-    """The step of a line of metrics.jsonl, infinite if it is none."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-    return step if type(step) is int and step >= 0 else math.inf

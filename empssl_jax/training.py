@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from empssl_jax import batch_norm, checkpoints, data, evaluation, interruption, profiling
+from empssl_jax import batch_norm, checkpoints, data, evaluation, interruption, loggers, profiling
 from empssl_jax.checkpoints import Checkpoints
 from empssl_jax.config import Config, RunConfig, TrainingConfig, UserError, require, training_differences
 from empssl_jax.distributed import is_first_process, step_watchdog
@@ -24,7 +24,9 @@ from empssl_jax.losses import coding_rate_bounds, emp_ssl_loss, normalise
 from empssl_jax.metrics import MetricsWriter
 from empssl_jax.models import EncoderState, default_precision, encoder_graph, encoder_state, init_encoder, is_layer
 from empssl_jax.patches import multi_patch
+from empssl_jax.probe import online_probe
 from empssl_jax.reductions import norm_pair
+from empssl_jax.report import try_to_report
 from empssl_jax.workdir import claimed, storage_errors
 
 STATISTICS_PASSES = 10  # steps that set BatchNorm's statistics of an untrained encoder
@@ -132,6 +134,7 @@ def train(config: Config) -> None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=default_precision()))
     mesh, workdir = data.device_mesh(), Path(config.run.workdir)
     _check_devices(config, mesh)
+    loggers.check_wandb(config)
     with claimed(workdir):
         first_step = _check_workdir(workdir, config)
         interruption.begin_at(first_step)
@@ -150,13 +153,15 @@ def _train(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: P
         checkpoints.save_image_size(workdir, datasets["train"].images.shape[1])
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         _measure_untrained(config, datasets, mesh, workdir)
-    encoder = _fit(config, datasets["train"], mesh, workdir)
+    encoder = _fit(config, datasets, mesh, workdir)
     if config.evaluation.valid_patches > 0:
         embeddings = evaluation.embed_and_save(config, encoder, datasets, mesh, workdir)
         if not evaluation.have_labels(embeddings):
             return
         knn = evaluation.measure_knn(embeddings, config.evaluation, mesh)
         print(evaluation.format_table(evaluation.add_results(workdir, {"kNN": knn})))
+    if config.evaluation.report:
+        try_to_report(workdir, config, datasets)
 
 
 def _check_devices(config: Config, mesh: Mesh) -> None:
@@ -186,13 +191,15 @@ def _check_workdir(workdir: Path, config: Config) -> int:
     return newest or 0
 
 
-def _fit(config: Config, dataset: data.ImageDataset, mesh: Mesh, workdir: Path) -> EncoderState:
+def _fit(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: Path) -> EncoderState:
     """Runs the steps that are left of the run and returns the trained encoder."""
+    dataset = datasets["train"]
     steps_per_epoch = data.count_steps(dataset, config.training.batch_size)
     last_step = steps_per_epoch * config.training.max_epochs
     schedule = learning_rate_schedule(config.training, steps_per_epoch)
     optimizer = make_optimizer(config.training, schedule)
     train_step = make_train_step(config, optimizer, schedule, steps_per_epoch, mesh)
+    probe = online_probe(config, datasets, last_step, mesh)
     with Checkpoints(workdir, config.run.max_to_keep) as store, interruption.stop_requests() as stop_signal:
         state = _initial_state(config, optimizer, store, mesh)
         first_step = int(state.step)
@@ -208,6 +215,7 @@ def _fit(config: Config, dataset: data.ImageDataset, mesh: Mesh, workdir: Path) 
                 store.check()
                 if step > first_step:
                     step_done()  # the one before, which the writer has waited for
+                probe(step + 1, state.encoder, writer)
                 stop = stop_signal(step + 1) is not None
                 if _checkpoint_is_due(config.run, step + 1, steps_per_epoch) or stop:
                     store.save(step + 1, state.encoder, state.optimizer, loss=writer.flush())
@@ -228,7 +236,9 @@ def _checkpoint_is_due(config: RunConfig, steps_done: int, steps_per_epoch: int)
 def _metrics_writer(config: Config, workdir: Path, first_step: int, last_step: int) -> MetricsWriter:
     training = config.training
     bounds = coding_rate_bounds(training.batch_size, config.model.projection_dim, training.coding_rate_eps)
-    return MetricsWriter(workdir, first_step, last_step, training.batch_size * config.patches.train_patches, bounds)
+    patches_per_step = training.batch_size * config.patches.train_patches
+    others = [loggers.WandbRun(config)] if config.run.wandb and is_first_process() else []
+    return MetricsWriter(workdir, first_step, last_step, patches_per_step, bounds, others)
 
 
 def _initial_state(config: Config, optimizer, store: Checkpoints, mesh: Mesh) -> TrainState:

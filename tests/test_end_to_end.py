@@ -18,6 +18,7 @@ TINY = [
     *("--width", "4", "--hidden-dim", "32", "--projection-dim", "16", "--patch-size", "16", "--train-patches", "4"),
     *("--batch-size", "40", "--images-per-class", "20", "--test-images-per-class", "10", "--valid-patches", "2"),
     *("--embedding-batch-size", "64", "--linear-epochs", "5", "--checkpoint-every", "3", "--no-untrained"),
+    "--no-report",
 ]
 DIGITS = ["--config", "configs/digits.py", *TINY]
 
@@ -63,7 +64,7 @@ def checkpoint_arrays(workdir, step, *items):
 @pytest.fixture(scope="module")
 def uninterrupted(environment, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    command = [sys.executable, "train.py", *DIGITS, "--max-epochs", "4", "--workdir", str(workdir)]
+    command = [sys.executable, "train.py", *DIGITS, "--max-epochs", "4", "--report", "--workdir", str(workdir)]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return workdir, done
@@ -84,6 +85,8 @@ def test_a_run_leaves_metrics_embeddings_results_and_events(uninterrupted):
     assert list((workdir / "tensorboard").glob("events.*"))
     assert "kNN" in done.stdout
     assert "step 20/20" in done.stderr
+    assert f"wrote {workdir / 'report.html'}" in done.stdout
+    assert "Linear accuracy" not in (workdir / "report.html").read_text()
 
 
 def test_evaluation_repeats_training_s_embeddings_and_adds_the_linear_classifier(uninterrupted, run):
@@ -96,6 +99,7 @@ def test_evaluation_repeats_training_s_embeddings_and_adds_the_linear_classifier
     after = json.loads((workdir / "results.json").read_text())
     assert after["kNN"] == results["kNN"]
     assert {"linear", "linear, best epoch on test"} <= set(after)
+    assert f"<dd>{100 * after['linear']['top1']:.1f} %</dd>" in (workdir / "report.html").read_text()
     again = run("eval.py", "--embeddings", workdir / "embeddings", "--linear-epochs", 5)
     assert json.loads((workdir / "embeddings" / "results.json").read_text())["linear"] == after["linear"], again.stderr
 

@@ -1,0 +1,88 @@
+"""Online probe: kNN on a fixed few of the images while training goes on, to read off accuracy by the second.
+
+It only looks: embedding and kNN are compiled programs of their own, and no number of the training depends on them.
+Nothing is chosen by what it measures, which is accuracy on test images.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from empssl_jax import data
+from empssl_jax.config import Config
+from empssl_jax.embeddings import embed_images, make_embed
+from empssl_jax.knn import sharded_knn_scores, top_k_accuracy
+from empssl_jax.metrics import MetricsWriter
+from empssl_jax.models import EncoderState
+
+SIZES: dict[data.Split, int] = {"train": 1000, "test": 500}  # images, shared out equally among the classes
+PATCHES = 16  # averaged into an embedding
+
+ProbeStep = Callable[[int, EncoderState, MetricsWriter], None]
+
+
+def online_probe(config: Config, datasets: dict[str, data.ImageDataset], last_step: int, mesh: Mesh) -> ProbeStep:
+    """What the training loop calls with the number of steps done, the encoder and the writer, after every step.
+
+    Every `probe_every` steps, and after the last one, it measures kNN and writes the accuracy and the seconds of
+    training, which do not count the probe's own.
+
+    Args:
+        config: of the run; without `probe_every` nothing is ever measured.
+        datasets: "bank" and "test"; the first labelled images of each class serve, without any nothing is measured.
+        last_step: number of steps in the whole run.
+        mesh: the devices.
+    """
+    every = config.run.probe_every
+    if every is None:
+        return lambda steps_done, encoder, writer: None
+    few = {
+        "train": _first_images(datasets["bank"], SIZES["train"]),
+        "test": _first_images(datasets["test"], SIZES["test"]),
+    }
+    if not all(len(images.labels) for images in few.values()):
+        return lambda steps_done, encoder, writer: None
+    evaluation = dataclasses.replace(config.evaluation, valid_patches=PATCHES)
+    embed = make_embed(dataclasses.replace(config, evaluation=evaluation), mesh)
+
+    def embeddings(encoder: EncoderState, split: data.Split) -> np.ndarray:
+        images, batch_size = few[split].images, evaluation.embedding_batch_size
+        indices = np.arange(len(images), dtype=np.int32)
+        return embed_images(embed, encoder, images.__getitem__, indices, batch_size, mesh)
+
+    def measure(encoder: EncoderState) -> dict[str, float]:
+        scores = sharded_knn_scores(
+            mesh,
+            embeddings(encoder, "test"),
+            embeddings(encoder, "train"),
+            few["train"].labels,
+            num_classes=few["train"].num_classes,
+            num_neighbours=min(evaluation.num_neighbours, len(few["train"].labels)),
+            temperature=evaluation.temperature,
+        )
+        labels = jnp.asarray(few["test"].labels)
+        return {f"top{k}": top_k_accuracy(jnp.asarray(scores), labels, k) for k in (1, 5)}
+
+    def probe(steps_done: int, encoder: EncoderState, writer: MetricsWriter) -> None:
+        if steps_done % every and steps_done != last_step:
+            return
+        jax.block_until_ready(encoder)  # the steps that are under way belong to the training's time
+        with writer.paused():
+            accuracy = measure(encoder)
+        writer.add_probe(steps_done, accuracy)
+
+    return probe
+
+
+def _first_images(dataset: data.ImageDataset, size: int) -> data.ImageDataset:
+    """The first images of each class, `size` in all where there are so many, and at least one of each."""
+    labelled = np.flatnonzero(dataset.labels >= 0)
+    if len(labelled) == 0:
+        return dataset._replace(images=dataset.images[labelled], labels=dataset.labels[labelled], names=None)
+    labels = dataset.labels[labelled]
+    kept = labelled[data.first_of_each_class(labels, None, max(1, size // len(np.unique(labels))))]
+    return dataset._replace(images=dataset.images[kept], labels=dataset.labels[kept], names=None)

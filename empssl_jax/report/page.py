@@ -1,0 +1,179 @@
+"""The report's page: what the templates are given."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from empssl_jax.report.charts import MAP_SIDE, Curve, Map, curve, map_of
+from empssl_jax.report.findings import Findings, Neighbours, map_classes
+from empssl_jax.report.pictures import PatchSheet, as_grid, data_uri, sprite, thumbnail
+from empssl_jax.report.remarks import remarks
+from empssl_jax.report.run import Run, throughput
+from empssl_jax.report.tables import class_rows, command, duration, flags, numbers, options, percent, worst_pairs
+
+TEMPLATES = Path(__file__).parent / "templates"
+MATRIX_CLASSES = 20  # a larger matrix cannot be read
+
+# Of a full ResNet-18 after one epoch on all original images; never measured here. Top-1 and top-5, as fractions.
+PUBLISHED = {
+    "cifar10": [
+        ("PyTorch Lightning reference, kNN", 0.743, 0.971),
+        ("PyTorch Lightning reference, linear", 0.821, 0.992),
+        ("the authors' code, linear", 0.842, None),
+    ]
+}
+
+
+def render(run: Run, sheet: PatchSheet | None, findings: Findings | None) -> str:
+    """The page, in HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "duration": duration, "data_uri": data_uri, "flags": flags}
+    context: dict[str, Any] = {
+        "run": run,
+        "name": run.folder.resolve().name,
+        "remarks": remarks(run, findings),
+        "curves": _curves(run),
+        "numbers": numbers(run),
+        "rate": throughput(run),
+        "sheet": _sheet_rows(run, sheet),
+        "published": PUBLISHED.get(run.config.data.dataset, []),
+        "options": options(run.config),
+        "command": command(run.config),
+        "findings": findings,
+    }
+    if findings is not None:
+        context |= _about_embeddings(run, findings)
+    return environment.get_template("report.html").render(context)
+
+
+def _curves(run: Run) -> list[Curve]:
+    """What happened while training."""
+    steps, metrics = run.steps, run.metrics
+    drawn = [
+        curve("Loss", steps, metrics["loss"], _short, "What training lowers. It is negative; its two parts follow."),
+        curve(
+            "Coding rate",
+            steps,
+            metrics["coding_rate_fraction"],
+            _whole_percent,
+            "How far images are spread apart: 0 % if all look the same to the network (collapse), 100 % if they "
+            "are as different as they can be.",
+        ),
+        curve(
+            "Similarity",
+            steps,
+            metrics["similarity"],
+            lambda value: f"{value:.3f}",
+            "How alike the patches of one image look to the network; 1 is identical.",
+        ),
+        curve("Learning rate", steps, metrics["learning_rate"], _short, "How large the steps are."),
+        curve(
+            "Throughput",
+            steps,
+            throughput(run),
+            lambda value: f"{value:,.0f}",
+            "Patches a second, over ten steps each. The first step, which compiles, is left out.",
+        ),
+        curve(
+            "Online probe",
+            [probe["seconds"] for probe in run.probes],
+            [probe["top1"] for probe in run.probes],
+            _whole_percent,
+            "kNN accuracy while training went on, on fewer images and patches than at the end, and so lower.",
+            x_name="second",
+        ),
+    ]
+    return [one for one in drawn if one is not None]
+
+
+def _sheet_rows(run: Run, sheet: PatchSheet | None) -> list[dict[str, Any]]:
+    if sheet is None:
+        return []
+    assert run.datasets is not None
+    labels = run.datasets["train"].labels
+    return [
+        {
+            "index": int(index),
+            "label": run.class_names[labels[index]] if labels[index] >= 0 else "no label",
+            "image": data_uri(thumbnail(image)),
+            "patches": data_uri(as_grid(patches[None]), exact=True),
+            "count": len(patches),
+        }
+        for index, image, patches in zip(sheet.indices, sheet.images, sheet.patches, strict=True)
+    ]
+
+
+def _about_embeddings(run: Run, findings: Findings) -> dict[str, Any]:
+    assert run.embeddings is not None
+    labels, names, shown = run.embeddings["test"].labels, run.class_names, findings.map_images
+    classes = map_classes(labels)
+    rows, values = class_rows(findings.confusion, names), findings.singular_values
+    above_rounding = values > 1e-6 * values[0]
+    spectrum = curve(
+        "Spectrum",
+        np.arange(1, len(values) + 1)[above_rounding],
+        values[above_rounding] / max(values[0], 1e-30),
+        lambda value: f"{value:.3g}",
+        "Spread of the embeddings along each of their directions, the widest first, as a fraction of it.",
+        x_name="direction",
+        logarithmic=True,
+        mark=(findings.effective_rank, f"effective rank {findings.effective_rank:.1f}"),
+    )
+    maps: list[Map] = [
+        map_of(title, places, labels[shown], findings.predicted[shown] != labels[shown], classes, names)
+        for title, places in findings.maps.items()
+    ]
+    pictures = None
+    if run.datasets is not None and maps:
+        pictures = sprite([run.datasets["test"].images[i] for i in shown])
+    return {
+        "spectrum": spectrum,
+        "maps": maps,
+        "map_side": MAP_SIDE,
+        "map_classes": [names[c] for c in classes],
+        "map_points": [[int(i), names[labels[i]], names[findings.predicted[i]]] for i in shown],
+        "sprite": pictures,
+        "examples": [_example(run, one) for one in (*findings.right, *findings.wrong)] if run.datasets else [],
+        "class_rows": rows,
+        "matrix": len(rows) <= MATRIX_CLASSES,
+        "pairs": worst_pairs(findings.confusion, names),
+    }
+
+
+def _example(run: Run, example: Neighbours) -> dict[str, Any]:
+    assert run.datasets is not None
+    train, test, names = run.datasets["bank"], run.datasets["test"], run.class_names
+    label = test.labels[example.image]
+    return {
+        "image": data_uri(thumbnail(test.images[example.image])),
+        "index": example.image,
+        "label": names[label],
+        "predicted": names[example.predicted],
+        "right": bool(label == example.predicted),
+        "neighbours": [
+            {
+                "image": data_uri(thumbnail(train.images[i])),
+                "label": names[train.labels[i]],
+                "same": bool(train.labels[i] == label),
+                "similarity": f"{similarity:.2f}",
+            }
+            for i, similarity in zip(example.indices, example.similarities, strict=True)
+        ],
+    }
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _whole_percent(fraction: float) -> str:
+    """As `percent`, without a zero behind the point."""
+    return percent(fraction).replace(".0 %", " %")

@@ -1,0 +1,110 @@
+"""The report's tables, and numbers as a reader expects them."""
+
+import dataclasses
+import math
+import re
+import shlex
+from typing import Any, NamedTuple
+
+import markupsafe
+import numpy as np
+from jaxtyping import Int
+
+from empssl_jax.config import Config
+from empssl_jax.report.charts import spread
+from empssl_jax.report.run import Run, throughput
+
+TABLE_ROWS = 21
+WORST_PAIRS = 20
+
+
+class ClassRow(NamedTuple):
+    """How kNN does on a class."""
+
+    name: str
+    images: int
+    accuracy: float
+    mistaken_for: str  # the class that it is most often taken for, "" if never
+    counts: list[int]
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction as a reader expects it."""
+    return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.1f} %"
+
+
+def flags(text: str) -> markupsafe.Markup:
+    """A text whose options, as --seed, stand out and are not broken."""
+    return markupsafe.Markup(
+        re.sub(r"--[a-z][a-z-]*", r'<code class="flag">\g<0></code>', str(markupsafe.escape(text)))
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
+    return f"{minutes[0]} min {minutes[1]} s" if seconds < 3600 else f"{hours[0]} h {hours[1]} min"
+
+
+def numbers(run: Run) -> list[list[str]]:
+    """Rows of the table behind the curves: step, loss, coding rate, similarity, learning rate, throughput, seconds."""
+    metrics, rates = run.metrics, throughput(run)
+    return [
+        [
+            f"{run.steps[i]:,.0f}",
+            f"{metrics['loss'][i]:.2f}",
+            percent(metrics["coding_rate_fraction"][i]),
+            f"{metrics['similarity'][i]:.4f}",
+            f"{metrics['learning_rate'][i]:.4g}",
+            f"{rates[i]:,.0f}" if math.isfinite(rates[i]) else "-",
+            f"{metrics['seconds'][i]:,.1f}" if math.isfinite(metrics["seconds"][i]) else "-",
+        ]
+        for i in spread(len(run.steps), TABLE_ROWS)
+    ]
+
+
+def class_rows(confusion: Int[np.ndarray, "C C"], names: list[str]) -> list[ClassRow]:
+    """One row a class, from a confusion matrix of class by predicted class."""
+    rows = []
+    for number, counts in enumerate(confusion):
+        total, others = int(counts.sum()), np.where(np.arange(len(counts)) == number, 0, counts)
+        mistaken = names[int(np.argmax(others))] if others.any() else ""
+        accuracy = counts[number] / total if total else math.nan
+        rows.append(ClassRow(names[number], total, float(accuracy), mistaken, counts.tolist()))
+    return rows
+
+
+def worst_pairs(confusion: Int[np.ndarray, "C C"], names: list[str]) -> list[tuple[str, str, int]]:
+    """The most frequent mistakes: class, what it is taken for, how often."""
+    mistakes = confusion * (1 - np.eye(len(confusion), dtype=int))
+    order = np.argsort(-mistakes, axis=None, kind="stable")[:WORST_PAIRS]
+    pairs = [np.unravel_index(place, mistakes.shape) for place in order]
+    return [(names[i], names[j], int(mistakes[i, j])) for i, j in pairs if mistakes[i, j] > 0]
+
+
+def options(config: Config) -> list[tuple[str, Any, bool]]:
+    """Each option, its value, and whether it differs from the default."""
+    found = []
+    for group in dataclasses.fields(config):
+        if group.name != "distributed":
+            values, defaults = getattr(config, group.name), group.default_factory()  # type: ignore[misc,operator]
+            for field in dataclasses.fields(values):
+                value = getattr(values, field.name)
+                flag = "--" + field.name.replace("_", "-")
+                found.append((flag, value, value != getattr(defaults, field.name)))
+    return found
+
+
+def command(config: Config) -> str:
+    """What trains the same again, without a config file, in another folder."""
+    words = ["python", "train.py", "--workdir", "runs/again"]
+    for flag, value, differs in options(config):
+        if flag == "--workdir":
+            continue
+        if differs and isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif differs:
+            words += [flag, str(value)]
+    return shlex.join(words)

@@ -1,0 +1,74 @@
+"""A run's folder made in a moment: digits, a hundred steps that go well, embeddings that hold some of the classes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from empssl_jax import checkpoints, data
+from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
+from empssl_jax.embeddings import LabelledEmbeddings, save_embeddings
+
+STEPS, SECONDS_A_STEP = 100, 2.0
+CONFIG = Config(
+    data=DataConfig(dataset="digits", images_per_class=20, test_images_per_class=12),
+    patches=PatchConfig(train_patches=4, patch_size=16),
+    model=ModelConfig(width=4, hidden_dim=24, projection_dim=16, precision="float32"),
+    training=TrainingConfig(batch_size=40, max_epochs=20),
+    evaluation=EvaluationConfig(valid_patches=2, num_neighbours=5),
+)
+
+
+def datasets(config: Config = CONFIG) -> dict[data.Split, data.ImageDataset]:
+    return {split: data.load(config.data, split, None) for split in ("train", "test")}
+
+
+def metrics_of(step: int) -> dict[str, float]:
+    """Rises to a plateau half way."""
+    share = min(1.0, step / 50)
+    rate, similarity = 0.4 + 0.2 * share, 0.6 + 0.3 * share
+    return {
+        "loss": -20 * rate - 200 * similarity + 0.01 * (-1) ** step,
+        "coding_rate": 20 * rate,
+        "similarity": similarity,
+        "learning_rate": 0.3 * (1 - step / STEPS),
+        "coding_rate_fraction": rate,
+    }
+
+
+def embeddings_of(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A direction for each class, and noise."""
+    random = np.random.RandomState(seed)
+    return np.float32(np.eye(10, 24)[labels] + 0.35 * random.standard_normal((len(labels), 24)))
+
+
+def write_run(folder: Path, config: Config = CONFIG, embed=embeddings_of) -> dict[str, LabelledEmbeddings]:
+    """Writes the folder and returns the embeddings."""
+    folder.mkdir(parents=True)
+    checkpoints.save_config(folder, config)
+    steps = range(STEPS)
+    write_lines(folder / "metrics.jsonl", [{"step": step, **metrics_of(step)} for step in steps])
+    times = [{"step": step, "seconds": SECONDS_A_STEP * (step + 1), "devices": "3 x Abacus"} for step in steps]
+    write_lines(folder / "timing.jsonl", times)
+    embeddings = {}
+    for seed, (split, dataset) in enumerate(datasets().items()):
+        embeddings[split] = LabelledEmbeddings(embed(dataset.labels, seed), dataset.labels, 10)
+        save_embeddings(folder / "embeddings" / f"{split}.npz", embeddings[split])
+    return embeddings
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def knn_by_numpy(queries, bank, labels, neighbours, temperature, classes=10):
+    """Weighted kNN, image by image, in float64."""
+    unit = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in map(np.float64, (queries, bank))]
+    predicted = []
+    for query in unit[0]:
+        similarities = unit[1] @ query
+        votes = np.zeros(classes)
+        for i in np.argsort(-similarities)[:neighbours]:
+            votes[labels[i]] += np.exp(similarities[i] / temperature)
+        predicted.append(int(np.argmax(votes)))
+    return np.array(predicted)

@@ -1,0 +1,90 @@
+"""Several runs side by side: who is grouped with whom, means and spreads by hand, what is read and what is measured."""
+
+import dataclasses
+import json
+
+import pytest
+
+from empssl_jax import checkpoints, comparison, evaluation
+from empssl_jax.config import Config, EvaluationConfig, TrainingConfig, UserError
+
+KNN = {0: (0.30, 0.80), 1: (0.34, 0.84), 2: (0.44, 0.88)}  # by seed
+
+
+def write_run(folder, seed, top1, top5, linear=True, **training):
+    folder.mkdir(parents=True)
+    checkpoints.save_config(folder, Config(training=TrainingConfig(seed=seed, **training)))
+    results = {"kNN": {"top1": top1, "top5": top5}}
+    if linear:
+        results["linear"] = {"top1": top1 + 0.1, "top5": 1.0}
+    (folder / "results.json").write_text(json.dumps(results))
+    return str(folder)
+
+
+def compare(*folders, options=()):
+    comparison.evaluate_all(comparison.parse_evaluations(["--workdir", *map(str, folders), *options]))
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(evaluation, "evaluate", evaluated.append)
+    return evaluated
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_mean_and_spread_over_seeds(tmp_path, no_evaluation, capsys):
+    folders = [write_run(tmp_path / f"s{seed}", seed, *accuracy) for seed, accuracy in KNN.items()]
+    folders.append(write_run(tmp_path / "slow", 5, 0.2, 0.7, learning_rate=0.1))
+    (tmp_path / "notes.txt").touch()
+    compare(*folders, tmp_path / "notes.txt")
+    table = (tmp_path / "comparison.md").read_text()
+    header, _, fast, slow, *_ = table.splitlines()
+    assert cells(header) == ["runs", "n", "seeds", "kNN top-1", "kNN top-5", "linear top-1", "linear top-5"]
+    # Mean of 30, 34, 44: 36; deviations -6, -2, 8: squares 104, over 2: 52.
+    assert cells(fast) == [
+        "--learning-rate 0.3",
+        "3",
+        "0, 1, 2",
+        f"36.00 ± {52**0.5:.2f} %",
+        "84.00 ± 4.00 %",
+        f"46.00 ± {52**0.5:.2f} %",
+        "100.00 ± 0.00 %",
+    ]
+    assert cells(slow) == ["--learning-rate 0.1", "1", "5", "20.00 %", "70.00 %", "30.00 %", "100.00 %"]
+    assert "differ only in --seed" in table
+    printed = capsys.readouterr().out
+    assert table in printed
+    assert f"passed over, since they are no runs: {tmp_path / 'notes.txt'}" in printed
+    assert no_evaluation == []
+
+
+def test_the_same_seed_twice_is_one_sample(tmp_path, no_evaluation):
+    compare(*(write_run(tmp_path / name, 3, 0.5, 0.9) for name in ("a", "b")))
+    assert cells((tmp_path / "comparison.md").read_text().splitlines()[2])[:4] == ["all", "1", "3", "50.00 %"]
+
+
+def test_only_what_is_missing_or_asked_for_otherwise_is_measured(tmp_path, no_evaluation):
+    done, missing = write_run(tmp_path / "a", 0, 0.5, 0.9), write_run(tmp_path / "b", 1, 0.5, 0.9, linear=False)
+    compare(done, missing)
+    assert [options.workdir for options in no_evaluation] == [missing]
+    no_evaluation.clear()
+    compare(done, missing, options=["--num-neighbours", "5"])
+    assert [options.workdir for options in no_evaluation] == [done, missing]
+    assert {options.evaluation.num_neighbours for options in no_evaluation} == {5}
+
+
+def test_one_run_is_evaluated_as_ever(tmp_path, no_evaluation):
+    folder = write_run(tmp_path / "a", 0, 0.5, 0.9)
+    compare(folder)
+    expected = dataclasses.replace(evaluation.EvaluateOptions(), workdir=folder, evaluation=EvaluationConfig())
+    assert no_evaluation == [expected]
+    assert not (tmp_path / "comparison.md").exists()
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"names 2 folders, and none has a config\.json: give runs"):
+        comparison.parse_evaluations(["--workdir", str(tmp_path), str(tmp_path / "none")])

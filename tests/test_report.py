@@ -1,0 +1,341 @@
+"""The report of a run: its numbers against others' ways to find them, what it must never hold, and what it survives."""
+
+import base64
+import dataclasses
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import PIL.Image
+import pytest
+from synthetic_run import (
+    CONFIG,
+    SECONDS_A_STEP,
+    STEPS,
+    datasets,
+    embeddings_of,
+    knn_by_numpy,
+    metrics_of,
+    write_lines,
+    write_run,
+)
+
+from empssl_jax import data, report
+from empssl_jax.config import DataConfig
+from empssl_jax.embeddings import LabelledEmbeddings
+from empssl_jax.keys import training_patches_key
+from empssl_jax.patches import multi_patch
+from empssl_jax.report import charts, findings, pictures, remarks
+from empssl_jax.report.run import read_run
+
+
+class Tables(HTMLParser):
+    """The cells of the page's tables that have an id, by it and by row; and the text of everything."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tables, self.text, self._table, self._cell = {}, "", None, None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "table":
+            self._table = dict(attrs).get("id")
+            self.tables.setdefault(self._table, [])
+        elif tag == "tr":
+            self.tables[self._table].append([])
+        elif tag in ("td", "th"):
+            self.tables[self._table][-1].append("")
+            self._cell = self.tables[self._table][-1]
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._cell = None
+
+    def handle_data(self, text):
+        self.text += text
+        if self._cell is not None:
+            self._cell[-1] += text.strip()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A run, its embeddings and its page."""
+    folder = tmp_path_factory.mktemp("runs") / "good"
+    embeddings = write_run(folder)
+    path = report.write_report(folder, CONFIG, datasets())
+    assert path == folder / "report.html"
+    return folder, embeddings, path.read_text()
+
+
+def page_of(folder, config=CONFIG, images=None):
+    return report.write_report(folder, config, images).read_text()
+
+
+def test_the_confusion_matrix_is_that_of_knn_by_hand(written):
+    _, embeddings, page = written
+    train, test = embeddings["train"], embeddings["test"]
+    predicted = knn_by_numpy(test.embeddings, train.embeddings, train.labels, 5, 0.07)
+    expected = np.zeros((10, 10), int)
+    for label, prediction in zip(test.labels, predicted, strict=True):
+        expected[label, prediction] += 1
+    assert 12 < np.trace(expected) < 120
+    _, *rows = Tables(page).tables["confusion"]
+    np.testing.assert_array_equal([[int(cell) for cell in row[1:]] for row in rows], expected)
+    _, *classes = Tables(page).tables["classes-table"]
+    for number, (name, images, accuracy, mistaken) in enumerate(classes):
+        assert (name, images, accuracy) == (str(number), "12", f"{100 * expected[number, number] / 12:.1f} %")
+        others = np.delete(expected[number], number)
+        assert mistaken == "-" or expected[number, int(mistaken)] == others.max() > 0
+
+
+def test_the_effective_rank_is_that_of_the_covariance(written):
+    _, embeddings, page = written
+    test = np.float64(embeddings["test"].embeddings)
+    spread = np.sqrt(np.linalg.eigvalsh(np.cov(test.T)))
+    shares = spread / spread.sum()
+    expected = np.prod(shares**-shares)
+    assert f"<dd>{expected:.1f}</dd>" in page
+    assert f"effective rank {expected:.1f}" in page
+
+
+@pytest.mark.parametrize(("values", "rank"), [([2.0] * 7, 7), ([5.0, 0.0, 0.0], 1), ([0.0, 0.0], 1)])
+def test_effective_ranks_that_are_known(values, rank):
+    assert findings.effective_rank(np.array(values)) == pytest.approx(rank)
+
+
+def test_curves_and_table_end_where_the_metrics_do(written):
+    _, _, page = written
+    _, *rows = Tables(page).tables["numbers"]
+    assert [row[0] for row in (rows[0], rows[-1])] == ["0", str(STEPS - 1)]
+    last = metrics_of(STEPS - 1)
+    rate = CONFIG.training.batch_size * CONFIG.patches.train_patches / SECONDS_A_STEP
+    expected = [f"{last['loss']:.2f}", "60.0 %", f"{last['similarity']:.4f}", f"{last['learning_rate']:.4g}"]
+    assert rows[-1][1:] == [*expected, f"{rate:.0f}", f"{SECONDS_A_STEP * STEPS:.1f}"]
+    labels = re.findall(r'aria-label="(Loss|Coding rate|Similarity|Throughput): from (\S+) .*?to (\S+)', page)
+    assert labels == [
+        ("Loss", f"{metrics_of(0)['loss']:.4g}".replace("-", "\N{MINUS SIGN}"), labels[0][2]),
+        ("Coding rate", "40", "60"),
+        ("Similarity", "0.600", "0.900"),
+        ("Throughput", "80", "80"),
+    ]
+    assert labels[0][2] == f"{last['loss']:.4g}".replace("-", "\N{MINUS SIGN}")
+
+
+def test_a_curve_s_path_goes_from_corner_to_corner():
+    drawn = charts.curve("A", [0.0, 5.0, 10.0], [0.0, 1.0, 4.0], str, "", x_name="step")
+    left, bottom = charts.LEFT, charts.HEIGHT - charts.BOTTOM
+    right, top = charts.WIDTH - charts.RIGHT, charts.TOP
+    middle = (left + right) / 2, bottom - (bottom - top) / 4
+    assert drawn.path == f"M{left:.1f} {bottom:.1f}L{middle[0]:.1f} {middle[1]:.1f}L{right:.1f} {top:.1f}"
+    assert drawn.end == (right, top)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0, 0.25, 0.5, 0.75, 1]),
+        (-260.0, -101.0, [-300, -250, -200, -150, -100]),
+        (3.0, 3.0, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_ticks_are_round_and_enclose(low, high, expected):
+    np.testing.assert_allclose(charts.ticks(low, high), expected)
+
+
+def test_nothing_is_fetched_from_anywhere(written):
+    page = re.sub(r"data:image/(png|jpeg);base64,[\w+/=]+", "", written[2])
+    assert not re.search(r"https?:|//|@import", page.replace("<!doctype html>", ""))
+    assert re.search(r"default-src 'none'", page)
+    assert set(re.findall(r'src="([^"]*)"', page)) == {""}
+
+
+def test_names_are_escaped(tmp_path):
+    folder = tmp_path / "<script>alert(1)<script>"
+    write_run(folder)
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, dataset='"><b>digits'))
+    page = page_of(folder, config)
+    assert "<script>alert" not in page
+    assert "<h1>&lt;script&gt;alert(1)&lt;script&gt;</h1>" in page
+    assert "<b>digits" not in page
+    assert "&#34;&gt;&lt;b&gt;digits" in page
+
+
+def test_class_names_are_escaped_also_for_the_script(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    write_run(folder)
+    monkeypatch.setattr(report.run, "_class_names", lambda config, n: [f"</script><b>{i}" for i in range(n)])
+    assert "</script><b>" not in page_of(folder)
+    assert "&lt;/script&gt;&lt;b&gt;3" in page_of(folder)
+
+
+def test_patches_are_those_that_the_first_step_saw(written):
+    _, _, page = written
+    training = CONFIG.training
+    batch = next(data.batches(datasets()["train"], training.batch_size, training.seed, 0, 1))
+    seen = multi_patch(training_patches_key(training.seed, 0), batch.images, 4, patch_size=16, indices=batch.indices)
+    strips = re.findall(r'data:image/png;base64,([\w+/=]+)" alt="4 patches of training image (\d+)"', page)
+    assert [int(index) for _, index in strips] == batch.indices[:6].tolist()
+    for strip, expected in zip(strips, np.asarray(seen), strict=False):
+        shown = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(strip[0]))))
+        assert shown.shape == (16, 4 * 17 - 1, 3)
+        for number, patch in enumerate(expected):
+            # Half a gray value of rounding.
+            columns = slice(17 * number, 17 * number + 16)
+            np.testing.assert_allclose(shown[:, columns] / 127.5 - 1, patch, atol=0.51 / 127.5)
+
+
+def test_neighbours_are_the_nearest_and_chosen_in_order(written):
+    _, embeddings, _ = written
+    train, test = embeddings["train"], embeddings["test"]
+    predicted = knn_by_numpy(test.embeddings, train.embeddings, train.labels, 5, 0.07)
+    for right in (True, False):
+        examples = findings.find_neighbours(train, test, predicted, right)
+        candidates = np.flatnonzero((predicted == test.labels) == right)
+        firsts = [i for n, i in enumerate(candidates) if test.labels[i] not in test.labels[candidates[:n]]]
+        assert [one.image for one in examples] == firsts[:6]
+        for one in examples:
+            bank = train.embeddings / np.linalg.norm(train.embeddings, axis=1, keepdims=True)
+            query = test.embeddings[one.image] / np.linalg.norm(test.embeddings[one.image])
+            distances = np.linalg.norm(bank - query, axis=1)
+            np.testing.assert_array_equal(one.indices, np.argsort(distances)[:8])
+            np.testing.assert_allclose(one.similarities, 1 - distances[one.indices] ** 2 / 2, atol=1e-5)
+
+
+def test_maps_put_images_of_separate_classes_apart():
+    labels = np.repeat(np.arange(3), 20)
+    points = np.eye(3)[labels] + 0.01 * np.random.RandomState(0).standard_normal((60, 3))
+    for method, places in findings.draw_maps(np.float32(points), 0).items():
+        distances = np.linalg.norm(places[:, None] - places, axis=2)
+        np.fill_diagonal(distances, np.inf)
+        assert (labels[distances.argmin(axis=1)] == labels).all(), method
+
+
+def test_the_sprite_holds_each_thumbnail_in_its_place():
+    images = [np.full((32, 32, 3), value, np.uint8) for value in range(10, 60, 10)]
+    sheet = pictures.sprite(images)
+    assert (sheet.side, sheet.columns, sheet.picture.shape) == (32, 3, (64, 96, 3))
+    for number, image in enumerate(images):
+        top, left = 32 * (number // 3), 32 * (number % 3)
+        np.testing.assert_array_equal(sheet.picture[top : top + 32, left : left + 32], image)
+
+
+def test_published_figures_stand_only_beside_their_own_data_set(written, tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder)
+    assert "published, not" not in written[2]
+    config = dataclasses.replace(CONFIG, data=DataConfig(dataset="cifar10"))
+    accuracies = Tables(page_of(folder, config)).tables["accuracies"]
+    assert ["PyTorch Lightning reference, kNN", "74.3 %", "97.1 %"] in accuracies
+    assert any("published, not measured here" in row[0] for row in accuracies)
+
+
+def texts(folder, config=CONFIG, embeddings=None):
+    run = read_run(folder, config, datasets())
+    found = findings.examine(**run.embeddings, config=config.evaluation, seed=0) if run.embeddings else None
+    return [(remark.warns, remark.text) for remark in remarks.remarks(run, found)]
+
+
+def test_a_good_run_has_no_warnings(written):
+    assert [text for warns, text in texts(written[0]) if warns] == []
+
+
+def test_collapse_is_told(tmp_path):
+    write_run(tmp_path / "run", embed=lambda labels, seed: np.ones((len(labels), 24), np.float32))
+    collapsed = {"loss": -200.0, "coding_rate": 2.0, "similarity": 0.999, "learning_rate": 0.1}
+    lines = [{"step": step, **collapsed, "coding_rate_fraction": 0.001} for step in range(STEPS)]
+    write_lines(tmp_path / "run" / "metrics.jsonl", lines)
+    told = [text for warns, text in texts(tmp_path / "run") if warns]
+    assert any("all projections are nearly equal" in text for text in told)
+    assert any("the embeddings of all test images are nearly the same" in text for text in told)
+    assert any("no better than guessing" in text for text in told)
+    assert "A map of the test images" not in page_of(tmp_path / "run", images=datasets())
+
+
+def test_too_few_neighbours_and_unfinished_training_are_told(written):
+    evaluation = dataclasses.replace(CONFIG.evaluation, num_neighbours=30)
+    longer = dataclasses.replace(CONFIG.training, max_epochs=40)
+    told = texts(written[0], dataclasses.replace(CONFIG, evaluation=evaluation, training=longer))
+    assert any("30 neighbours vote, and the smallest class has 20" in text for _, text in told)
+    assert any("100 of 200 steps are done" in text for warns, text in told if warns)
+
+
+def test_a_loss_that_still_falls_is_told_from_noise_and_from_a_plateau():
+    random = np.random.RandomState(0)
+    assert remarks.still_falling(-np.arange(100.0))
+    assert not remarks.still_falling(random.standard_normal(100))
+    assert not remarks.still_falling(-100 * (1 - np.exp(-np.arange(100) / 8)))
+    assert not remarks.still_falling(np.arange(100.0))
+
+
+def test_a_folder_with_nothing_but_a_config_has_a_page(written, tmp_path):
+    (tmp_path / "config.json").write_bytes((written[0] / "config.json").read_bytes())
+    page = page_of(tmp_path)
+    assert "training has not begun" in page
+    assert "There are no embeddings yet" in page
+
+
+def test_a_report_that_fails_is_told_in_a_sentence_and_harms_nothing(written, tmp_path, capsys):
+    (tmp_path / "results.json").write_text("no JSON")
+    report.try_to_report(tmp_path, CONFIG, None)
+    output = capsys.readouterr()
+    assert re.fullmatch(r"warning: .*report\.html could not be written .*tries again\.\n", output.err)
+    assert output.out == ""
+    assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
+
+
+def test_only_the_first_process_writes(written, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "is_first_process", lambda: False)
+    report.try_to_report(tmp_path, CONFIG, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def records(path):
+    """The records of a TFRecord file: length, its checksum, content, its checksum."""
+    content, start = path.read_bytes(), 0
+    while start < len(content):
+        length = int.from_bytes(content[start : start + 8], "little")
+        yield content[start + 12 : start + 12 + length]
+        start += 16 + length
+
+
+def test_tensorboard_gets_the_patches_and_the_projector(written):
+    from tensorboardX.proto.event_pb2 import Event
+
+    folder, embeddings, _ = written
+    (path,) = (folder / "tensorboard").glob("events.*.patches")
+    (value,) = [value for record in records(path) for value in Event.FromString(record).summary.value]
+    assert value.tag == "patches of the first step"
+    assert PIL.Image.open(io.BytesIO(value.image.encoded_image_string)).size == (4 * 17 - 1, 6 * 17 - 1)
+    projector = folder / "tensorboard" / "projector"
+    vectors = np.loadtxt(projector / "tensors.tsv", delimiter="\t")
+    np.testing.assert_allclose(vectors, embeddings["test"].embeddings, rtol=1e-4, atol=1e-6)
+    header, *lines = (projector / "metadata.tsv").read_text().splitlines()
+    assert header == "class\tkNN\timage"
+    assert [int(line.split("\t")[0]) for line in lines] == embeddings["test"].labels.tolist()
+    with PIL.Image.open(projector / "sprite.png") as sprite:
+        assert sprite.size == (11 * 32, 11 * 32)
+    settings = (folder / "tensorboard" / "projector_config.pbtxt").read_text()
+    assert settings.count("{") == settings.count("}") == 2
+
+
+def test_many_classes_are_listed_by_their_mistakes(tmp_path):
+    random = np.random.RandomState(0)
+    labels = np.repeat(np.arange(30), 4).astype(np.int32)
+    train, test = (LabelledEmbeddings(np.float32(random.standard_normal((120, 6))), labels, 30) for _ in range(2))
+    found = findings.examine(train, test, CONFIG.evaluation, 0)
+    assert len(findings.map_classes(labels)) == 10
+    assert set(labels[found.map_images]) == set(findings.map_classes(labels).tolist())
+    pairs = report.page.worst_pairs(found.confusion, [str(n) for n in range(30)])
+    counts = [count for _, _, count in pairs]
+    assert counts == sorted(counts, reverse=True)
+    assert all(found.confusion[int(shows), int(taken)] == count for shows, taken, count in pairs)
+    assert len(pairs) == 20
+
+
+def test_embeddings_of_other_images_leave_the_pictures_out(tmp_path):
+    write_run(tmp_path / "run", embed=embeddings_of)
+    other = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, test_images_per_class=3))
+    page = page_of(tmp_path / "run", images=datasets(other))
+    assert "no pictures" in page
+    assert "data:image" not in re.sub(r"img-src data:", "", page)
