@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
         data=config.DataConfig(dataset="digits", images_per_class=10, test_images_per_class=4),
         patches=config.PatchConfig(train_patches=2, patch_size=16),
         model=config.ModelConfig(hidden_dim=32, projection_dim=16, precision="float32"),
-        training=config.TrainingConfig(batch_size=20),
+        training=config.TrainingConfig(batch_size=40),
         evaluation=config.EvaluationConfig(valid_patches=8, embedding_batch_size=16, linear_epochs=0),
         run=config.RunConfig(workdir=str(folder / "runs" / "cifar10")),
     )
