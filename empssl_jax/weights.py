@@ -102,7 +102,7 @@ def import_weights(options: Import) -> None:
         held = checkpoints.latest_step()
         require(held is None, "workdir", options.workdir, "that folder holds a run, so give another one")
         save_config(workdir, config)
-        save_image_size(workdir, int(metadata.get("image_size", DEFAULT_IMAGE_SIZE)))
+        save_image_size(workdir, int(metadata.get("image_size", config.data.image_size or DEFAULT_IMAGE_SIZE)))
         checkpoints.save(0, encoder, optimizer.init(encoder.params), loss=math.inf)
         checkpoints.wait()
     sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(model).items())
