@@ -19,8 +19,9 @@ CONFIG = Config(
 )
 
 
-def datasets(config: Config = CONFIG) -> dict[data.Split, data.ImageDataset]:
-    return {split: data.load(config.data, split, None) for split in ("train", "test")}
+def datasets(config: Config = CONFIG) -> dict[str, data.ImageDataset]:
+    train, test = (data.load(config.data, split, None) for split in ("train", "test"))
+    return {"train": train, "test": test, "bank": train}
 
 
 def metrics_of(step: int) -> dict[str, float]:
@@ -51,7 +52,9 @@ def write_run(folder: Path, config: Config = CONFIG, embed=embeddings_of) -> dic
     times = [{"step": step, "seconds": SECONDS_A_STEP * (step + 1), "devices": "3 x Abacus"} for step in steps]
     write_lines(folder / "timing.jsonl", times)
     embeddings = {}
-    for seed, (split, dataset) in enumerate(datasets().items()):
+    images = datasets()
+    for seed, split in enumerate(("train", "test")):
+        dataset = images[split]
         embeddings[split] = LabelledEmbeddings(embed(dataset.labels, seed), dataset.labels, 10)
         save_embeddings(folder / "embeddings" / f"{split}.npz", embeddings[split])
     return embeddings

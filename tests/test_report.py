@@ -23,7 +23,7 @@ from synthetic_run import (
 
 from empssl_jax import data, report
 from empssl_jax.config import DataConfig
-from empssl_jax.embeddings import LabelledEmbeddings
+from empssl_jax.embeddings import LabelledEmbeddings, save_embeddings
 from empssl_jax.keys import training_patches_key
 from empssl_jax.patches import multi_patch
 from empssl_jax.report import charts, findings, pictures, remarks
@@ -339,3 +339,25 @@ def test_embeddings_of_other_images_leave_the_pictures_out(tmp_path):
     page = page_of(tmp_path / "run", images=datasets(other))
     assert "no pictures" in page
     assert "data:image" not in re.sub(r"img-src data:", "", page)
+
+
+def test_images_without_a_label_are_left_out(tmp_path):
+    folder, images = tmp_path / "run", datasets()
+    embeddings = write_run(folder)
+    test = images["test"]
+    labels = np.where(np.arange(len(test.labels)) % 4 == 0, -1, test.labels)
+    save_embeddings(folder / "embeddings" / "test.npz", embeddings["test"]._replace(labels=labels))
+    page = page_of(folder, images=images | {"test": test._replace(labels=labels)})
+    _, *rows = Tables(page).tables["confusion"]
+    assert sum(int(cell) for row in rows for cell in row[1:]) == np.sum(labels >= 0) == 90
+    assert "data:image" in re.sub(r"img-src data:", "", page)
+
+
+def test_without_any_label_the_page_has_curves_and_patches_only(tmp_path):
+    folder, images = tmp_path / "run", datasets()
+    for split, held in write_run(folder).items():
+        save_embeddings(folder / "embeddings" / f"{split}.npz", held._replace(labels=np.full_like(held.labels, -1)))
+    unlabelled = {name: held._replace(labels=np.full_like(held.labels, -1)) for name, held in images.items()}
+    page = page_of(folder, images=unlabelled)
+    assert "no label" in page
+    assert "confusion" not in Tables(page).tables
