@@ -105,6 +105,7 @@ def test_evaluation_repeats_training_s_embeddings_and_adds_the_linear_classifier
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.long
 def test_an_interrupted_run_resumes_to_the_same_bits(uninterrupted, environment, run, tmp_path, number, code):
     whole, _ = uninterrupted
     workdir = tmp_path / "interrupted"
@@ -134,6 +135,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(uninterrupted, environment,
 
 
 @pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
+@pytest.mark.long
 def test_cifar10_without_tensorflow(environment, tmp_path):
     code = f"""
 import sys

@@ -222,6 +222,7 @@ def config_of(root, **options):
     )
 
 
+@pytest.mark.long
 def test_pictures_without_classes_are_trained_on_and_embedded_but_not_measured(root, capsys):
     write(root, *FLAT)
     config = config_of(root, patch_aspect=4 / 3, interpolation="bicubic")

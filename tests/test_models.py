@@ -117,6 +117,7 @@ def test_golden_backbones(golden, backbone, stem):
     assert relative_error(eval_features, expected["eval_features"]) < 1e-3
 
 
+@pytest.mark.long
 def test_remat_changes_no_gradient():
     config = ModelConfig(backbone="resnet50", width=2, hidden_dim=4, projection_dim=2, precision="float32")
     state = models.init_encoder(config, KEY)

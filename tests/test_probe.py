@@ -58,6 +58,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["probed", "stopped"])
+@pytest.mark.long
 def test_training_is_the_same_to_the_bit(runs, name):
     assert (runs / name / "metrics.jsonl").read_bytes() == (runs / "without" / "metrics.jsonl").read_bytes()
     for ours, theirs in zip(checkpoint_arrays(runs / name, 10), checkpoint_arrays(runs / "without", 10), strict=True):
@@ -65,6 +66,7 @@ def test_training_is_the_same_to_the_bit(runs, name):
     assert not (runs / "without" / "probe.jsonl").exists()
 
 
+@pytest.mark.long
 def test_it_measures_every_so_many_steps_and_at_the_end_also_across_a_restart(runs):
     probed, stopped = (lines_of(runs / name / "probe.jsonl") for name in ("probed", "stopped"))
     assert [line["step"] for line in probed] == [line["step"] for line in stopped] == [3, 6, 9, 10]
@@ -79,6 +81,7 @@ def test_it_measures_every_so_many_steps_and_at_the_end_also_across_a_restart(ru
     assert seconds[-1] < 1e6
 
 
+@pytest.mark.long
 def test_it_is_knn_on_sixteen_patches_of_the_first_images(runs):
     template = jax.eval_shape(lambda: init_encoder(CONFIG.model, parameters_key(0)))
     with Checkpoints(runs / "probed") as store:
