@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -73,18 +72,15 @@ class Victim:
     Args:
         workdir: folder of the run.
         options: other options of train.py.
-        popen: more for `subprocess.Popen`.
     """
 
-    def __init__(self, workdir: Path, options: list[str], **popen: Any):
+    def __init__(self, workdir: Path, options: list[str]):
         self.workdir, self._log = workdir, workdir.with_name(workdir.name + ".log")
         # What JAX and tests have set for their own process is not for this one.
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         command = [sys.executable, "train.py", *options, "--workdir", str(workdir)]
         with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=inherited, stdout=log, stderr=subprocess.STDOUT, **popen
-            )
+            self.process = subprocess.Popen(command, cwd=ROOT, env=inherited, stdout=log, stderr=subprocess.STDOUT)
 
     def steps(self) -> int:
         """Steps in metrics.jsonl."""

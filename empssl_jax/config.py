@@ -333,6 +333,7 @@ def user_errors_exit() -> Iterator[None]:
 
 def _silence_background_threads() -> None:
     """Keeps traces of Orbax's and TensorStore's threads from the terminal: what concerns a run is raised in it too."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")

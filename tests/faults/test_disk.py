@@ -54,18 +54,15 @@ def assert_resumes_to_the_bits_of(whole: Path, workdir: Path):
     assert differences(whole, workdir) == []
 
 
-def small_files():
-    """Files cannot grow beyond 8 kB: those of a checkpoint do not fit, metrics.jsonl does."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-
-
 def test_a_save_that_does_not_fit_stops_the_run_and_spares_the_checkpoint_before(whole, tmp_path):
     workdir = tmp_path / "run"
     victim = Victim(workdir, OPTIONS)
     victim.wait_for(lambda: victim.steps() >= 7)
     assert victim.end(signal.SIGTERM) == 143
     before = saved_steps(workdir)
-    victim = Victim(workdir, OPTIONS, preexec_fn=small_files)
+    victim = Victim(workdir, OPTIONS)
+    # Files cannot grow beyond 8 kB: those of a checkpoint do not fit, metrics.jsonl does.
+    resource.prlimit(victim.process.pid, resource.RLIMIT_FSIZE, (8192, 8192))
     assert_stops(victim, 1, "could not be saved in", "those before it are kept, and the same command resumes there")
     assert saved_steps(workdir) == before
     assert_resumes_to_the_bits_of(whole, workdir)
