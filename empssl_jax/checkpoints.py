@@ -1,9 +1,10 @@
 """Checkpoints of a run by Orbax, every array verified against a digest; beside them the config as JSON."""
 
+import contextlib
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,10 +73,11 @@ class Checkpoints:
 
     def __exit__(self, *exception: object) -> None:
         try:
-            self._manager.close()
-        except Exception as error:  # see `wait`; what happened before matters more
-            if exception[0] is None:
-                raise self._storage_error(error) from error
+            with self._storage_errors():
+                self._manager.close()
+        except StorageError:
+            if exception[0] is None:  # what happened before matters more
+                raise
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
         """Orbax's PreservationPolicy: keeps the newest and the best."""
@@ -109,24 +111,18 @@ class Checkpoints:
         if not self._folder.is_dir():
             raise self._storage_error("the folder is gone")
         gc.collect()  # Orbax leaves cycles behind that would keep the state of the save before in memory
-        try:
+        with self._storage_errors():
             self._manager.save(step, args=ocp.args.Composite(**saves, record=ocp.args.JsonSave(record)))
-        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
-            raise self._storage_error(error) from error
 
     def check(self) -> None:
         """Raises StorageError if a save has failed in the background; else it would come out at the next save."""
-        try:
+        with self._storage_errors():
             self._manager.check_for_errors()
-        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
-            raise self._storage_error(error) from error
 
     def wait(self) -> None:
         """Returns when all saves are on disk; raises StorageError if one failed."""
-        try:
+        with self._storage_errors():
             self._manager.wait_until_finished()
-        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
-            raise self._storage_error(error) from error
 
     def restore_encoder(self, template: EncoderState, sharding: Sharding, which: Which) -> tuple[int, EncoderState]:
         """The step and encoder of a checkpoint, see `restore`."""
@@ -225,6 +221,13 @@ class Checkpoints:
     def _best(self, steps: Sequence[int]) -> int:
         """The step with the lowest loss, the newest if no loss is known."""
         return min(steps, key=lambda step: (self._losses.get(step, float("inf")), -step))
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+            raise self._storage_error(error) from error
 
     def _storage_error(self, error: object) -> StorageError:
         return StorageError(
