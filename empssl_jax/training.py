@@ -156,10 +156,9 @@ def _train(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: P
     encoder = _fit(config, datasets, mesh, workdir)
     if config.evaluation.valid_patches > 0:
         embeddings = evaluation.embed_and_save(config, encoder, datasets, mesh, workdir)
-        if not evaluation.have_labels(embeddings):
-            return
-        knn = evaluation.measure_knn(embeddings, config.evaluation, mesh)
-        print(evaluation.format_table(evaluation.add_results(workdir, {"kNN": knn})))
+        if evaluation.have_labels(embeddings):
+            knn = evaluation.measure_knn(embeddings, config.evaluation, mesh)
+            print(evaluation.format_table(evaluation.add_results(workdir, {"kNN": knn})))
     if config.evaluation.report:
         try_to_report(workdir, config, datasets)
 
