@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import re
 import runpy
 import sys
@@ -125,7 +126,10 @@ class EvaluationConfig(Checked):
     """Embeddings and how they are measured."""
 
     valid_patches: int = whole(128, 0, 1_000_000)
-    """Random patches averaged into an embedding; 0 trains without measuring."""
+    """Patches averaged into an embedding; 0 trains without measuring."""
+    valid_crops: Literal["random", "grid"] = "random"
+    """What these patches are: random ones, made as in training and as in the paper; or the crops of a regular grid in
+    their own colours, of which fewer are enough and which measure better (docs/recipe.md)."""
     embedding_batch_size: int = whole(250, 1, 100_000)
     """Images embedded at a time, over all devices."""
     num_neighbours: int = whole(20, 1)
@@ -144,6 +148,13 @@ class EvaluationConfig(Checked):
     """Also measure kNN before training, after a few passes that set BatchNorm's statistics but learn nothing."""
     report: bool = True
     """Write report.html, a page of figures and explanations, at the end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.valid_crops == "grid":
+            remedy = "a grid has a square number of crops, as 16"
+            is_square = math.isqrt(self.valid_patches) ** 2 == self.valid_patches
+            require(is_square, "valid_patches", self.valid_patches, remedy)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Bag-of-features embeddings: the mean hidden features of an image's random patches (section 3.2 of the paper)."""
+"""Bag-of-features embeddings: the mean hidden features of an image's patches (section 3.2 of the paper)."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ from empssl_jax.data import ImageDataset, fetch, own_rows, place_rows, replicate
 from empssl_jax.keys import embedding_patches_key
 from empssl_jax.metrics import image_progress
 from empssl_jax.models import EncoderState, encoder_graph
-from empssl_jax.patches import multi_patch
+from empssl_jax.patches import grid_patch, multi_patch
 from empssl_jax.workdir import replacing
 
 MAX_CLASSES = 100_000  # memory grows with it
@@ -62,27 +62,34 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
     def embed(encoder_state, images, indices):
         encoder = nnx.merge(graph, *encoder_state)
         encoder.eval()
-        key = embedding_patches_key(config.training.seed)
+        make_patch = _patch_maker(config)
 
         def add_patch(number, total):
-            patches = multi_patch(
-                key,
-                images,
-                1,
-                patch_area=config.patches.patch_area,
-                patch_size=config.patches.patch_size,
-                patch_aspect=config.patches.patch_aspect,
-                interpolation=config.patches.interpolation,
-                indices=indices,
-                first_patch=number,
-            )
-            return total + encoder.embed(patches[:, 0]).astype(jnp.float32)
+            return total + encoder.embed(make_patch(images, indices, number)).astype(jnp.float32)
 
         zeros = jnp.zeros((len(images), config.model.hidden_dim), jnp.float32)
         return jax.lax.fori_loop(0, num_patches, add_patch, zeros) / num_patches
 
     whole, split = replicated(mesh), split_images(mesh)
     return jax.jit(embed, in_shardings=(whole, split, split), out_shardings=split)
+
+
+def _patch_maker(config: Config) -> Callable[..., Float[Array, "B size size 3"]]:
+    """A function (images, indices, number) -> the patch of that number of each image."""
+    resize = {"patch_size": config.patches.patch_size, "interpolation": config.patches.interpolation}
+    area = config.patches.patch_area
+    if config.evaluation.valid_crops == "grid":
+        grid_side = math.isqrt(config.evaluation.valid_patches)
+        return lambda images, indices, number: grid_patch(images, number, grid_side, patch_area=area, **resize)
+    key = embedding_patches_key(config.training.seed)
+    aspect = config.patches.patch_aspect
+
+    def random_patch(images, indices, number):
+        return multi_patch(
+            key, images, 1, patch_area=area, patch_aspect=aspect, indices=indices, first_patch=number, **resize
+        )[:, 0]
+
+    return random_patch
 
 
 def embed_dataset(

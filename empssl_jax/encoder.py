@@ -52,7 +52,7 @@ class ImageEncoder:
         Args:
             images: uint8 arrays, (N, H, W, 3) or a list of (H, W), (H, W, 3) and (H, W, 4) of any sizes; the list may
                 hold PIL images too. Gray ones are repeated, transparency is dropped.
-            patches: random patches averaged into an embedding; by default as many as in the run's evaluation.
+            patches: patches averaged into an embedding; by default as many as in the run's evaluation.
             indices: numbers that the random patches of each image are drawn by, in place of 0 to N-1.
             progress: called with the number of images done since the last call, as the `update` of a tqdm.
 

@@ -75,6 +75,37 @@ def multi_patch(
     return jnp.moveaxis(patches, 2, -1) / 127.5 - 1.0
 
 
+def grid_patch(
+    images: Shaped[Array | np.ndarray, "B H W 3"],
+    number: int | Int[Array, ""],
+    grid_side: int,
+    *,
+    patch_area: float = PatchConfig.patch_area,
+    patch_size: int = PatchConfig.patch_size,
+    interpolation: Interpolation = PatchConfig.interpolation,
+) -> Float[Array, "B size size 3"]:
+    """One square crop of each image, float32 in [-1, 1], its colours as they are and nothing about it random.
+
+    The crops lie on a regular grid from edge to edge, or in the middle if there is but one.
+
+    Args:
+        images: uint8, or float in [0, 255]; square.
+        number: of the crop, row by row, from 0 to `grid_side` squared less 1.
+        grid_side: crops along each side of the image.
+        patch_area: area of a crop as a fraction of the image, in (0, 1].
+        patch_size: side in pixels that crops are resized to.
+        interpolation: how crops are resized.
+    """
+    side = images.shape[1]
+    crop = crop_side(side, patch_area)
+    places = jnp.round(jnp.linspace(0, side - crop, grid_side) if grid_side > 1 else jnp.array([(side - crop) / 2]))
+    top, left = (places[i].astype(jnp.int32) for i in (number // grid_side, number % grid_side))
+    planes = jnp.moveaxis(images, -1, 1).astype(jnp.float32)
+    sides = jnp.full(2, crop)
+    patches = jax.vmap(lambda image: resize_crop(image, top, left, sides, patch_size, interpolation))(planes)
+    return jnp.moveaxis(patches, 1, -1) / 127.5 - 1.0
+
+
 class Recipe(NamedTuple):
     """All that is random about a patch."""
 

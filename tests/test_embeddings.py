@@ -49,6 +49,19 @@ def test_an_embedding_is_the_mean_feature_of_the_image_s_patches(encoder_state, 
     np.testing.assert_array_equal(ours.labels, digits.labels)
 
 
+def test_an_embedding_of_a_grid_is_the_mean_feature_of_its_plain_crops(encoder_state, digits):
+    evaluation = EvaluationConfig(valid_patches=9, valid_crops="grid")
+    mesh = data.device_mesh(1)
+    embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), mesh)
+    ours = embeddings.embed_dataset(embed, encoder_state, digits, 20, mesh, "test")
+    places = range(0, 17, 8)
+    crops = np.stack([digits.images[:, i : i + 16, j : j + 16] / np.float32(127.5) - 1 for i in places for j in places])
+    encoder = nnx.merge(encoder_graph(CONFIG.model), *encoder_state)
+    encoder.eval()
+    features = jax.jit(lambda patches: encoder.embed(patches))(crops.reshape(-1, 16, 16, 3)).reshape(9, 20, -1)
+    np.testing.assert_allclose(ours.embeddings, np.mean(features, axis=0), rtol=1e-4, atol=1e-6)
+
+
 def test_embeddings_depend_on_neither_batches_nor_devices(encoder_state, digits):
     whole = embed_all(encoder_state, digits, 1, 20).embeddings
     np.testing.assert_allclose(whole, embed_all(encoder_state, digits, 8, 9).embeddings, rtol=1e-4, atol=1e-6)

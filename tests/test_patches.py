@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from empssl_jax import patches
@@ -183,3 +184,20 @@ def test_color_jitter_equals_its_operations_in_order(golden):
     difference = np.mean(np.abs(jittered[:, None] - expected), axis=(2, 3, 4))
     assert np.max(np.diag(difference)) < 0.1
     assert np.min(difference + np.eye(24)) > 0.3
+
+
+@pytest.mark.parametrize(("grid_side", "places"), [(1, [8]), (2, [0, 16]), (4, [0, 5, 11, 16])])
+def test_grid_patches_are_plain_crops_from_edge_to_edge(grid_side, places):
+    images = np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    crops = [images[:, top : top + 16, left : left + 16] for top in places for left in places]
+    for number, crop in enumerate(crops):
+        made = patches.grid_patch(images, number, grid_side, patch_size=16)
+        np.testing.assert_allclose(made, crop / 127.5 - 1.0, atol=1e-6)
+
+
+def test_grid_patches_are_resized_as_pil_does_it():
+    images = np.random.RandomState(0).randint(0, 256, (1, 32, 32, 3)).astype(np.uint8)
+    made = np.asarray(patches.grid_patch(images, 2, 2, patch_area=0.5, patch_size=32))[0]
+    crop = PIL.Image.fromarray(images[0, 9:, :23])  # of two by two crops of 23 pixels, the one at the lower left
+    expected = np.asarray(crop.resize((32, 32), PIL.Image.Resampling.BILINEAR))
+    np.testing.assert_allclose((made + 1) * 127.5, expected, atol=1.01)

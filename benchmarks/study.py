@@ -1,0 +1,160 @@
+"""Which choices make better embeddings: small runs, one factor at a time, never measured on test images.
+
+    python -m benchmarks.study [--rows NAME ...] [--seeds 1 2 3] [--table]
+
+Each run trains a width of 16 for one epoch on the first 5,000 training images of CIFAR-10, 20 patches of 16x16 pixels
+each, and measures kNN (k = 20, temperature 0.07) on the last 5,000 *training* images. A run takes one to three minutes
+on two cores. Runs are kept in --folder, so that the same command goes on where it was stopped and several may share the
+work. The results of the rows below lie in benchmarks/results/study.jsonl; --table prints them.
+"""
+
+import collections
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from empssl_jax import data, evaluation, training
+from empssl_jax.compilation import keep_compiled_programs
+from empssl_jax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    PatchConfig,
+    RunConfig,
+    TrainingConfig,
+    UserError,
+)
+from empssl_jax.encoder import load
+
+BASE = Config(
+    data=DataConfig(train_split="train[:5000]", test_split="train[45000:]"),
+    patches=PatchConfig(patch_size=16),
+    model=ModelConfig(width=16, hidden_dim=1024, projection_dim=256),
+    training=TrainingConfig(batch_size=50),
+    evaluation=EvaluationConfig(valid_crops="grid", valid_patches=9),
+)
+Changes = dict[str, Any]
+TRAINING: dict[str, Changes] = {
+    "base": {},
+    "batch 25": {"batch_size": 25},
+    "batch 100": {"batch_size": 100},
+    "learning rate 0.1": {"learning_rate": 0.1},
+    "learning rate 1": {"learning_rate": 1.0},
+    "eta 0.002": {"trust_coefficient": 0.002},
+    "eta 0.01": {"trust_coefficient": 0.01},
+    "lambda 50": {"invariance_coefficient": 50.0},
+    "lambda 400": {"invariance_coefficient": 400.0},
+    "eps 0.05": {"coding_rate_eps": 0.05},
+    "eps 1": {"coding_rate_eps": 1.0},
+    "warm-up 0.1 epochs": {"warmup_epochs": 0.1},
+    "crops of 0.15 of the area": {"patch_area": 0.15},
+    "crops of 0.4 of the area": {"patch_area": 0.4},
+    "projections of 64": {"projection_dim": 64},
+    "projections of 1024": {"projection_dim": 1024},
+    "10 patches, 2 epochs": {"train_patches": 10, "max_epochs": 2},
+}
+# Other embeddings of the base runs.
+EVALUATION: dict[str, Changes] = {
+    "as in training, 1 patch": {"valid_crops": "random", "valid_patches": 1},
+    "as in training, 4 patches": {"valid_crops": "random", "valid_patches": 4},
+    "as in training, 16 patches": {"valid_crops": "random", "valid_patches": 16},
+    "as in training, 64 patches": {"valid_crops": "random", "valid_patches": 64},
+    "grid of 1": {"valid_patches": 1},
+    "grid of 4": {"valid_patches": 4},
+    "grid of 16": {"valid_patches": 16},
+    "grid of 25": {"valid_patches": 25},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    rows: tuple[str, ...] = ()
+    """Names of rows, all by default."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """A run of each row for each."""
+    folder: str = "runs/study"
+    """Where the runs live."""
+    output: str = "benchmarks/results/study.jsonl"
+    """File that receives a line a run."""
+    table: bool = False
+    """Print what is in that file and run nothing."""
+
+
+def changed(config: Config, changes: Changes) -> Config:
+    """The config with other values of some options, whichever groups these belong to."""
+    for field in dataclasses.fields(config):
+        group = getattr(config, field.name)
+        ours = {name: value for name, value in changes.items() if hasattr(group, name)}
+        config = dataclasses.replace(config, **{field.name: dataclasses.replace(group, **ours)})
+    return config
+
+
+def trained(folder: Path, name: str, seed: int) -> Path:
+    """The folder of a run, which is trained unless it has been."""
+    workdir = folder / f"{name.replace(' ', '_')}-{seed}"
+    changes = {"seed": seed, "workdir": str(workdir), "valid_patches": 0, "report": False}
+    training.train(changed(BASE, TRAINING[name] | changes))
+    return workdir
+
+
+def measured(workdir: Path, changes: Changes) -> evaluation.Accuracy:
+    """KNN accuracy of a trained run, its embeddings made as the base has it but for some changes."""
+    encoder, mesh = load(workdir), data.device_mesh()
+    config = dataclasses.replace(encoder.config, evaluation=BASE.evaluation, run=RunConfig(workdir=str(workdir)))
+    config = changed(config, changes)
+    embeddings = evaluation.embed_splits(config, encoder.state, evaluation.load_datasets(config), mesh)
+    return evaluation.measure_knn(embeddings, config.evaluation, mesh)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of the results."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Mean and spread of each row in Markdown, and by how much it differs from the base with the same seeds."""
+    by_row: dict[str, dict[int, float]] = collections.defaultdict(dict)
+    for line in lines:
+        by_row[line["row"]][line["seed"]] = 100 * line["top1"]
+    text = ["| row | n | kNN top-1, mean (standard deviation) | against the base |", "| --- | --- | --- | --- |"]
+    for name, accuracies in by_row.items():
+        shared = [accuracies[seed] - by_row["base"][seed] for seed in accuracies if seed in by_row["base"]]
+        values = list(accuracies.values())
+        spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
+        difference = f"{statistics.mean(shared):+.1f}" if shared else ""
+        text.append(f"| {name} | {len(values)} | {statistics.mean(values):.1f}{spread} | {difference} |")
+    return "\n".join(text) + "\n"
+
+
+def main(options: Options) -> None:
+    """Runs what is missing, the first seed of all rows first."""
+    output = Path(options.output)
+    if options.table:
+        print(table(read(output)), end="")
+        return
+    rows = options.rows or tuple(TRAINING | EVALUATION)
+    for seed in options.seeds:
+        for name in rows:
+            if (name, seed) in {(line["row"], line["seed"]) for line in read(output)}:
+                continue
+            try:
+                workdir = trained(Path(options.folder), name if name in TRAINING else "base", seed)
+            except UserError as error:  # another process is at it
+                print(error)
+                continue
+            accuracy = measured(workdir, EVALUATION.get(name, {}))
+            with output.open("a") as file:
+                file.write(json.dumps({"row": name, "seed": seed} | accuracy) + "\n")
+
+
+if __name__ == "__main__":
+    keep_compiled_programs()
+    main(tyro.cli(Options, description=__doc__))
