@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that is worth measuring on a GPU, in one command and about eight minutes on an H100.
+# Everything that is worth measuring on a GPU, in one command, to be given again until nothing is left to do.
 #
 #   benchmarks/gpu.sh RESULTS [WHEELS]     RESULTS: folder for all results, kept and continued if it is there
 #                                          WHEELS: folder with wheels of what is missing, for machines without network
@@ -60,10 +60,11 @@ stage golden 120 env JAX_DEFAULT_MATMUL_PRECISION=highest "$python" -m pytest -n
 if [ -n "$tiny" ]; then
   options=(--config configs/digits.py --images-per-class 10 --test-images-per-class 5 --batch-size 20 --train-patches 4
     --num-neighbours 5 --valid-patches 2 --linear-epochs 2 --no-untrained)
+  best=("${options[@]}" --valid-crops grid --valid-patches 4)
   size=(--size TINY)
   theirs=(--width 64) # torchvision's ResNet-18 has no other
 else
-  options=() size=() theirs=()
+  options=() best=(--config configs/cifar10_best.py) size=() theirs=()
 fi
 # Twice: the first fills the compilation cache, the second is what a user waits for from then on.
 stage ours_first 180 "$python" -m benchmarks.end_to_end ours "${options[@]}" --workdir "$results/ours_first"
@@ -73,6 +74,16 @@ if "$python" -c "import torch, torchvision" 2>/dev/null; then
   stage theirs 400 "$python" -m benchmarks.end_to_end theirs "${options[@]}" "${theirs[@]}" --workdir "$results/theirs"
 fi
 stage scaling 120 "$python" -m benchmarks.scaling "${size[@]}" --output "$results/scaling.json"
+# What the recipes reach; training that is stopped goes on in the next call.
+recipe() { # recipe NAME [options of train.py]
+  stage "$1" 480 "$python" -m benchmarks.end_to_end ours --workdir "$results/$1" "${@:2}"
+}
+recipe default_seed1 "${options[@]}" --seed 1
+recipe default_seed2 "${options[@]}" --seed 2
+recipe best_1_epoch "${best[@]}"
+recipe best_2_epochs "${best[@]}" --max-epochs 2
+recipe best_10_epochs "${best[@]}" --max-epochs 10 --max-to-keep 10
+stage race 240 "$python" -m benchmarks.race --workdir "$results/best_10_epochs"
 
 failed=()
 for log in "$results"/*.log; do

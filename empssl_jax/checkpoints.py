@@ -85,6 +85,10 @@ class Checkpoints:
         kept = {*sorted(steps)[-self._max_to_keep :], self._best(steps)}
         return [step in kept for step in steps]
 
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, the oldest first."""
+        return sorted(self._manager.all_steps())
+
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
@@ -207,7 +211,7 @@ class Checkpoints:
 
     def _find(self, which: Which) -> list[int]:
         """The steps to try, in this order."""
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self.steps()[::-1]
         if not steps:
             raise UserError(f"{self._folder} holds no checkpoint: train first, or give the --workdir of a trained run.")
         if which == "latest":

@@ -1,8 +1,10 @@
 """What the tables say about given times, and counts of FLOPs against published ones."""
 
+import xml.etree.ElementTree
+
 import pytest
 
-from benchmarks import limits, measure, scaling
+from benchmarks import frontier, limits, measure, scaling, study
 from empssl_jax.config import ModelConfig
 
 
@@ -48,3 +50,35 @@ def test_training_counts_three_passes_of_all_but_the_stem():
 def test_exponents_of_powers(power):
     values = [1, 2, 4, 8]
     assert scaling.exponent(values, [3 * value**power for value in values]) == pytest.approx(power, abs=1e-9)
+
+
+def test_a_row_of_the_study_has_mean_spread_and_difference_to_the_same_seeds():
+    lines = [
+        {"row": "base", "seed": 1, "top1": 0.40},
+        {"row": "base", "seed": 2, "top1": 0.44},
+        {"row": "batch 25", "seed": 2, "top1": 0.45},
+    ]
+    assert study.table(lines).splitlines()[2:] == ["| base | 2 | 42.0 (2.8) | +0.0 |", "| batch 25 | 1 | 45.0 | +1.0 |"]
+
+
+def test_the_study_changes_the_options_that_are_named():
+    config = study.changed(study.BASE, {"batch_size": 25, "patch_area": 0.4, "valid_patches": 4})
+    assert (config.training.batch_size, config.patches.patch_area, config.evaluation.valid_patches) == (25, 0.4, 4)
+    assert config.model == study.BASE.model
+
+
+@pytest.mark.parametrize("name", study.TRAINING | study.EVALUATION)
+def test_every_row_of_the_study_is_a_config_of_its_own(name):
+    changes = (study.TRAINING | study.EVALUATION)[name]
+    assert (study.changed(study.BASE, changes) == study.BASE) == (name == "base")
+
+
+def test_the_frontier_marks_what_no_faster_point_reaches():
+    lines = [
+        {"point": "slow", "minutes": 30.0, "top1": 0.6, "top5": 0.9},
+        {"point": "worse", "minutes": 20.0, "top1": 0.4, "top5": 0.8},
+        {"point": "fast", "minutes": 10.0, "top1": 0.5, "top5": 0.8},
+    ]
+    rows = [row.split(" | ")[:3] for row in frontier.table(lines).splitlines()[2:]]
+    assert rows == [["| fast", "10.0", "**50.0 %**"], ["| worse", "20.0", "40.0 %"], ["| slow", "30.0", "**60.0 %**"]]
+    assert xml.etree.ElementTree.fromstring(frontier.picture(lines)).tag.endswith("svg")

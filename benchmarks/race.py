@@ -1,0 +1,72 @@
+"""Seconds of training until kNN (k = 10, by cosine) reaches an accuracy, read off the checkpoints of a run.
+
+    python train.py --config configs/cifar10_best.py --max-epochs 10 --max-to-keep 10 --workdir RUN
+    python -m benchmarks.race --workdir RUN [--accuracy 0.9]
+
+Each checkpoint is measured on the whole test set, the oldest first, until one is good enough. The seconds are those of
+the training loop, compilation included, embedding and kNN not. RUN/race.jsonl keeps what was measured, and the same
+command goes on from there. The length of the run must have been chosen beforehand, since the learning rate's schedule
+depends on it.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from empssl_jax import data, evaluation
+from empssl_jax.checkpoints import Checkpoints
+from empssl_jax.compilation import keep_compiled_programs
+from empssl_jax.config import RunConfig, user_errors_exit
+from empssl_jax.encoder import load
+from empssl_jax.json_lines import read_steps
+from empssl_jax.timing import TIMING_FILE
+
+NUM_NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which run, and how good is enough."""
+
+    workdir: str
+    """Folder of a run of train.py that kept its checkpoints."""
+    accuracy: float = 0.9
+    """KNN top-1 accuracy to reach, from 0 to 1."""
+
+
+def measured(workdir: Path, step: int) -> evaluation.Accuracy:
+    """KNN accuracy of a checkpoint on all test images."""
+    encoder, mesh = load(workdir, step), data.device_mesh()
+    options = dataclasses.replace(encoder.config.evaluation, num_neighbours=NUM_NEIGHBOURS)
+    config = dataclasses.replace(encoder.config, evaluation=options, run=RunConfig(workdir=str(workdir)))
+    embeddings = evaluation.embed_splits(config, encoder.state, evaluation.load_datasets(config), mesh)
+    return evaluation.measure_knn(embeddings, options, mesh)
+
+
+def main(options: Options) -> None:
+    """Measures checkpoints until one is good enough, and says when it was there."""
+    workdir = Path(options.workdir)
+    seconds = {line["step"] + 1: line["seconds"] for line in read_steps(workdir / TIMING_FILE)}
+    with Checkpoints(workdir, read_only=True) as store:
+        steps = store.steps()
+    results = workdir / "race.jsonl"
+    done = {line["step"]: line for line in read_steps(results)}
+    for step in steps:
+        if step not in done:
+            done[step] = {"step": step, "seconds": seconds[step]} | measured(workdir, step)
+            with results.open("a") as file:
+                file.write(json.dumps(done[step]) + "\n")
+        print(f"step {step}, {done[step]['seconds']:.0f} s of training: kNN {100 * done[step]['top1']:.2f} %")
+        if done[step]["top1"] >= options.accuracy:
+            print(f"reached {100 * options.accuracy:.1f} % after {done[step]['seconds']:.0f} s")
+            return
+    print(f"never reached {100 * options.accuracy:.1f} %")
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        keep_compiled_programs()
+        main(tyro.cli(Options, description=__doc__))
