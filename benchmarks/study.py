@@ -55,9 +55,13 @@ TRAINING: dict[str, Changes] = {
     "warm-up 0.1 epochs": {"warmup_epochs": 0.1},
     "crops of 0.15 of the area": {"patch_area": 0.15},
     "crops of 0.4 of the area": {"patch_area": 0.4},
+    "crops of 0.6 of the area": {"patch_area": 0.6},
     "projections of 64": {"projection_dim": 64},
     "projections of 1024": {"projection_dim": 1024},
     "10 patches, 2 epochs": {"train_patches": 10, "max_epochs": 2},
+    "batch 25, crops of 0.4": {"batch_size": 25, "patch_area": 0.4},
+    "batch 25, crops of 0.4, learning rate 0.15": {"batch_size": 25, "patch_area": 0.4, "learning_rate": 0.15},
+    "batch 25, projections of 1024": {"batch_size": 25, "projection_dim": 1024},
 }
 # Other embeddings of the base runs.
 EVALUATION: dict[str, Changes] = {

@@ -101,7 +101,7 @@ class TrainingConfig(Checked):
     learning_rate: float = real(0.3, 1e-9)
     """Learning rate at its highest; it falls to 0 along a half cosine."""
     warmup_epochs: float = real(0.0, 0.0)
-    """Epochs in which the learning rate first rises linearly from 0."""
+    """Epochs in which the learning rate first rises linearly."""
     weight_decay: float = real(1e-4, 0.0)
     """L2 penalty on kernels."""
     momentum: float = real(0.9, 0.0, 0.9999)

@@ -44,12 +44,16 @@ TrainStep = Callable[[TrainState, data.Batch], tuple[TrainState, dict[str, Array
 
 
 def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
-    """From the learning rate to 0 along a half cosine over all steps, after a linear rise if there is a warm-up."""
+    """From the learning rate to 0 along a half cosine over all steps, after a linear rise if there is a warm-up.
+
+    The rise begins above 0: there LARS's clipping would let the whole gradient into its momentum, and the next steps,
+    at a higher rate, would make the encoder collapse.
+    """
     last_step = config.max_epochs * steps_per_epoch
     warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), last_step - 1)
     cosine_steps = last_step - warmup_steps
     cosine = optax.cosine_decay_schedule(config.learning_rate, cosine_steps)
-    rise = optax.linear_schedule(0.0, config.learning_rate, warmup_steps)
+    rise = optax.linear_schedule(config.learning_rate / (warmup_steps + 1), config.learning_rate, warmup_steps)
     return optax.join_schedules([rise, cosine], [warmup_steps]) if warmup_steps else cosine
 
 
