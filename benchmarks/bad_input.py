@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import json
 import sys
 import typing
@@ -248,5 +249,7 @@ def tiny_configs(draw) -> Config:
             values["warmup_epochs"] = min(values["warmup_epochs"], np.nextafter(values["max_epochs"], 0).item())
             smallest = config.SMALLEST_EPS * groups["model"].projection_dim
             values["coding_rate_eps"] = max(values["coding_rate_eps"], smallest)
+        if name == "evaluation" and values["valid_crops"] == "grid":
+            values["valid_patches"] = math.isqrt(values["valid_patches"]) ** 2
         groups[name] = group(**values)
     return Config(**groups)
