@@ -2,8 +2,8 @@
 
 import dataclasses
 import io
-import math
 import json
+import math
 import sys
 import typing
 import zipfile
