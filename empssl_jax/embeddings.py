@@ -76,20 +76,17 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
 
 def _patch_maker(config: Config) -> Callable[..., Float[Array, "B size size 3"]]:
     """A function (images, indices, number) -> the patch of that number of each image."""
-    resize = {"patch_size": config.patches.patch_size, "interpolation": config.patches.interpolation}
-    area = config.patches.patch_area
-    if config.evaluation.valid_crops == "grid":
-        grid_side = math.isqrt(config.evaluation.valid_patches)
-        return lambda images, indices, number: grid_patch(images, number, grid_side, patch_area=area, **resize)
-    key = embedding_patches_key(config.training.seed)
-    aspect = config.patches.patch_aspect
+    crops, key = config.patches.crops, embedding_patches_key(config.training.seed)
+    grid_side = math.isqrt(config.evaluation.valid_patches)
 
     def random_patch(images, indices, number):
-        return multi_patch(
-            key, images, 1, patch_area=area, patch_aspect=aspect, indices=indices, first_patch=number, **resize
-        )[:, 0]
+        return multi_patch(key, images, 1, indices=indices, first_patch=number, **crops)[:, 0]
 
-    return random_patch
+    def crop_of_grid(images, indices, number):
+        plain = {name: crops[name] for name in ("patch_area", "patch_size", "interpolation")}
+        return grid_patch(images, number, grid_side, **plain)
+
+    return random_patch if config.evaluation.valid_crops == "random" else crop_of_grid
 
 
 def embed_dataset(

@@ -100,11 +100,8 @@ def make_train_step(
             training_patches_key(config.training.seed, state.step // steps_per_epoch),
             batch.images,
             config.patches.train_patches,
-            patch_area=config.patches.patch_area,
-            patch_size=config.patches.patch_size,
-            patch_aspect=config.patches.patch_aspect,
-            interpolation=config.patches.interpolation,
             indices=batch.indices,
+            **config.patches.crops,
         )
         gradients, (loss, batch_stats) = jax.grad(loss_fn, has_aux=True)(*state.encoder, patches)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.encoder.params)

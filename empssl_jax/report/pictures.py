@@ -45,9 +45,8 @@ def training_patches(config: Config, dataset: data.ImageDataset) -> PatchSheet:
             training_patches_key(training.seed, 0),
             images,
             min(SHEET_PATCHES, patches.train_patches),
-            patch_area=patches.patch_area,
-            patch_size=patches.patch_size,
             indices=indices,
+            **patches.crops,
         )
 
     made = np.asarray(make(images, indices))
