@@ -249,9 +249,6 @@ def tiny_configs(draw) -> Config:
             values["warmup_epochs"] = min(values["warmup_epochs"], np.nextafter(values["max_epochs"], 0).item())
             smallest = config.SMALLEST_EPS * groups["model"].projection_dim
             values["coding_rate_eps"] = max(values["coding_rate_eps"], smallest)
-        if name == "patches":
-            highest = max(values["patch_area"], values["max_patch_area"])
-            values["max_patch_area"] = draw(st.sampled_from([None, highest]))
         if name == "evaluation" and values["valid_crops"] == "grid":
             values["valid_patches"] = math.isqrt(values["valid_patches"]) ** 2
         groups[name] = group(**values)

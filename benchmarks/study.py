@@ -56,16 +56,10 @@ TRAINING: dict[str, Changes] = {
     "crops of 0.15": {"patch_area": 0.15},
     "crops of 0.4": {"patch_area": 0.4},
     "crops of 0.6": {"patch_area": 0.6},
-    "crops of 0.1 to 0.4": {"patch_area": 0.1, "max_patch_area": 0.4},
-    "crops of 0.15 to 0.6": {"patch_area": 0.15, "max_patch_area": 0.6},
-    "crops of 0.1 to 1": {"patch_area": 0.1, "max_patch_area": 1.0},
-    "crops of 0.25 to 1": {"max_patch_area": 1.0},
-    "crops of 0.4 to 1": {"patch_area": 0.4, "max_patch_area": 1.0},
     "projections of 64": {"projection_dim": 64},
     "projections of 1024": {"projection_dim": 1024},
     "10 patches, 2 epochs": {"train_patches": 10, "max_epochs": 2},
     "batch 25, crops of 0.4": {"batch_size": 25, "patch_area": 0.4},
-    "batch 25, crops of 0.25 to 1": {"batch_size": 25, "max_patch_area": 1.0},
 }
 # Other embeddings of the base runs.
 EVALUATION: dict[str, Changes] = {

@@ -106,6 +106,6 @@ def whole(default: int | None, low: int, high: int = 1_000_000_000) -> Any:
     return dataclasses.field(default=default, metadata={"range": Range(low, high, whole=True)})
 
 
-def real(default: float | None, low: float, high: float = 1e9) -> Any:
+def real(default: float, low: float, high: float = 1e9) -> Any:
     """A field of numbers from `low` to `high`."""
     return dataclasses.field(default=default, metadata={"range": Range(low, high, whole=False)})

@@ -60,8 +60,6 @@ class PatchConfig(Checked):
     """Patches of each image in a training step."""
     patch_area: float = real(0.25, 1e-9, 1.0)
     """Area of a crop as a fraction of the image."""
-    max_patch_area: float | None = real(None, 1e-9, 1.0)
-    """Highest area of a crop: areas are then drawn evenly from --patch-area to it. By default all crops are alike."""
     patch_size: int = whole(32, 4, 1024)
     """Side in pixels that crops are resized to; 16 leaves the crops of 32x32 images as they are, at a quarter of the
     cost."""
@@ -70,12 +68,6 @@ class PatchConfig(Checked):
     RandomResizedCrop, and so the paper's recipe for ImageNet, has 4/3."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How crops are resized; the paper's recipe for ImageNet has bicubic."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        remedy = f"give at least --patch-area, which is {self.patch_area}"
-        is_range = self.max_patch_area is None or self.max_patch_area >= self.patch_area
-        require(is_range, "max_patch_area", self.max_patch_area, remedy)
 
     @property
     def crops(self) -> dict[str, Any]:

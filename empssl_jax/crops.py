@@ -14,26 +14,20 @@ from jaxtyping import Array, Float, Int, Key
 Interpolation = Literal["bilinear", "bicubic"]
 
 
-def draw_sides(
-    key: Key[Array, ""], image_side: int, area: float, aspect: float, max_area: float | None = None
-) -> Int[Array, "2"]:
+def draw_sides(key: Key[Array, ""], image_side: int, area: float, aspect: float) -> Int[Array, "2"]:
     """Height and width in pixels of a random crop, as torchvision's RandomResizedCrop draws them.
 
-    The area is uniform from `area` to `max_area`; the logarithm of the sides' ratio is uniform within that of `aspect`
-    either way, or as far as fits into the image.
+    The logarithm of their ratio is uniform within that of `aspect` either way, or as far as fits into the image.
 
     Args:
         key: of one patch.
         image_side: side of the square image in pixels.
         area: of the crop as a fraction of the image.
         aspect: highest ratio of the two sides, at least 1.
-        max_area: highest area; by default all crops have the same.
     """
-    u = jax.random.uniform(key, (2,))
-    drawn = area + ((max_area or area) - area) * u[0]
-    limit = jnp.minimum(math.log(aspect), -jnp.log(drawn))
-    half = (u[1] - 0.5) * limit
-    sides = image_side * jnp.sqrt(drawn) * jnp.exp(jnp.stack([-half, half]))
+    limit = min(math.log(aspect), -math.log(area))
+    half = jax.random.uniform(key, minval=-limit, maxval=limit) / 2 if limit > 0 else jnp.zeros([])
+    sides = image_side * math.sqrt(area) * jnp.exp(jnp.stack([-half, half]))
     return jnp.clip(jnp.round(sides).astype(jnp.int32), 1, image_side)
 
 

@@ -28,7 +28,6 @@ def multi_patch(
     num_patches: int,
     *,
     patch_area: float = PatchConfig.patch_area,
-    max_patch_area: float | None = PatchConfig.max_patch_area,
     patch_size: int = PatchConfig.patch_size,
     patch_aspect: float = PatchConfig.patch_aspect,
     interpolation: Interpolation = PatchConfig.interpolation,
@@ -45,7 +44,6 @@ def multi_patch(
         images: uint8, or float in [0, 255]; square.
         num_patches: P, patches an image.
         patch_area: area of a crop as a fraction of the image, in (0, 1].
-        max_patch_area: highest area, areas being drawn from `patch_area` to it; by default all crops are alike.
         patch_size: side in pixels that crops are resized to.
         patch_aspect: highest ratio of the two sides of a crop; 1 for squares.
         interpolation: how crops are resized.
@@ -58,11 +56,11 @@ def multi_patch(
     crop = crop_side(side, patch_area)
 
     def patch_of(planes, patch_key):
-        if max_patch_area is None and patch_aspect == 1 and interpolation == "bilinear":  # alike, hence slices
+        if patch_aspect == 1 and interpolation == "bilinear":  # crops are alike, so that they are slices
             recipe = draw_recipe(patch_key, side - crop + 1)
             patch = crop_and_mirror(planes, recipe.top, recipe.left, recipe.mirrored, crop, patch_size)
         else:
-            sides = draw_sides(jax.random.fold_in(patch_key, 0), side, patch_area, patch_aspect, max_patch_area)
+            sides = draw_sides(jax.random.fold_in(patch_key, 0), side, patch_area, patch_aspect)
             recipe = draw_recipe(patch_key, side - sides + 1)
             patch = resize_crop(planes, recipe.top, recipe.left, sides, patch_size, interpolation)
             patch = mirror(patch, recipe.mirrored)
