@@ -185,6 +185,16 @@ def test_patches_are_those_that_the_first_step_saw(written):
             np.testing.assert_allclose(shown[:, columns] / 127.5 - 1, patch, atol=0.51 / 127.5)
 
 
+def test_patches_are_cropped_and_resized_as_in_training():
+    crops = {"patch_area": 0.4, "patch_size": 16, "patch_aspect": 4 / 3, "interpolation": "bicubic"}
+    config = dataclasses.replace(CONFIG, patches=dataclasses.replace(CONFIG.patches, **crops))
+    sheet = report.pictures.training_patches(config, datasets()["train"])
+    images = np.stack(sheet.images)
+    key = training_patches_key(config.training.seed, 0)
+    seen = multi_patch(key, images, sheet.patches.shape[1], indices=sheet.indices, **crops)
+    np.testing.assert_allclose(sheet.patches / 127.5 - 1, seen, atol=0.51 / 127.5)
+
+
 def test_neighbours_are_the_nearest_and_chosen_in_order(written):
     _, embeddings, _ = written
     train, test = embeddings["train"], embeddings["test"]
