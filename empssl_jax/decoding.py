@@ -35,13 +35,22 @@ def decode(encoded: bytes | Path, side: int | None) -> UInt8[np.ndarray, "H W 3"
             image.load()
             with contextlib.suppress(Exception):  # an image whose EXIF data are damaged stays as it is
                 PIL.ImageOps.exif_transpose(image, in_place=True)
-            rgb = _to_rgb(image)
-        if side is not None and rgb.size != (side, side):
-            rgb = PIL.ImageOps.fit(rgb, (side, side), PIL.Image.Resampling.BICUBIC)
-        return np.asarray(rgb)
+            return to_pixels(image, side)
     except Exception as error:  # PIL's decoders fail each in their own ways
         reason = "no known format" if isinstance(error, PIL.UnidentifiedImageError) else one_line(error)
         raise UnreadableError(reason) from error
+
+
+def to_pixels(image: PIL.Image.Image, side: int | None) -> UInt8[np.ndarray, "H W 3"]:
+    """An image of 8 or 16 bits as RGB; with a side, the largest square in its centre, resized to so many pixels.
+
+    Raises:
+        ValueError: it is of no 8 or 16 bits.
+    """
+    rgb = _to_rgb(image)
+    if side is not None and rgb.size != (side, side):
+        rgb = PIL.ImageOps.fit(rgb, (side, side), PIL.Image.Resampling.BICUBIC)
+    return np.asarray(rgb)
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -49,7 +49,7 @@ class EmbedOptions:
     step: Which = "latest"
     """Checkpoint to use: its step, or the newest, or the one with the lowest loss."""
     valid_patches: int | None = None
-    """Random patches averaged into an embedding; by default as many as in the run's evaluation."""
+    """Patches averaged into an embedding; by default as many as in the run's evaluation."""
 
 
 class Part(NamedTuple):
@@ -103,6 +103,7 @@ def _begin(folder: Path, encoder: ImageEncoder, patches: int, files: list[list])
     """Writes down what the parts are of; refuses parts of something else."""
     plan = {"patches": patches, "seed": encoder.config.training.seed, "image_size": encoder.image_size, "files": files}
     plan |= {"encoder": array_digests(encoder.state), "patch": repr(encoder.config.patches)}
+    plan["crops"] = encoder.config.evaluation.valid_crops
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     path = folder / "plan"
     if not path.exists():

@@ -7,13 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 from jaxtyping import Float32, Int, UInt8
 
 from empssl_jax.checkpoints import Checkpoints, Which, load_config, load_image_size
 from empssl_jax.checks import UserError, one_line, require
 from empssl_jax.config import Config
 from empssl_jax.data import device_mesh, replicated
+from empssl_jax.decoding import to_pixels
 from empssl_jax.embeddings import embed_images, make_embed
 from empssl_jax.keys import parameters_key
 from empssl_jax.models import EncoderState, init_encoder
@@ -92,7 +92,7 @@ def to_square(image: Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
     """An image as RGB, resized so that its shorter side fits, and cut to its middle.
 
     Raises:
-        TypeError, ValueError: it is neither an array of 8-bit pixels nor an image of PIL of such.
+        TypeError, ValueError, AttributeError: it is neither an array of 8-bit pixels nor an image of PIL of 8 or 16.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
@@ -102,12 +102,7 @@ def to_square(image: Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
         if image.ndim not in (2, 3):
             raise ValueError("it must have rows and columns")
         image = PIL.Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
-    if image.mode[0] in "IF":
-        raise ValueError(f"its mode is {image.mode}, not of 8 bits")
-    image = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
-    if image.size == (side, side):
-        return np.asarray(image)
-    return np.asarray(PIL.ImageOps.fit(image, (side, side), PIL.Image.Resampling.BICUBIC))
+    return to_pixels(image, side)
 
 
 def load(workdir: str | Path, step: Which = "latest") -> ImageEncoder:

@@ -109,7 +109,7 @@ def test_modes_are_converted(image):
         ([np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32, 7), np.uint8)], "Image 1 is of uint8"),
         ([np.zeros(32, np.uint8)], "Image 0 is of uint8"),
         (["cat.jpg"], "Image 0 is of str"),
-        ([PIL.Image.new("F", (8, 8))], "not of 8 bits"),
+        ([PIL.Image.new("F", (8, 8))], "not of 8 or 16 bits"),
     ],
 )
 def test_what_is_no_image_is_refused(loaded, images, message):
