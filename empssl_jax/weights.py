@@ -132,7 +132,7 @@ def _metadata(encoder: ImageEncoder) -> Metadata:
         "step": str(encoder.step),
         "image_size": str(encoder.image_size),
         "input": f"RGB patches (N, 3, {size}, {size}), pixels / 127.5 - 1",
-        "embedding": "relu(pre_feature(backbone(patch))), for an image the mean over its random patches",
+        "embedding": "relu(pre_feature(backbone(patch))), for an image the mean over its patches",
         "config": configs.to_json(config),
     }
 
