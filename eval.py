@@ -2,9 +2,9 @@
 
 import sys
 
+from empssl_jax.command_line import user_errors_exit
 from empssl_jax.comparison import evaluate_all, parse_evaluations
 from empssl_jax.compilation import keep_compiled_programs
-from empssl_jax.config import user_errors_exit
 from empssl_jax.distributed import processes
 from empssl_jax.interruption import end_at_sigterm
 

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
+from empssl_jax.command_line import parse_train_options, user_errors_exit
 from empssl_jax.compilation import keep_compiled_programs
-from empssl_jax.config import parse_train_options, user_errors_exit
 from empssl_jax.distributed import processes
 from empssl_jax.training import train
 

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 from empssl_jax import evaluation
-from empssl_jax.config import Config, parse_train_options, user_errors_exit
+from empssl_jax.command_line import parse_train_options, user_errors_exit
+from empssl_jax.config import Config
 from empssl_jax.timing import seconds_so_far
 
 START = time.perf_counter()

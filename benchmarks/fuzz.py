@@ -28,6 +28,7 @@ from benchmarks import bad_input
 from benchmarks.bad_input import FLAGS, GROUPS, OPTIONS
 from empssl_jax import config, data, decoding, embeddings, evaluation, json_lines, training
 from empssl_jax.checks import UserError
+from empssl_jax.command_line import load_config, parse_train_options
 from empssl_jax.config import Config
 
 REPOSITORY = Path(__file__).parent.parent
@@ -55,7 +56,7 @@ def run_config_file(content: bytes, folder: Path) -> None:
     """A config file is refused or gives a config."""
     path = folder / "config.py"
     path.write_bytes(content)
-    assert isinstance(config.load_config(path), Config)
+    assert isinstance(load_config(path), Config)
 
 
 def parse(arguments: list[str], folder: Path) -> None:
@@ -63,7 +64,7 @@ def parse(arguments: list[str], folder: Path) -> None:
     shown = io.StringIO()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
-            parsed = config.parse_train_options(arguments, REPOSITORY / "configs" / "digits.py")
+            parsed = parse_train_options(arguments, REPOSITORY / "configs" / "digits.py")
         assert isinstance(parsed, Config)
     except SystemExit as error:
         assert shown.getvalue()

@@ -18,8 +18,9 @@ import tyro
 
 from empssl_jax import data, evaluation
 from empssl_jax.checkpoints import Checkpoints
+from empssl_jax.command_line import user_errors_exit
 from empssl_jax.compilation import keep_compiled_programs
-from empssl_jax.config import RunConfig, user_errors_exit
+from empssl_jax.config import RunConfig
 from empssl_jax.encoder import load
 from empssl_jax.json_lines import read_steps
 from empssl_jax.timing import TIMING_FILE

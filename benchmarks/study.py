@@ -19,17 +19,9 @@ from typing import Any
 import tyro
 
 from empssl_jax import data, evaluation, training
+from empssl_jax.checks import UserError
 from empssl_jax.compilation import keep_compiled_programs
-from empssl_jax.config import (
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    PatchConfig,
-    RunConfig,
-    TrainingConfig,
-    UserError,
-)
+from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
 from empssl_jax.encoder import load
 
 BASE = Config(

@@ -31,7 +31,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from empssl_jax import data, training
-from empssl_jax.config import Config, ModelConfig, PatchConfig, TrainingConfig, UserError, require, user_errors_exit
+from empssl_jax.checks import UserError, require
+from empssl_jax.command_line import user_errors_exit
+from empssl_jax.config import Config, ModelConfig, PatchConfig, TrainingConfig
 
 IMAGE_SIDE = 32  # of CIFAR-10
 STEPS_PER_EPOCH = 100  # a constant of the program, of no effect on its size

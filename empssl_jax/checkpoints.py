@@ -12,8 +12,8 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
-from empssl_jax.checks import one_line
-from empssl_jax.config import Config, RunConfig, UserError, from_json, to_json
+from empssl_jax.checks import UserError, one_line
+from empssl_jax.config import Config, RunConfig, from_json, to_json
 from empssl_jax.digests import array_digests, first_not_finite, is_sealed, seal
 from empssl_jax.distributed import first_process_first, is_first_process
 from empssl_jax.metrics import DivergenceError

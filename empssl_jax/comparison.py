@@ -10,7 +10,8 @@ import tyro
 
 from empssl_jax import evaluation
 from empssl_jax.checkpoints import CONFIG_FILE, load_config
-from empssl_jax.config import Config, UserError
+from empssl_jax.checks import UserError
+from empssl_jax.config import Config
 from empssl_jax.distributed import is_first_process
 from empssl_jax.evaluation import EvaluateOptions, parse_evaluate_options
 from empssl_jax.results import Accuracy, load_results

@@ -14,7 +14,8 @@ from jaxtyping import Int, Int32, Shaped, UInt8
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from empssl_jax.config import DataConfig, require
+from empssl_jax.checks import require
+from empssl_jax.config import DataConfig
 from empssl_jax.folder_images import load_folder
 from empssl_jax.tfds_images import find_test_split, load_tfds
 

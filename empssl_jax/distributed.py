@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from empssl_jax.config import DistributedConfig, UserError
+from empssl_jax.checks import UserError
+from empssl_jax.config import DistributedConfig
 
 LOST = 75  # exit code, EX_TEMPFAIL of sysexits.h: the same command may succeed
 COLLECTIVES = ("gloo", "nccl")  # libraries whose failures say that another process is gone

@@ -24,8 +24,9 @@ from jaxtyping import Float32, UInt8
 
 from empssl_jax.checkpoints import Which
 from empssl_jax.checks import UserError
+from empssl_jax.command_line import user_errors_exit
 from empssl_jax.compilation import keep_compiled_programs
-from empssl_jax.config import RunConfig, user_errors_exit
+from empssl_jax.config import RunConfig
 from empssl_jax.decoding import UnreadableError, decode
 from empssl_jax.digests import array_digests
 from empssl_jax.encoder import ImageEncoder, load

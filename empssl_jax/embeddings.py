@@ -14,8 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8
 
-from empssl_jax.checks import one_line
-from empssl_jax.config import Config, UserError
+from empssl_jax.checks import UserError, one_line
+from empssl_jax.config import Config
 from empssl_jax.data import ImageDataset, fetch, own_rows, place_rows, replicated, split_images
 from empssl_jax.keys import embedding_patches_key
 from empssl_jax.metrics import image_progress

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from empssl_jax import data
 from empssl_jax.checkpoints import Which, load_config
-from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, RunConfig, require
+from empssl_jax.checks import require
+from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, RunConfig
 from empssl_jax.distributed import is_first_process
 from empssl_jax.embeddings import (
     LabelledEmbeddings,

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from empssl_jax.config import require
+from empssl_jax.checks import require
 from empssl_jax.data import fetch, place, replicated, split_images
 from empssl_jax.losses import normalise
 

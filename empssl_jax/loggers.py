@@ -10,7 +10,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from empssl_jax.config import Config, UserError, to_json
+from empssl_jax.checks import UserError
+from empssl_jax.config import Config, to_json
 
 
 @runtime_checkable

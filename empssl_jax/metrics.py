@@ -13,7 +13,7 @@ import jax
 from jaxtyping import Array
 from tqdm import tqdm
 
-from empssl_jax.config import UserError
+from empssl_jax.checks import UserError
 from empssl_jax.distributed import is_first_process
 from empssl_jax.json_lines import drop_steps_from
 from empssl_jax.loggers import EventFile, Logger

@@ -16,7 +16,8 @@ from jaxtyping import Array, Int
 
 from empssl_jax import batch_norm, checkpoints, data, evaluation, interruption, loggers, profiling
 from empssl_jax.checkpoints import Checkpoints
-from empssl_jax.config import Config, RunConfig, TrainingConfig, UserError, require, training_differences
+from empssl_jax.checks import UserError, require
+from empssl_jax.config import Config, RunConfig, TrainingConfig, training_differences
 from empssl_jax.distributed import is_first_process, step_watchdog
 from empssl_jax.keys import parameters_key, training_patches_key
 from empssl_jax.lars import lars

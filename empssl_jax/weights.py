@@ -20,10 +20,10 @@ import safetensors
 import safetensors.numpy
 import tyro
 
-from empssl_jax import config as configs
 from empssl_jax.checkpoints import DEFAULT_IMAGE_SIZE, Checkpoints, Which, save_config, save_image_size
 from empssl_jax.checks import UserError, one_line, require
-from empssl_jax.config import Config, user_errors_exit
+from empssl_jax.command_line import load_config, user_errors_exit
+from empssl_jax.config import Config, from_json, to_json
 from empssl_jax.encoder import ImageEncoder, load
 from empssl_jax.keys import parameters_key
 from empssl_jax.models import default_precision, init_encoder
@@ -111,8 +111,8 @@ def import_weights(options: Import) -> None:
 
 def _base_config(options: Import, metadata: Metadata) -> Config:
     if options.config is not None:
-        return configs.load_config(options.config)
-    return configs.from_json(metadata["config"], options.file) if "config" in metadata else Config()
+        return load_config(options.config)
+    return from_json(metadata["config"], options.file) if "config" in metadata else Config()
 
 
 def _with_fresh_heads(weights: TorchWeights, config: Config) -> TorchWeights:
@@ -133,7 +133,7 @@ def _metadata(encoder: ImageEncoder) -> Metadata:
         "image_size": str(encoder.image_size),
         "input": f"RGB patches (N, 3, {size}, {size}), pixels / 127.5 - 1",
         "embedding": "relu(pre_feature(backbone(patch))), for an image the mean over its patches",
-        "config": configs.to_json(config),
+        "config": to_json(config),
     }
 
 

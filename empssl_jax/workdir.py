@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from empssl_jax.config import UserError
+from empssl_jax.checks import UserError
 from empssl_jax.distributed import is_first_process
 
 LOCK_FILE = "lock"

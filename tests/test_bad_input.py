@@ -20,7 +20,9 @@ from tensorflow_datasets import features
 
 from benchmarks import fuzz
 from empssl_jax import checkpoints, data, embeddings, evaluation, training
-from empssl_jax.config import DataConfig, EvaluationConfig, TrainingConfig, UserError, user_errors_exit
+from empssl_jax.checks import UserError
+from empssl_jax.command_line import user_errors_exit
+from empssl_jax.config import DataConfig, EvaluationConfig, TrainingConfig
 from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from empssl_jax import checkpoints, comparison, evaluation
-from empssl_jax.config import Config, EvaluationConfig, TrainingConfig, UserError
+from empssl_jax.checks import UserError
+from empssl_jax.config import Config, EvaluationConfig, TrainingConfig
 
 KNN = {0: (0.30, 0.80), 1: (0.34, 0.84), 2: (0.44, 0.88)}  # by seed
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from empssl_jax import config
-from empssl_jax.config import Config, UserError
+from empssl_jax.checks import UserError
+from empssl_jax.command_line import load_config, parse_train_options
+from empssl_jax.config import Config
 
 REPOSITORY = Path(__file__).parent.parent
 GROUPS = [field.default_factory for field in dataclasses.fields(Config)]
@@ -76,14 +78,14 @@ def test_warm_up_must_end_before_training_does():
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_file_survives_json(path):
-    loaded = config.load_config(path)
+    loaded = load_config(path)
     assert config.from_json(config.to_json(loaded), "config.json") == loaded
     assert "python train.py" in path.read_text()
 
 
 def test_options_override_the_file_which_overrides_the_defaults():
     digits = REPOSITORY / "configs" / "digits.py"
-    parsed = config.parse_train_options(["--config", str(digits), "--batch-size", "64", "--seed=7"], Path("unused"))
+    parsed = parse_train_options(["--config", str(digits), "--batch-size", "64", "--seed=7"], Path("unused"))
     assert (parsed.training.batch_size, parsed.training.seed, parsed.data.dataset) == (64, 7, "digits")
     assert parsed.training.learning_rate == config.TrainingConfig().learning_rate
 
@@ -93,12 +95,12 @@ def test_the_flags_and_defaults_of_the_reference():
     flags += "--max-epochs 1 --learning-rate 0.3 --weight-decay 1e-4 --projection-dim 1024 --hidden-dim 4096 "
     flags += "--num-neighbours 20 --temperature 0.07 --seed 42"
     default = REPOSITORY / "configs" / "cifar10.py"
-    assert config.parse_train_options(flags.split(), default) == config.parse_train_options([], default) == Config()
+    assert parse_train_options(flags.split(), default) == parse_train_options([], default) == Config()
 
 
 def test_help_shows_each_option_with_its_default_in_that_config(capsys):
     with pytest.raises(SystemExit):
-        config.parse_train_options(["--config", str(REPOSITORY / "configs" / "digits.py"), "--help"], Path("unused"))
+        parse_train_options(["--config", str(REPOSITORY / "configs" / "digits.py"), "--help"], Path("unused"))
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for group in GROUPS:
         for field in dataclasses.fields(group):

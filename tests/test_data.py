@@ -7,7 +7,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from empssl_jax import data
-from empssl_jax.config import DataConfig, UserError
+from empssl_jax.checks import UserError
+from empssl_jax.config import DataConfig
 
 DIGITS = DataConfig(dataset="digits")
 needs_cifar10 = pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")

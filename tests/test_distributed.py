@@ -16,7 +16,8 @@ from test_end_to_end import DIGITS, REPOSITORY, arrays_of, checkpoint_arrays
 
 from benchmarks.faults import NOT_INHERITED
 from empssl_jax import data, distributed, knn, linear
-from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, UserError, from_json, to_json
+from empssl_jax.checks import UserError
+from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, from_json, to_json
 from empssl_jax.embeddings import LabelledEmbeddings
 from empssl_jax.evaluation import EvaluateOptions, evaluate
 

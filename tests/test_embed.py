@@ -8,7 +8,7 @@ import pytest
 
 import empssl_jax
 from empssl_jax import embed
-from empssl_jax.config import UserError
+from empssl_jax.checks import UserError
 from empssl_jax.encoder import ImageEncoder
 
 PATCHES = 1

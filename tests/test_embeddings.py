@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from empssl_jax import data, embeddings, evaluation
-from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, UserError
+from empssl_jax.checks import UserError
+from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.keys import embedding_patches_key
 from empssl_jax.models import encoder_graph, init_encoder
 from empssl_jax.patches import multi_patch

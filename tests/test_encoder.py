@@ -12,7 +12,7 @@ import pytest
 import empssl_jax
 from empssl_jax import data, encoder, evaluation
 from empssl_jax.checkpoints import load_config
-from empssl_jax.config import UserError
+from empssl_jax.checks import UserError
 from empssl_jax.embeddings import load_embeddings, make_embed
 from empssl_jax.workdir import claimed
 

@@ -140,7 +140,7 @@ def test_cifar10_without_tensorflow(environment, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from empssl_jax.config import parse_train_options
+from empssl_jax.command_line import parse_train_options
 from empssl_jax.evaluation import evaluate, parse_evaluate_options
 from empssl_jax.training import train
 train(parse_train_options({TINY!r} + ["--workdir", {str(tmp_path)!r}], Path("configs/cifar10.py")))

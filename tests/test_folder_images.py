@@ -11,16 +11,8 @@ import PIL.Image
 import pytest
 
 from empssl_jax import data, embeddings, evaluation, training
-from empssl_jax.config import (
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    PatchConfig,
-    RunConfig,
-    TrainingConfig,
-    UserError,
-)
+from empssl_jax.checks import UserError
+from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
 from empssl_jax.folder_images import hold_out, list_images
 from empssl_jax.models import init_encoder
 

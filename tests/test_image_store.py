@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from empssl_jax import image_store
-from empssl_jax.config import UserError
+from empssl_jax.checks import UserError
 from empssl_jax.image_store import Example, Source, load_images
 
 

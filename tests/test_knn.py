@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empssl_jax.config import UserError
+from empssl_jax.checks import UserError
 from empssl_jax.knn import knn_scores, top_k_accuracy
 
 

@@ -8,7 +8,8 @@ import pytest
 from synthetic_run import CONFIG
 
 from empssl_jax import loggers, training
-from empssl_jax.config import RunConfig, UserError
+from empssl_jax.checks import UserError
+from empssl_jax.config import RunConfig
 
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
 

@@ -7,7 +7,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets import features
 
 from empssl_jax import data, evaluation, tfds_images
-from empssl_jax.config import Config, DataConfig, EvaluationConfig, RunConfig, UserError
+from empssl_jax.checks import UserError
+from empssl_jax.config import Config, DataConfig, EvaluationConfig, RunConfig
 
 
 def pixels(number: int, height: int = 8, width: int = 8) -> np.ndarray:

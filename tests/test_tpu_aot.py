@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from benchmarks import tpu_aot
-from empssl_jax.config import ModelConfig, UserError
+from empssl_jax.checks import UserError
+from empssl_jax.config import ModelConfig
 from empssl_jax.models import init_encoder
 
 REPOSITORY = Path(__file__).parent.parent

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from empssl_jax import data, training
-from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig, UserError
+from empssl_jax.checks import UserError
+from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
 
 CONFIG = Config(
     data=DataConfig(dataset="digits"),

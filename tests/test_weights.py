@@ -17,7 +17,8 @@ import empssl_jax
 from empssl_jax import data, models, training, weights
 from empssl_jax import torch_names as names_module
 from empssl_jax.checkpoints import Checkpoints
-from empssl_jax.config import ModelConfig, UserError
+from empssl_jax.checks import UserError
+from empssl_jax.config import ModelConfig
 from empssl_jax.keys import parameters_key
 
 KEY = jax.random.key(0)

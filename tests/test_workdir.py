@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from empssl_jax.config import UserError
+from empssl_jax.checks import UserError
 from empssl_jax.workdir import StorageError, claimed, replacing, storage_errors
 
 HOLD = """

@@ -8,7 +8,8 @@ from pathlib import Path
 import tyro
 
 from empssl_jax.checkpoints import load_config
-from empssl_jax.config import UserError, user_errors_exit
+from empssl_jax.checks import UserError
+from empssl_jax.command_line import user_errors_exit
 from empssl_jax.evaluation import Datasets, load_datasets
 from empssl_jax.report import write_report
 

@@ -8,7 +8,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Float
 
-from empssl_jax.config import Config, UserError
+from empssl_jax.checks import UserError
+from empssl_jax.config import Config
 from empssl_jax.data import ImageDataset, Split
 from empssl_jax.embeddings import LabelledEmbeddings, labelled, load_embeddings
 from empssl_jax.json_lines import read_steps

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from empssl_jax import checkpoints, data
-from empssl_jax.config import UserError
+from empssl_jax.checks import UserError
 from empssl_jax.models import EncoderState
 
 STEPS = (1, 2, 3)

@@ -12,7 +12,7 @@ import pytest
 
 from empssl_jax import data, evaluation, training
 from empssl_jax.checkpoints import Checkpoints
-from empssl_jax.config import parse_train_options
+from empssl_jax.command_line import parse_train_options
 from empssl_jax.metrics import DivergenceError
 from tests.test_end_to_end import DIGITS, REPOSITORY
 
