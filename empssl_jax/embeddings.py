@@ -1,4 +1,4 @@
-"""Bag-of-features embeddings: the mean hidden features of an image's patches (section 3.2 of the paper)."""
+"""Bag-of-features embeddings: the mean features of an image's patches (section 3.2 of the paper)."""
 
 import functools
 import math
@@ -18,6 +18,7 @@ from empssl_jax.checks import UserError, one_line
 from empssl_jax.config import Config
 from empssl_jax.data import ImageDataset, fetch, own_rows, place_rows, replicated, split_images
 from empssl_jax.keys import embedding_patches_key
+from empssl_jax.losses import normalise
 from empssl_jax.metrics import image_progress
 from empssl_jax.models import EncoderState, encoder_graph
 from empssl_jax.patches import grid_patch, multi_patch
@@ -64,14 +65,25 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
         encoder.eval()
         make_patch = _patch_maker(config)
 
-        def add_patch(number, total):
-            return total + encoder.embed(make_patch(images, indices, number)).astype(jnp.float32)
+        def features(patches):
+            if config.evaluation.embedded_layer == "projection":
+                return normalise(encoder(patches)[1])
+            return encoder.embed(patches).astype(jnp.float32)
 
-        zeros = jnp.zeros((len(images), config.model.hidden_dim), jnp.float32)
+        def add_patch(number, total):
+            return total + features(make_patch(images, indices, number))
+
+        zeros = jnp.zeros((len(images), embedding_dim(config)), jnp.float32)
         return jax.lax.fori_loop(0, num_patches, add_patch, zeros) / num_patches
 
     whole, split = replicated(mesh), split_images(mesh)
     return jax.jit(embed, in_shardings=(whole, split, split), out_shardings=split)
+
+
+def embedding_dim(config: Config) -> int:
+    """E, the dimension of embeddings."""
+    is_hidden = config.evaluation.embedded_layer == "hidden"
+    return config.model.hidden_dim if is_hidden else config.model.projection_dim
 
 
 def _patch_maker(config: Config) -> Callable[..., Float[Array, "B size size 3"]]:

@@ -14,7 +14,7 @@ from empssl_jax.checks import UserError, one_line, require
 from empssl_jax.config import Config
 from empssl_jax.data import device_mesh, replicated
 from empssl_jax.decoding import to_pixels
-from empssl_jax.embeddings import embed_images, make_embed
+from empssl_jax.embeddings import embed_images, embedding_dim, make_embed
 from empssl_jax.keys import parameters_key
 from empssl_jax.models import EncoderState, init_encoder
 
@@ -67,7 +67,7 @@ class ImageEncoder:
         if len(indices) != len(images):
             raise UserError(f"There are {len(indices)} indices for {len(images)} images: give one for each.")
         if len(images) == 0:
-            return np.zeros((0, self.config.model.hidden_dim), np.float32)
+            return np.zeros((0, embedding_dim(self.config)), np.float32)
         return embed_images(
             make_embed(dataclasses.replace(self.config, evaluation=evaluation), self._mesh),
             self.state,

@@ -63,6 +63,21 @@ def test_an_embedding_of_a_grid_is_the_mean_feature_of_its_plain_crops(encoder_s
     np.testing.assert_allclose(ours.embeddings, np.mean(features, axis=0), rtol=1e-4, atol=1e-6)
 
 
+def test_an_embedding_of_projections_is_the_mean_of_unit_vectors(encoder_state, digits):
+    evaluation = EvaluationConfig(valid_patches=4, valid_crops="grid", embedded_layer="projection")
+    mesh = data.device_mesh(1)
+    embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), mesh)
+    ours = embeddings.embed_dataset(embed, encoder_state, digits, 20, mesh, "test")
+    crops = np.stack(
+        [digits.images[:, i : i + 16, j : j + 16] / np.float32(127.5) - 1 for i in (0, 16) for j in (0, 16)]
+    )
+    encoder = nnx.merge(encoder_graph(CONFIG.model), *encoder_state)
+    encoder.eval()
+    projections = np.asarray(jax.jit(lambda patches: encoder(patches)[1])(crops.reshape(-1, 16, 16, 3)))
+    units = projections / np.linalg.norm(projections, axis=1, keepdims=True)
+    np.testing.assert_allclose(ours.embeddings, np.mean(units.reshape(4, 20, -1), axis=0), rtol=1e-3, atol=1e-5)
+
+
 def test_embeddings_depend_on_neither_batches_nor_devices(encoder_state, digits):
     whole = embed_all(encoder_state, digits, 1, 20).embeddings
     np.testing.assert_allclose(whole, embed_all(encoder_state, digits, 8, 9).embeddings, rtol=1e-4, atol=1e-6)
