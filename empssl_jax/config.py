@@ -128,8 +128,8 @@ class EvaluationConfig(Checked):
     """What these patches are: random ones, made as in training and as in the paper; or the crops of a regular grid in
     their own colours, of which fewer are enough and which measure better (docs/recipe.md)."""
     embedded_layer: Literal["hidden", "projection"] = "hidden"
-    """What is averaged over the patches: hidden features, as in the paper, or projections of unit length, which kNN
-    finds a little better (docs/recipe.md)."""
+    """What is averaged over the patches: hidden features, as in the paper, or projections of unit length, a little
+    better for kNN and much worse for a linear classifier (docs/recipe.md)."""
     embedding_batch_size: int = whole(250, 1, 100_000)
     """Images embedded at a time, over all devices."""
     num_neighbours: int = whole(20, 1)
