@@ -140,7 +140,7 @@ def trace(example: tuple[Config, int], folder: Path) -> None:
     after, _ = jax.eval_shape(step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     embedded = jax.eval_shape(embeddings.make_embed(made, data.device_mesh(1)), state.encoder, *batch)
-    assert embedded.shape == (made.training.batch_size, made.model.hidden_dim)
+    assert embedded.shape == (made.training.batch_size, embeddings.embedding_dim(made))
 
 
 def step(example: tuple[Config, int], folder: Path) -> None:
