@@ -198,7 +198,7 @@ def valid_values(field: dataclasses.Field, annotation: object) -> st.SearchStrat
     return st.sampled_from([allowed.low, high]) | inside
 
 
-FLAGS = ["--" + option.replace("_", "-") for options in OPTIONS.values() for option in options]
+FLAGS = [checks.flag(option) for options in OPTIONS.values() for option in options]
 WORDS = [
     "",
     "-1",

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from empssl_jax import evaluation
+from empssl_jax import data, evaluation
 from empssl_jax.command_line import parse_train_options, user_errors_exit
 from empssl_jax.config import Config
 from empssl_jax.timing import seconds_so_far
@@ -60,7 +60,7 @@ def theirs(config: Config) -> dict[str, float]:
         if step % 50 == 0:
             print(f"step {step}: loss {loss:.2f}, {time.perf_counter() - START:.0f} s", flush=True)
     patches = config.evaluation.valid_patches
-    embedded = {split: baseline.embed(model, loader(split, patches, 50, False), device) for split in evaluation.SPLITS}
+    embedded = {split: baseline.embed(model, loader(split, patches, 50, False), device) for split in data.SPLITS}
     train, test = embedded["train"], embedded["test"]
     options = config.evaluation
     scores = baseline.knn_scores(test[0], *train, 10, options.num_neighbours, options.temperature)

@@ -8,7 +8,6 @@ of train.py from its start to its end, training, embeddings and kNN, nothing els
 benchmarks/results/frontier.jsonl are not run again; --draw makes docs/images/frontier.svg and prints the table.
 """
 
-import json
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.measure import RESULTS, environment
+from benchmarks.measure import RESULTS, append_line, environment, read_lines
 from empssl_jax.results import load_results
 
 ROOT = Path(__file__).parents[1]
@@ -106,16 +105,14 @@ def picture(lines: list[dict[str, Any]]) -> str:
 def main(options: Options) -> None:
     """Runs the points that are missing, or draws those that are there."""
     output = Path(options.output)
-    lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    lines = read_lines(output)
     if options.draw:
         Path(options.picture).write_text(picture(lines))
         print(table(lines), end="")
         return
     for name in options.points:
         if name not in {line["point"] for line in lines}:
-            line = run(name, Path(options.folder) / name.replace(" ", "_"))
-            with output.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(output, run(name, Path(options.folder) / name.replace(" ", "_")))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How figures are taken: two ways to do the same work in turn, medians, and the machine and versions they belong to."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
@@ -14,6 +15,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
+
+from empssl_jax import data, evaluation
+from empssl_jax.checkpoints import Which
+from empssl_jax.config import EvaluationConfig
+from empssl_jax.encoder import load
+from empssl_jax.evaluation import Datasets
+from empssl_jax.results import Accuracy
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -149,3 +157,22 @@ def markdown(rows: Iterable[Row]) -> str:
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of one a line; none if there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Adds an object to such a file."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def checkpoint_knn(workdir: Path, options: EvaluationConfig, datasets: Datasets, step: Which = "latest") -> Accuracy:
+    """KNN accuracy of a run's checkpoint on the test images, embedded and measured as the options say."""
+    encoder, mesh = load(workdir, step), data.device_mesh()
+    config = dataclasses.replace(encoder.config, evaluation=options)
+    embeddings = evaluation.embed_splits(config, encoder.state, datasets, mesh)
+    return evaluation.measure_knn(embeddings, options, mesh)

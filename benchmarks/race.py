@@ -10,18 +10,16 @@ depends on it.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from empssl_jax import data, evaluation
-from empssl_jax.checkpoints import Checkpoints
+from benchmarks.measure import append_line, checkpoint_knn
+from empssl_jax import evaluation
+from empssl_jax.checkpoints import Checkpoints, load_config
 from empssl_jax.command_line import user_errors_exit
 from empssl_jax.compilation import keep_compiled_programs
-from empssl_jax.config import RunConfig
-from empssl_jax.encoder import load
 from empssl_jax.json_lines import read_steps
 from empssl_jax.timing import TIMING_FILE
 
@@ -38,28 +36,21 @@ class Options:
     """KNN top-1 accuracy to reach, from 0 to 1."""
 
 
-def measured(workdir: Path, step: int) -> evaluation.Accuracy:
-    """KNN accuracy of a checkpoint on all test images."""
-    encoder, mesh = load(workdir, step), data.device_mesh()
-    options = dataclasses.replace(encoder.config.evaluation, num_neighbours=NUM_NEIGHBOURS)
-    config = dataclasses.replace(encoder.config, evaluation=options, run=RunConfig(workdir=str(workdir)))
-    embeddings = evaluation.embed_splits(config, encoder.state, evaluation.load_datasets(config), mesh)
-    return evaluation.measure_knn(embeddings, options, mesh)
-
-
 def main(options: Options) -> None:
     """Measures checkpoints until one is good enough, and says when it was there."""
     workdir = Path(options.workdir)
     seconds = {line["step"] + 1: line["seconds"] for line in read_steps(workdir / TIMING_FILE)}
     with Checkpoints(workdir, read_only=True) as store:
         steps = store.steps()
+    config = load_config(workdir)
+    datasets = evaluation.load_datasets(config)
+    measure = dataclasses.replace(config.evaluation, num_neighbours=NUM_NEIGHBOURS)
     results = workdir / "race.jsonl"
     done = {line["step"]: line for line in read_steps(results)}
     for step in steps:
         if step not in done:
-            done[step] = {"step": step, "seconds": seconds[step]} | measured(workdir, step)
-            with results.open("a") as file:
-                file.write(json.dumps(done[step]) + "\n")
+            done[step] = {"step": step, "seconds": seconds[step]} | checkpoint_knn(workdir, measure, datasets, step)
+            append_line(results, done[step])
         print(f"step {step}, {done[step]['seconds']:.0f} s of training: kNN {100 * done[step]['top1']:.2f} %")
         if done[step]["top1"] >= options.accuracy:
             print(f"reached {100 * options.accuracy:.1f} % after {done[step]['seconds']:.0f} s")

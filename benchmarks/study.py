@@ -10,7 +10,6 @@ and several processes may share the work. The results lie in benchmarks/results/
 
 import collections
 import dataclasses
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from typing import Any
 
 import tyro
 
-from empssl_jax import data, evaluation, training
+from benchmarks.measure import append_line, checkpoint_knn, read_lines
+from empssl_jax import evaluation, training
 from empssl_jax.checks import UserError
 from empssl_jax.compilation import keep_compiled_programs
-from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
-from empssl_jax.encoder import load
+from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
 
 BASE = Config(
     data=DataConfig(train_split="train[:5000]", test_split="train[45000:]"),
@@ -103,20 +102,6 @@ def trained(folder: Path, images: int, name: str, seed: int) -> Path:
     return workdir
 
 
-def measured(workdir: Path, changes: Changes) -> evaluation.Accuracy:
-    """KNN accuracy of a trained run, its embeddings made as the base has it but for some changes."""
-    encoder, mesh = load(workdir), data.device_mesh()
-    config = dataclasses.replace(encoder.config, evaluation=BASE.evaluation, run=RunConfig(workdir=str(workdir)))
-    config = changed(config, changes)
-    embeddings = evaluation.embed_splits(config, encoder.state, evaluation.load_datasets(config), mesh)
-    return evaluation.measure_knn(embeddings, config.evaluation, mesh)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of the results."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def table(lines: list[dict[str, Any]]) -> str:
     """Mean and spread of each row in Markdown, and by how much it differs from the base with the same seeds."""
     by_row: dict[str, dict[int, float]] = collections.defaultdict(dict)
@@ -136,22 +121,22 @@ def main(options: Options) -> None:
     """Runs what is missing, the first seed of all rows first."""
     output = Path(options.output)
     if options.table:
-        print(table([line for line in read(output) if line["images"] == options.images]), end="")
+        print(table([line for line in read_lines(output) if line["images"] == options.images]), end="")
         return
+    datasets = evaluation.load_datasets(changed(BASE, {"train_split": f"train[:{options.images}]"}))
     rows = options.rows or tuple(TRAINING | EVALUATION)
     for seed in options.seeds:
         for name in rows:
             key = {"images": options.images, "row": name, "seed": seed}
-            if any(line.items() >= key.items() for line in read(output)):
+            if any(line.items() >= key.items() for line in read_lines(output)):
                 continue
             try:
                 workdir = trained(Path(options.folder), options.images, name if name in TRAINING else "base", seed)
             except UserError as error:  # another process is at it
                 print(error)
                 continue
-            accuracy = measured(workdir, EVALUATION.get(name, {}))
-            with output.open("a") as file:
-                file.write(json.dumps(key | accuracy) + "\n")
+            options_of_row = changed(BASE, EVALUATION.get(name, {})).evaluation
+            append_line(output, key | checkpoint_knn(workdir, options_of_row, datasets))
 
 
 if __name__ == "__main__":

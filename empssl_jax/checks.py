@@ -16,8 +16,12 @@ class UserError(ValueError):
 def require(condition: bool, option: str, value: object, remedy: str) -> None:
     """Raises UserError naming the option, its value and the remedy unless the condition holds."""
     if not condition:
-        flag = "--" + option.replace("_", "-")
-        raise UserError(f"{flag} is {one_line(value)}: {remedy}.")
+        raise UserError(f"{flag(option)} is {one_line(value)}: {remedy}.")
+
+
+def flag(option: str) -> str:
+    """An option as it is written on the command line."""
+    return "--" + option.replace("_", "-")
 
 
 def one_line(value: object) -> str:

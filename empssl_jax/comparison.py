@@ -10,7 +10,7 @@ import tyro
 
 from empssl_jax import evaluation
 from empssl_jax.checkpoints import CONFIG_FILE, load_config
-from empssl_jax.checks import UserError
+from empssl_jax.checks import UserError, flag
 from empssl_jax.config import Config
 from empssl_jax.distributed import is_first_process
 from empssl_jax.evaluation import EvaluateOptions, parse_evaluate_options
@@ -102,7 +102,7 @@ def markdown(runs: Sequence[Measured]) -> str:
     lines = [_row(["runs", "n", "seeds", *columns]), _row(["---"] * (3 + len(columns)))]
     for config, group in groups.items():
         by_seed = {run.config.training.seed: run for run in group}  # the same seed twice is no second sample
-        name = ", ".join(f"{flag} {value}" for flag, value in varying[config].items()) or "all"
+        name = ", ".join(f"{option} {value}" for option, value in varying[config].items()) or "all"
         cells = [_mean_and_spread(list(by_seed.values()), m, k) for m in measures for k in ("top1", "top5")]
         lines.append(_row([name, str(len(by_seed)), ", ".join(map(str, sorted(by_seed))), *cells]))
     return "\n".join([*lines, "", GROUPING, ""])
@@ -128,15 +128,11 @@ def _without_seed(config: Config) -> Config:
 def _varying(configs: Sequence[Config]) -> dict[Config, dict[str, object]]:
     """The options in which the configs differ, by config."""
     flat = {
-        config: {
-            f"--{name.replace('_', '-')}": value
-            for group in dataclasses.asdict(config).values()
-            for name, value in group.items()
-        }
+        config: {flag(name): value for group in dataclasses.asdict(config).values() for name, value in group.items()}
         for config in configs
     }
-    differ = [flag for flag in next(iter(flat.values())) if len({repr(one[flag]) for one in flat.values()}) > 1]
-    return {config: {flag: one[flag] for flag in differ} for config, one in flat.items()}
+    differ = [option for option in next(iter(flat.values())) if len({repr(one[option]) for one in flat.values()}) > 1]
+    return {config: {option: one[option] for option in differ} for config, one in flat.items()}
 
 
 def _row(cells: Sequence[str]) -> str:

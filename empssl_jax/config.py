@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from empssl_jax.checks import Checked, UserError, one_line, real, require, whole
+from empssl_jax.checks import Checked, UserError, flag, one_line, real, require, whole
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def training_differences(ours: Config, theirs: Config) -> list[str]:
         for field in dataclasses.fields(getattr(ours, group)):
             mine, other = (getattr(getattr(config, group), field.name) for config in (ours, theirs))
             if mine != other and field.name not in NO_PART_IN_TRAINING:
-                differences.append(f"--{field.name.replace('_', '-')} {mine} (was {other})")
+                differences.append(f"{flag(field.name)} {mine} (was {other})")
     return differences
 
 

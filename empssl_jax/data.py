@@ -20,6 +20,7 @@ from empssl_jax.folder_images import load_folder
 from empssl_jax.tfds_images import find_test_split, load_tfds
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 DATA_AXIS = "data"  # the mesh axis that splits the images of a batch over devices
 
 
@@ -30,6 +31,11 @@ class ImageDataset(NamedTuple):
     labels: Int32[np.ndarray, " N"]
     num_classes: int
     names: Shaped[np.ndarray, " N"] | None = None  # of the files, if they are files of the user's
+
+    def take(self, rows: Int[np.ndarray, " K"]) -> "ImageDataset":
+        """Some of the images."""
+        names = None if self.names is None else self.names[rows]
+        return ImageDataset(self.images[rows], self.labels[rows], self.num_classes, names)
 
 
 class Batch(NamedTuple):
@@ -60,9 +66,7 @@ def load(config: DataConfig, split: Split, data_dir: str | None, cache_dir: str 
         return dataset
     option = "images_per_class" if split == "train" else "test_images_per_class"
     require(bool((dataset.labels >= 0).any()), option, per_class, f"the {split} images have no labels, so leave it out")
-    kept = first_of_each_class(dataset.labels, ids, per_class)
-    names = None if dataset.names is None else dataset.names[kept]
-    return ImageDataset(dataset.images[kept], dataset.labels[kept], dataset.num_classes, names)
+    return dataset.take(first_of_each_class(dataset.labels, ids, per_class))
 
 
 def load_bank(

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 import PIL.Image
 from jaxtyping import Float32, Int, UInt8
@@ -15,8 +14,7 @@ from empssl_jax.config import Config
 from empssl_jax.data import device_mesh, replicated
 from empssl_jax.decoding import to_pixels
 from empssl_jax.embeddings import embed_images, embedding_dim, make_embed
-from empssl_jax.keys import parameters_key
-from empssl_jax.models import EncoderState, init_encoder
+from empssl_jax.models import EncoderState, encoder_template
 
 Image = np.ndarray | PIL.Image.Image
 
@@ -117,7 +115,7 @@ def load(workdir: str | Path, step: Which = "latest") -> ImageEncoder:
     """
     folder = Path(workdir)
     config = load_config(folder)
-    template = jax.eval_shape(lambda: init_encoder(config.model, parameters_key(0)))
+    template = encoder_template(config.model)
     with Checkpoints(folder, read_only=True) as checkpoints:
         restored, state = checkpoints.restore_encoder(template, replicated(device_mesh()), step)
     return ImageEncoder(config, state, restored, load_image_size(folder))

@@ -34,8 +34,6 @@ from empssl_jax.report import try_to_report
 from empssl_jax.results import Accuracy, add_results, format_table, load_results
 from empssl_jax.workdir import claimed, storage_errors
 
-SPLITS: tuple[data.Split, ...] = ("train", "test")
-
 _flat = tyro.conf.arg(name="")
 Datasets = dict[str, data.ImageDataset]  # "train", "test", and "bank", see `data.load_bank`
 Embeddings = dict[data.Split, LabelledEmbeddings]
@@ -106,7 +104,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
 
 
 def _load_both_embeddings(folder: Path) -> Embeddings:
-    embeddings = {split: load_embeddings(folder / f"{split}.npz") for split in SPLITS}
+    embeddings = {split: load_embeddings(folder / f"{split}.npz") for split in data.SPLITS}
     dims = [labelled.embeddings.shape[1] for labelled in embeddings.values()]
     require(len(set(dims)) == 1, "embeddings", str(folder), f"its splits have dimensions {dims}, make them equal")
     return embeddings
@@ -130,7 +128,7 @@ def _measure(
 def load_datasets(config: Config) -> Datasets:
     """The images of a run; raises UserError if there are fewer labelled ones to look among than kNN asks."""
     folders = config.run.data_dir, config.run.cache_dir
-    datasets: Datasets = {split: data.load(config.data, split, *folders) for split in SPLITS}
+    datasets: Datasets = {split: data.load(config.data, split, *folders) for split in data.SPLITS}
     bank = datasets["bank"] = data.load_bank(config.data, datasets["train"], *folders)
     if num_labelled := int(np.count_nonzero(bank.labels >= 0)):
         check_num_neighbours(config.evaluation.num_neighbours, num_labelled)
@@ -151,13 +149,13 @@ def embed_splits(config: Config, encoder: EncoderState, datasets: Datasets, mesh
     embed, batch_size = make_embed(config, mesh), config.evaluation.embedding_batch_size
     return {
         split: embed_dataset(embed, encoder, datasets[name], batch_size, mesh, split)
-        for split, name in zip(SPLITS, ("bank", "test"), strict=True)
+        for split, name in zip(data.SPLITS, ("bank", "test"), strict=True)
     }
 
 
 def have_labels(embeddings: Embeddings) -> bool:
     """Whether there is anything to measure; if not, says so."""
-    unlabelled = [split for split in SPLITS if not len(labelled(embeddings[split]).labels)]
+    unlabelled = [split for split in data.SPLITS if not len(labelled(embeddings[split]).labels)]
     if unlabelled:
         print(f"no {' and no '.join(unlabelled)} image has a label, so that neither kNN nor linear is measured")
     return not unlabelled

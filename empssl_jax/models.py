@@ -251,6 +251,11 @@ def _init_layer(layer: dict[str, Array], uniform: Float[Array, " n"]) -> dict[st
     return {name: draw(u).reshape(array.shape) for (name, array), u in zip(layer.items(), pieces, strict=True)}
 
 
+def encoder_template(config: ModelConfig) -> EncoderState:
+    """The shapes and types of an encoder's arrays."""
+    return jax.eval_shape(lambda: init_encoder(config, jax.random.key(0)))
+
+
 def encoder_state(encoder: Encoder) -> EncoderState:
     """The arrays of an encoder."""
     params, batch_stats = (nnx.to_pure_dict(nnx.state(encoder, kind)) for kind in (nnx.Param, nnx.BatchStat))

@@ -8,16 +8,16 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from empssl_jax import data
 from empssl_jax.config import Config
-from empssl_jax.embeddings import embed_images, make_embed
-from empssl_jax.knn import sharded_knn_scores, top_k_accuracy
+from empssl_jax.embeddings import LabelledEmbeddings, embed_images, make_embed
+from empssl_jax.evaluation import measure_knn
 from empssl_jax.metrics import MetricsWriter
 from empssl_jax.models import EncoderState
+from empssl_jax.results import Accuracy
 
 SIZES: dict[data.Split, int] = {"train": 1000, "test": 500}  # images, shared out equally among the classes
 PATCHES = 16  # averaged into an embedding
@@ -40,32 +40,23 @@ def online_probe(config: Config, datasets: dict[str, data.ImageDataset], last_st
     every = config.run.probe_every
     if every is None:
         return lambda steps_done, encoder, writer: None
-    few = {
+    few: dict[data.Split, data.ImageDataset] = {
         "train": _first_images(datasets["bank"], SIZES["train"]),
         "test": _first_images(datasets["test"], SIZES["test"]),
     }
     if not all(len(images.labels) for images in few.values()):
         return lambda steps_done, encoder, writer: None
-    evaluation = dataclasses.replace(config.evaluation, valid_patches=PATCHES)
-    embed = make_embed(dataclasses.replace(config, evaluation=evaluation), mesh)
+    voters = min(config.evaluation.num_neighbours, len(few["train"].labels))
+    options = dataclasses.replace(config.evaluation, valid_patches=PATCHES, num_neighbours=voters)
+    embed = make_embed(dataclasses.replace(config, evaluation=options), mesh)
 
-    def embeddings(encoder: EncoderState, split: data.Split) -> np.ndarray:
-        images, batch_size = few[split].images, evaluation.embedding_batch_size
-        indices = np.arange(len(images), dtype=np.int32)
-        return embed_images(embed, encoder, images.__getitem__, indices, batch_size, mesh)
+    def embeddings(encoder: EncoderState, images: data.ImageDataset) -> LabelledEmbeddings:
+        indices = np.arange(len(images.labels), dtype=np.int32)
+        embedded = embed_images(embed, encoder, images.images.__getitem__, indices, options.embedding_batch_size, mesh)
+        return LabelledEmbeddings(embedded, images.labels, images.num_classes)
 
-    def measure(encoder: EncoderState) -> dict[str, float]:
-        scores = sharded_knn_scores(
-            mesh,
-            embeddings(encoder, "test"),
-            embeddings(encoder, "train"),
-            few["train"].labels,
-            num_classes=few["train"].num_classes,
-            num_neighbours=min(evaluation.num_neighbours, len(few["train"].labels)),
-            temperature=evaluation.temperature,
-        )
-        labels = jnp.asarray(few["test"].labels)
-        return {f"top{k}": top_k_accuracy(jnp.asarray(scores), labels, k) for k in (1, 5)}
+    def measure(encoder: EncoderState) -> Accuracy:
+        return measure_knn({split: embeddings(encoder, images) for split, images in few.items()}, options, mesh)
 
     def probe(steps_done: int, encoder: EncoderState, writer: MetricsWriter) -> None:
         if steps_done % every and steps_done != last_step:
@@ -82,7 +73,7 @@ def _first_images(dataset: data.ImageDataset, size: int) -> data.ImageDataset:
     """The first images of each class, `size` in all where there are so many, and at least one of each."""
     labelled = np.flatnonzero(dataset.labels >= 0)
     if len(labelled) == 0:
-        return dataset._replace(images=dataset.images[labelled], labels=dataset.labels[labelled], names=None)
+        return dataset.take(labelled)
     labels = dataset.labels[labelled]
     kept = labelled[data.first_of_each_class(labels, None, max(1, size // len(np.unique(labels))))]
-    return dataset._replace(images=dataset.images[kept], labels=dataset.labels[kept], names=None)
+    return dataset.take(kept)

@@ -18,8 +18,7 @@ from jaxtyping import Float, Shaped
 
 from empssl_jax.checks import UserError
 from empssl_jax.config import ModelConfig
-from empssl_jax.keys import parameters_key
-from empssl_jax.models import BACKBONES, EncoderState, init_encoder
+from empssl_jax.models import BACKBONES, EncoderState, encoder_template
 
 TorchWeights = dict[str, Shaped[np.ndarray, "..."]]
 
@@ -62,16 +61,12 @@ def from_torch(weights: TorchWeights) -> tuple[ModelConfig, EncoderState]:
     """
     weights = {name.removeprefix("module."): array for name, array in weights.items() if not name.endswith(COUNTER)}
     config = _config_of(weights)
-    template = _template(config)
+    template = encoder_template(config)
     names = _names(template, config)
     _check_arrays(weights, dict(zip(names, jax.tree.leaves(template), strict=True)))
     folded = {mean: weights[mean] - weights[bias] for bias, mean in FOLDED.items()}
     arrays = [_from_torch_layout((weights | folded)[name]) for name in names]
     return config, jax.tree.unflatten(jax.tree.structure(template), arrays)
-
-
-def _template(config: ModelConfig) -> EncoderState:
-    return jax.eval_shape(lambda: init_encoder(config, parameters_key(0)))
 
 
 def _names(state: EncoderState, config: ModelConfig) -> list[str]:
@@ -95,7 +90,7 @@ def _names(state: EncoderState, config: ModelConfig) -> list[str]:
 @functools.cache
 def _expected_names(backbone: str) -> frozenset[str]:
     config = ModelConfig(backbone=backbone, width=1, hidden_dim=1, projection_dim=2, precision="float32")  # type: ignore[arg-type]
-    return frozenset([*_names(_template(config), config), *FOLDED])
+    return frozenset([*_names(encoder_template(config), config), *FOLDED])
 
 
 def _config_of(weights: TorchWeights) -> ModelConfig:

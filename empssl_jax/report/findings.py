@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 from empssl_jax.config import EvaluationConfig
 from empssl_jax.embeddings import LabelledEmbeddings
 from empssl_jax.knn import knn_scores
+from empssl_jax.report.charts import spread
 
 SPECTRUM_IMAGES = 2000  # singular values take cubic time
 MAP_IMAGES = 1000  # more would hide each other
@@ -70,7 +71,7 @@ def examine(train: LabelledEmbeddings, test: LabelledEmbeddings, config: Evaluat
     predicted = np.argmax(np.asarray(scores), axis=1)
     confusion = np.zeros((num_classes, num_classes), int)
     np.add.at(confusion, (test.labels, predicted), 1)
-    measured = test.embeddings[_spread(len(test.labels), SPECTRUM_IMAGES)]
+    measured = test.embeddings[spread(len(test.labels), SPECTRUM_IMAGES)]
     values = singular_values(measured)
     shown = _map_images(test.labels)
     return Findings(
@@ -144,17 +145,12 @@ def find_neighbours(
 def map_classes(labels: Int[np.ndarray, " N"]) -> Int[np.ndarray, " K"]:
     """The classes on the maps: all, or ten that are spread evenly."""
     classes = np.unique(labels)
-    return classes[_spread(len(classes), MAP_CLASSES)]
+    return classes[spread(len(classes), MAP_CLASSES)]
 
 
 def _map_images(labels: Int[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
     candidates = np.flatnonzero(np.isin(labels, map_classes(labels)))
-    return candidates[_spread(len(candidates), MAP_IMAGES)]
-
-
-def _spread(size: int, count: int) -> Int[np.ndarray, " K"]:
-    """At most `count` numbers below `size`, evenly spread."""
-    return np.arange(size) if size <= count else np.linspace(0, size - 1, count).round().astype(int)
+    return candidates[spread(len(candidates), MAP_IMAGES)]
 
 
 def _unit(vectors: Float[np.ndarray, "*batch E"]) -> Float[np.ndarray, "*batch E"]:

@@ -68,10 +68,16 @@ def thumbnail(image: Picture, side: int = THUMBNAIL_SIDE) -> Picture:
 
 def data_uri(image: Picture, exact: bool = False) -> str:
     """An image as a text that stands for a file in a page: a PNG if exact, else a JPEG, a quarter as large."""
+    kind = "png" if exact else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(encoded(image, exact)).decode()}"
+
+
+def encoded(image: Picture, exact: bool) -> bytes:
+    """An image as the content of a file: a PNG if exact, else a JPEG."""
     file = io.BytesIO()
     options: dict[str, int] = {} if exact else {"quality": 85, "subsampling": 0}
     PIL.Image.fromarray(image).save(file, "PNG" if exact else "JPEG", **options)
-    return f"data:image/{'png' if exact else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return file.getvalue()
 
 
 class Sprite(NamedTuple):

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from empssl_jax.checks import UserError
 from empssl_jax.config import Config
-from empssl_jax.data import ImageDataset, Split
+from empssl_jax.data import SPLITS, ImageDataset, Split
 from empssl_jax.embeddings import LabelledEmbeddings, labelled, load_embeddings
 from empssl_jax.json_lines import read_steps
 from empssl_jax.metrics import PROBE_FILE
@@ -18,7 +18,6 @@ from empssl_jax.results import Accuracy, load_results
 from empssl_jax.timing import TIMING_FILE
 
 METRICS = ("loss", "coding_rate", "coding_rate_fraction", "similarity", "learning_rate")
-SPLITS: tuple[Split, ...] = ("train", "test")
 WINDOW = 10  # steps that the throughput is taken over, as the progress bar does
 
 
@@ -113,7 +112,7 @@ def _of_the_embeddings(
             return None
         kept = np.flatnonzero(dataset.labels >= 0)
         if len(kept) < len(dataset.labels):
-            found[name] = dataset._replace(images=dataset.images[kept], labels=dataset.labels[kept], names=None)
+            found[name] = dataset.take(kept)
     return found
 
 

@@ -10,6 +10,7 @@ import markupsafe
 import numpy as np
 from jaxtyping import Int
 
+from empssl_jax.checks import flag
 from empssl_jax.config import Config
 from empssl_jax.report.charts import spread
 from empssl_jax.report.run import Run, throughput
@@ -92,19 +93,18 @@ def options(config: Config) -> list[tuple[str, Any, bool]]:
             values, defaults = getattr(config, group.name), group.default_factory()  # type: ignore[misc,operator]
             for field in dataclasses.fields(values):
                 value = getattr(values, field.name)
-                flag = "--" + field.name.replace("_", "-")
-                found.append((flag, value, value != getattr(defaults, field.name)))
+                found.append((flag(field.name), value, value != getattr(defaults, field.name)))
     return found
 
 
 def command(config: Config) -> str:
     """What trains the same again, without a config file, in another folder."""
     words = ["python", "train.py", "--workdir", "runs/again"]
-    for flag, value, differs in options(config):
-        if flag == "--workdir":
+    for name, value, differs in options(config):
+        if name == "--workdir":
             continue
         if differs and isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+            words.append(name if value else name.replace("--", "--no-", 1))
         elif differs:
-            words += [flag, str(value)]
+            words += [name, str(value)]
     return shlex.join(words)

@@ -3,19 +3,17 @@
 Files are written here and now: tensorboardX's SummaryWriter leaves that to a thread, which hangs on a full disk.
 """
 
-import io
 import time
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 from sklearn.decomposition import PCA
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
 from empssl_jax.report.findings import Findings
-from empssl_jax.report.pictures import PatchSheet, Picture, as_grid, sprite
+from empssl_jax.report.pictures import PatchSheet, as_grid, encoded, sprite
 from empssl_jax.report.run import Run
 
 DIMENSIONS = 50  # principal components that the projector gets: it reads numbers as text
@@ -44,7 +42,9 @@ def write_pictures(run: Run, sheet: PatchSheet | None, findings: Findings | None
 
 def _write_patches(folder: Path, sheet: PatchSheet) -> None:
     grid = as_grid(sheet.patches)
-    image = Summary.Image(height=grid.shape[0], width=grid.shape[1], colorspace=3, encoded_image_string=_png(grid))
+    image = Summary.Image(
+        height=grid.shape[0], width=grid.shape[1], colorspace=3, encoded_image_string=encoded(grid, exact=True)
+    )
     folder.mkdir(exist_ok=True)
     for earlier in folder.glob("events.*.patches"):
         earlier.unlink()
@@ -69,12 +69,6 @@ def _write_projector(folder: Path, run: Run, findings: Findings) -> None:
     config = PROJECTOR_CONFIG
     if run.datasets is not None:
         thumbnails = sprite([run.datasets["test"].images[i] for i in shown])
-        (folder / "projector" / "sprite.png").write_bytes(_png(thumbnails.picture))
+        (folder / "projector" / "sprite.png").write_bytes(encoded(thumbnails.picture, exact=True))
         config += SPRITE_CONFIG.format(side=thumbnails.side)
     (folder / "projector_config.pbtxt").write_text(config + "}\n")
-
-
-def _png(picture: Picture) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()
