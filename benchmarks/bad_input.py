@@ -249,7 +249,10 @@ def tiny_configs(draw) -> Config:
             values["warmup_epochs"] = min(values["warmup_epochs"], np.nextafter(values["max_epochs"], 0).item())
             smallest = config.SMALLEST_EPS * groups["model"].projection_dim
             values["coding_rate_eps"] = max(values["coding_rate_eps"], smallest)
-        if name == "evaluation" and values["valid_crops"] == "grid":
-            values["valid_patches"] = math.isqrt(values["valid_patches"]) ** 2
+        if name == "evaluation" and values["valid_crops"] == "random":
+            values["cells"] = 1
+        elif name == "evaluation":
+            side = math.isqrt(values["valid_patches"])
+            values |= {"valid_patches": side**2, "cells": math.gcd(values["cells"], side) if side else 1}
         groups[name] = group(**values)
     return Config(**groups)

@@ -1,11 +1,11 @@
 """Which choices make better embeddings: small runs, one factor at a time, never measured on test images.
 
-    python -m benchmarks.study [--images 45000] [--rows NAME ...] [--seeds 1 2 3] [--table]
+    python -m benchmarks.study [--images 45000] [--width 8] [--patches 10] [--rows NAME ...] [--seeds 1 2 3] [--table]
 
-Each run trains a width of 16 for one epoch on the first training images of CIFAR-10, 20 patches of 16x16 pixels each,
-and measures kNN (k = 20, temperature 0.07) on the last 5,000 *training* images. A run on 5,000 images takes a minute or
-two on two cores, one on 45,000 ten. Runs are kept in --folder, so that the same command goes on where it was stopped,
-and several processes may share the work. The results lie in benchmarks/results/study.jsonl; --table prints them.
+Each run trains a small encoder for one epoch on the first training images of CIFAR-10, patches of 16x16 pixels, and
+measures kNN (k = 20, temperature 0.07) on the last 5,000 *training* images. Runs are kept in --folder, so that the same
+command goes on where it was stopped, and several processes may share the work. The results lie in
+benchmarks/results/study.jsonl; --table prints those of such runs.
 """
 
 import collections
@@ -36,10 +36,12 @@ TRAINING: dict[str, Changes] = {
     "batch 25": {"batch_size": 25},
     "batch 100": {"batch_size": 100},
     "learning rate 0.1": {"learning_rate": 0.1},
+    "learning rate 0.6": {"learning_rate": 0.6},
     "learning rate 1": {"learning_rate": 1.0},
     "eta 0.002": {"trust_coefficient": 0.002},
     "eta 0.01": {"trust_coefficient": 0.01},
     "lambda 50": {"invariance_coefficient": 50.0},
+    "lambda 100": {"invariance_coefficient": 100.0},
     "lambda 400": {"invariance_coefficient": 400.0},
     "eps 0.05": {"coding_rate_eps": 0.05},
     "eps 1": {"coding_rate_eps": 1.0},
@@ -49,7 +51,9 @@ TRAINING: dict[str, Changes] = {
     "crops of 0.6": {"patch_area": 0.6},
     "projections of 64": {"projection_dim": 64},
     "projections of 1024": {"projection_dim": 1024},
+    "5 patches, 2 epochs": {"train_patches": 5, "max_epochs": 2},
     "10 patches, 2 epochs": {"train_patches": 10, "max_epochs": 2},
+    "batch 100, projections of 1024": {"batch_size": 100, "projection_dim": 1024},
     "batch 25, crops of 0.4": {"batch_size": 25, "patch_area": 0.4},
     "batch 25, projections of 1024": {"batch_size": 25, "projection_dim": 1024},
 }
@@ -72,6 +76,10 @@ class Options:
 
     images: int = 5000
     """Training images, up to 45,000."""
+    width: int = 16
+    """Of the encoder."""
+    patches: int = 20
+    """Training patches an image and epoch."""
     rows: tuple[str, ...] = ()
     """Names of rows, all by default."""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -84,6 +92,12 @@ class Options:
     """Print what is in that file and run nothing."""
 
 
+def base(options: Options) -> Config:
+    """The runs that the others differ from."""
+    sizes = {"train_split": f"train[:{options.images}]", "width": options.width, "train_patches": options.patches}
+    return changed(BASE, sizes)
+
+
 def changed(config: Config, changes: Changes) -> Config:
     """The config with other values of some options, whichever groups these belong to."""
     for field in dataclasses.fields(config):
@@ -93,12 +107,12 @@ def changed(config: Config, changes: Changes) -> Config:
     return config
 
 
-def trained(folder: Path, images: int, name: str, seed: int) -> Path:
+def trained(options: Options, name: str, seed: int) -> Path:
     """The folder of a run, which is trained unless it has been."""
-    workdir = folder / f"{name.replace(' ', '_')}-{images}-{seed}"
-    changes: Changes = {"seed": seed, "train_split": f"train[:{images}]"}
-    changes |= {"workdir": str(workdir), "valid_patches": 0, "report": False}
-    training.train(changed(BASE, TRAINING[name] | changes))
+    sizes = f"{options.images}-{options.width}-{options.patches}"
+    workdir = Path(options.folder) / f"{name.replace(' ', '_')}-{sizes}-{seed}"
+    run: Changes = {"seed": seed, "workdir": str(workdir), "valid_patches": 0, "report": False}
+    training.train(changed(base(options), TRAINING[name] | run))
     return workdir
 
 
@@ -120,18 +134,19 @@ def table(lines: list[dict[str, Any]]) -> str:
 def main(options: Options) -> None:
     """Runs what is missing, the first seed of all rows first."""
     output = Path(options.output)
+    sizes = {"images": options.images, "width": options.width, "patches": options.patches}
     if options.table:
-        print(table([line for line in read_lines(output) if line["images"] == options.images]), end="")
+        print(table([line for line in read_lines(output) if line.items() >= sizes.items()]), end="")
         return
-    datasets = evaluation.load_datasets(changed(BASE, {"train_split": f"train[:{options.images}]"}))
+    datasets = evaluation.load_datasets(base(options))
     rows = options.rows or tuple(TRAINING | EVALUATION)
     for seed in options.seeds:
         for name in rows:
-            key = {"images": options.images, "row": name, "seed": seed}
+            key = sizes | {"row": name, "seed": seed}
             if any(line.items() >= key.items() for line in read_lines(output)):
                 continue
             try:
-                workdir = trained(Path(options.folder), options.images, name if name in TRAINING else "base", seed)
+                workdir = trained(options, name if name in TRAINING else "base", seed)
             except UserError as error:  # another process is at it
                 print(error)
                 continue

@@ -127,9 +127,14 @@ class EvaluationConfig(Checked):
     valid_crops: Literal["random", "grid"] = "random"
     """What these patches are: random ones, made as in training and as in the paper; or the crops of a regular grid in
     their own colours, of which fewer are enough and which measure better (docs/recipe.md)."""
-    embedded_layer: Literal["hidden", "projection"] = "hidden"
-    """What is averaged over the patches: hidden features, as in the paper, or projections of unit length, a little
-    better for kNN and much worse for a linear classifier (docs/recipe.md)."""
+    embedded_layer: Literal["hidden", "stages"] = "hidden"
+    """What is averaged over the patches: hidden features, as in the paper; or the mean of each stage's map in the
+    backbone, the four side by side, which is shorter and measures better (docs/recipe.md)."""
+    cells: int = whole(1, 1, 10)
+    """Cells along each side of the image. Each cell averages its own patches of the grid, and the embedding is the
+    cells' means side by side, so that it knows what was where; 1 averages all, as in the paper."""
+    whiten: bool = False
+    """Whiten the embeddings before kNN, by mean and covariance of the training images'."""
     embedding_batch_size: int = whole(250, 1, 100_000)
     """Images embedded at a time, over all devices."""
     num_neighbours: int = whole(20, 1)
@@ -151,10 +156,14 @@ class EvaluationConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.valid_crops == "grid":
-            remedy = "a grid has a square number of crops, as 16"
-            is_square = math.isqrt(self.valid_patches) ** 2 == self.valid_patches
-            require(is_square, "valid_patches", self.valid_patches, remedy)
+        if self.valid_crops == "random":
+            require(self.cells == 1, "cells", self.cells, "random crops lie in no cell, give --valid-crops grid")
+            return
+        side = math.isqrt(self.valid_patches)
+        remedy = "a grid has a square number of crops, as 16"
+        require(side**2 == self.valid_patches, "valid_patches", self.valid_patches, remedy)
+        remedy = f"the cells must share out the grid's {side} crops a side, give a divisor of {side}"
+        require(side % self.cells == 0, "cells", self.cells, remedy)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def _begin(folder: Path, encoder: ImageEncoder, patches: int, files: list[list])
     """Writes down what the parts are of; refuses parts of something else."""
     plan = {"patches": patches, "seed": encoder.config.training.seed, "image_size": encoder.image_size, "files": files}
     plan |= {"encoder": array_digests(encoder.state), "patch": repr(encoder.config.patches)}
-    plan |= {"crops": encoder.config.evaluation.valid_crops, "layer": encoder.config.evaluation.embedded_layer}
+    evaluation = encoder.config.evaluation
+    plan |= {"crops": evaluation.valid_crops, "layer": evaluation.embedded_layer, "cells": evaluation.cells}
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     path = folder / "plan"
     if not path.exists():

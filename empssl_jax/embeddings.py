@@ -15,12 +15,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8
 
 from empssl_jax.checks import UserError, one_line
-from empssl_jax.config import Config
+from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.data import ImageDataset, fetch, own_rows, place_rows, replicated, split_images
 from empssl_jax.keys import embedding_patches_key
-from empssl_jax.losses import normalise
 from empssl_jax.metrics import image_progress
-from empssl_jax.models import EncoderState, encoder_graph
+from empssl_jax.models import EncoderState, encoder_graph, stage_dims
 from empssl_jax.patches import grid_patch, multi_patch
 from empssl_jax.workdir import replacing
 
@@ -57,33 +56,40 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
     It passes over the patches one by one, so that its memory does not grow with their number. Images are split over
     the devices of the mesh.
     """
-    graph = encoder_graph(config.model)
-    num_patches = config.evaluation.valid_patches
+    graph, evaluation = encoder_graph(config.model), config.evaluation
+    num_patches, num_cells = evaluation.valid_patches, evaluation.cells**2
 
     def embed(encoder_state, images, indices):
         encoder = nnx.merge(graph, *encoder_state)
         encoder.eval()
+        features_of = encoder.embed if evaluation.embedded_layer == "hidden" else encoder.embed_stages
         make_patch = _patch_maker(config)
 
-        def features(patches):
-            if config.evaluation.embedded_layer == "projection":
-                return normalise(encoder(patches)[1])
-            return encoder.embed(patches).astype(jnp.float32)
+        def add_patch(number, totals):
+            features = features_of(make_patch(images, indices, number)).astype(jnp.float32)
+            return totals.at[:, _cell(number, evaluation)].add(features)
 
-        def add_patch(number, total):
-            return total + features(make_patch(images, indices, number))
-
-        zeros = jnp.zeros((len(images), embedding_dim(config)), jnp.float32)
-        return jax.lax.fori_loop(0, num_patches, add_patch, zeros) / num_patches
+        zeros = jnp.zeros((len(images), num_cells, embedding_dim(config) // num_cells), jnp.float32)
+        totals = jax.lax.fori_loop(0, num_patches, add_patch, zeros)
+        return totals.reshape(len(images), -1) / (num_patches // num_cells)
 
     whole, split = replicated(mesh), split_images(mesh)
     return jax.jit(embed, in_shardings=(whole, split, split), out_shardings=split)
 
 
+def _cell(number, config: EvaluationConfig):
+    """The cell that the patch of a number lies in, row by row."""
+    if config.cells == 1:
+        return 0
+    grid_side = math.isqrt(config.valid_patches)
+    row, column = (i * config.cells // grid_side for i in (number // grid_side, number % grid_side))
+    return row * config.cells + column
+
+
 def embedding_dim(config: Config) -> int:
     """E, the dimension of embeddings."""
     is_hidden = config.evaluation.embedded_layer == "hidden"
-    return config.model.hidden_dim if is_hidden else config.model.projection_dim
+    return config.evaluation.cells**2 * (config.model.hidden_dim if is_hidden else sum(stage_dims(config.model)))
 
 
 def _patch_maker(config: Config) -> Callable[..., Float[Array, "B size size 3"]]:

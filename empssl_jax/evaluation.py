@@ -32,6 +32,7 @@ from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
 from empssl_jax.report import try_to_report
 from empssl_jax.results import Accuracy, add_results, format_table, load_results
+from empssl_jax.whitening import whitened
 from empssl_jax.workdir import claimed, storage_errors
 
 _flat = tyro.conf.arg(name="")
@@ -164,6 +165,8 @@ def have_labels(embeddings: Embeddings) -> bool:
 def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> Accuracy:
     """Accuracy of weighted kNN on the labelled test embeddings."""
     train, test = labelled(embeddings["train"]), labelled(embeddings["test"])
+    if config.whiten:
+        train, test = whitened(train, test)
     scores = sharded_knn_scores(
         mesh,
         test.embeddings,

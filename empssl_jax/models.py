@@ -1,6 +1,7 @@
 """The encoder of EMP-SSL: a ResNet, a hidden layer whose output is the embedding, and a projection."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -132,6 +133,12 @@ BACKBONES = {
 }
 
 
+def stage_dims(config: ModelConfig) -> list[int]:
+    """Channels of each stage's map."""
+    block, stage_sizes = BACKBONES[config.backbone]
+    return [block.expansion * config.width * 2**stage for stage in range(len(stage_sizes))]
+
+
 class ResNet(nnx.Module):
     """A ResNet without its classifier, laid out as torchvision's; returns the global average of its last map.
 
@@ -156,14 +163,22 @@ class ResNet(nnx.Module):
         self.features_out = features_in
 
     def __call__(self, x: Float[Array, "N H W 3"]) -> Float[Array, "N F"]:
+        return self.stage_means(x)[-1]
+
+    def stage_means(self, x: Float[Array, "N H W 3"]) -> list[Float[Array, "N _"]]:
+        """The global average of the last map of each stage."""
         x = nnx.relu(self.norm(self.stem(x)))
         if self.has_pooling:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        call: Callable = BACKBONES[self.backbone].block.__call__
+        kind = BACKBONES[self.backbone]
+        call: Callable = kind.block.__call__
         apply = nnx.remat(call) if self.remat else call
-        for block in self.blocks:
-            x = apply(block, x)
-        return jnp.mean(x, axis=(1, 2))
+        blocks, means = iter(self.blocks), []
+        for stage_size in kind.stage_sizes:
+            for block in itertools.islice(blocks, stage_size):
+                x = apply(block, x)
+            means.append(jnp.mean(x, axis=(1, 2)))
+        return means
 
 
 class Encoder(nnx.Module):
@@ -205,6 +220,10 @@ class Encoder(nnx.Module):
     def embed(self, patches: Float[Array, "N H W 3"]) -> Float[Array, "N E"]:
         """Embeddings alone, in the encoder's dtype."""
         return nnx.relu(self.hidden_norm(self.hidden(self.backbone(patches))))
+
+    def embed_stages(self, patches: Float[Array, "N H W 3"]) -> Float[Array, "N S"]:
+        """The means of all stages' maps side by side, in the encoder's dtype."""
+        return jnp.concatenate(self.backbone.stage_means(patches), axis=1)
 
 
 def default_precision() -> Literal["float32", "bfloat16"]:

@@ -47,7 +47,10 @@ def online_probe(config: Config, datasets: dict[str, data.ImageDataset], last_st
     if not all(len(images.labels) for images in few.values()):
         return lambda steps_done, encoder, writer: None
     voters = min(config.evaluation.num_neighbours, len(few["train"].labels))
-    options = dataclasses.replace(config.evaluation, valid_patches=PATCHES, num_neighbours=voters)
+    # Not whitened: so few images have no covariance to speak of.
+    options = dataclasses.replace(
+        config.evaluation, valid_patches=PATCHES, cells=1, whiten=False, num_neighbours=voters
+    )
     embed = make_embed(dataclasses.replace(config, evaluation=options), mesh)
 
     def embeddings(encoder: EncoderState, images: data.ImageDataset) -> LabelledEmbeddings:

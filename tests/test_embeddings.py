@@ -12,7 +12,7 @@ from empssl_jax import data, embeddings, evaluation
 from empssl_jax.checks import UserError
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.keys import embedding_patches_key
-from empssl_jax.models import encoder_graph, init_encoder
+from empssl_jax.models import encoder_graph, init_encoder, stage_dims
 from empssl_jax.patches import multi_patch
 
 CONFIG = Config(
@@ -63,19 +63,37 @@ def test_an_embedding_of_a_grid_is_the_mean_feature_of_its_plain_crops(encoder_s
     np.testing.assert_allclose(ours.embeddings, np.mean(features, axis=0), rtol=1e-4, atol=1e-6)
 
 
-def test_an_embedding_of_projections_is_the_mean_of_unit_vectors(encoder_state, digits):
-    evaluation = EvaluationConfig(valid_patches=4, valid_crops="grid", embedded_layer="projection")
+def embed_grid(encoder_state, images, **options):
+    evaluation = EvaluationConfig(valid_crops="grid", **options)
     mesh = data.device_mesh(1)
     embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), mesh)
-    ours = embeddings.embed_dataset(embed, encoder_state, digits, 20, mesh, "test")
-    crops = np.stack(
-        [digits.images[:, i : i + 16, j : j + 16] / np.float32(127.5) - 1 for i in (0, 16) for j in (0, 16)]
-    )
+    return embeddings.embed_dataset(embed, encoder_state, images, 20, mesh, "test").embeddings
+
+
+def test_the_last_of_the_stages_makes_the_hidden_features(encoder_state, digits):
+    stages = embed_grid(encoder_state, digits, valid_patches=1, embedded_layer="stages")
+    assert stages.shape == (20, sum(stage_dims(CONFIG.model)))
     encoder = nnx.merge(encoder_graph(CONFIG.model), *encoder_state)
     encoder.eval()
-    projections = np.asarray(jax.jit(lambda patches: encoder(patches)[1])(crops.reshape(-1, 16, 16, 3)))
-    units = projections / np.linalg.norm(projections, axis=1, keepdims=True)
-    np.testing.assert_allclose(ours.embeddings, np.mean(units.reshape(4, 20, -1), axis=0), rtol=1e-3, atol=1e-5)
+    hidden = nnx.relu(encoder.hidden_norm(encoder.hidden(stages[:, -stage_dims(CONFIG.model)[-1] :])))
+    np.testing.assert_allclose(embed_grid(encoder_state, digits, valid_patches=1), hidden, rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_of_all_cells_is_the_embedding_of_the_whole_image(encoder_state, digits):
+    cells = embed_grid(encoder_state, digits, valid_patches=36, cells=3).reshape(20, 9, -1)
+    whole = embed_grid(encoder_state, digits, valid_patches=36)
+    np.testing.assert_allclose(np.mean(cells, axis=1), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_cell_sees_its_own_patches_alone(encoder_state, digits):
+    changed = digits.images.copy()
+    changed[:, :8, -8:] = 255 - changed[:, :8, -8:]  # the corner at the top and to the right
+    pair = [
+        embed_grid(encoder_state, digits._replace(images=images), valid_patches=16, cells=2).reshape(20, 4, -1)
+        for images in (digits.images, changed)
+    ]
+    differs = [not np.array_equal(before, after) for before, after in zip(*np.swapaxes(pair, 1, 2), strict=True)]
+    assert differs == [False, True, False, False]
 
 
 def test_embeddings_depend_on_neither_batches_nor_devices(encoder_state, digits):

@@ -14,6 +14,7 @@ from empssl_jax.config import EvaluationConfig
 from empssl_jax.embeddings import LabelledEmbeddings
 from empssl_jax.knn import knn_scores
 from empssl_jax.report.charts import spread
+from empssl_jax.whitening import whitened
 
 SPECTRUM_IMAGES = 2000  # singular values take cubic time
 MAP_IMAGES = 1000  # more would hide each other
@@ -60,6 +61,8 @@ def examine(train: LabelledEmbeddings, test: LabelledEmbeddings, config: Evaluat
         seed: for the maps.
     """
     num_classes = max(train.num_classes, test.num_classes)
+    if config.whiten:
+        train, test = whitened(train, test)
     scores = knn_scores(
         jnp.asarray(test.embeddings),
         jnp.asarray(train.embeddings),
