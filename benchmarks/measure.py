@@ -20,8 +20,7 @@ from empssl_jax import data, evaluation
 from empssl_jax.checkpoints import Which
 from empssl_jax.config import EvaluationConfig
 from empssl_jax.encoder import load
-from empssl_jax.evaluation import Datasets
-from empssl_jax.results import Accuracy
+from empssl_jax.evaluation import Datasets, Embeddings
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -170,9 +169,10 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def checkpoint_knn(workdir: Path, options: EvaluationConfig, datasets: Datasets, step: Which = "latest") -> Accuracy:
-    """KNN accuracy of a run's checkpoint on the test images, embedded and measured as the options say."""
-    encoder, mesh = load(workdir, step), data.device_mesh()
+def checkpoint_embeddings(
+    workdir: Path, options: EvaluationConfig, datasets: Datasets, step: Which = "latest"
+) -> Embeddings:
+    """Embeddings of a run's checkpoint, made as the options say."""
+    encoder = load(workdir, step)
     config = dataclasses.replace(encoder.config, evaluation=options)
-    embeddings = evaluation.embed_splits(config, encoder.state, datasets, mesh)
-    return evaluation.measure_knn(embeddings, options, mesh)
+    return evaluation.embed_splits(config, encoder.state, datasets, data.device_mesh())

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.measure import append_line, checkpoint_knn
-from empssl_jax import evaluation
+from benchmarks.measure import append_line, checkpoint_embeddings
+from empssl_jax import data, evaluation
 from empssl_jax.checkpoints import Checkpoints, load_config
 from empssl_jax.command_line import user_errors_exit
 from empssl_jax.compilation import keep_compiled_programs
@@ -49,7 +49,9 @@ def main(options: Options) -> None:
     done = {line["step"]: line for line in read_steps(results)}
     for step in steps:
         if step not in done:
-            done[step] = {"step": step, "seconds": seconds[step]} | checkpoint_knn(workdir, measure, datasets, step)
+            embeddings = checkpoint_embeddings(workdir, measure, datasets, step)
+            accuracy = evaluation.measure_knn(embeddings, measure, data.device_mesh())
+            done[step] = {"step": step, "seconds": seconds[step]} | accuracy
             append_line(results, done[step])
         print(f"step {step}, {done[step]['seconds']:.0f} s of training: kNN {100 * done[step]['top1']:.2f} %")
         if done[step]["top1"] >= options.accuracy:

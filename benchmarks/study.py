@@ -10,6 +10,7 @@ benchmarks/results/study.jsonl; --table prints those of such runs.
 
 import collections
 import dataclasses
+import functools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any
 
 import tyro
 
-from benchmarks.measure import append_line, checkpoint_knn, read_lines
-from empssl_jax import evaluation, training
+from benchmarks.measure import append_line, checkpoint_embeddings, read_lines
+from empssl_jax import data, evaluation, training
 from empssl_jax.checks import UserError
 from empssl_jax.compilation import keep_compiled_programs
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
@@ -57,16 +58,28 @@ TRAINING: dict[str, Changes] = {
     "batch 25, crops of 0.4": {"batch_size": 25, "patch_area": 0.4},
     "batch 25, projections of 1024": {"batch_size": 25, "projection_dim": 1024},
 }
-# Other embeddings of the base runs.
+# Other embeddings of the base runs; those that follow each other and differ in whitening alone are computed once.
+GRID = {"valid_patches": 16}
+STAGES = GRID | {"embedded_layer": "stages"}
 EVALUATION: dict[str, Changes] = {
     "as in training, 1 patch": {"valid_crops": "random", "valid_patches": 1},
     "as in training, 4 patches": {"valid_crops": "random", "valid_patches": 4},
     "as in training, 16 patches": {"valid_crops": "random", "valid_patches": 16},
+    "as in training, 16 patches, whitened": {"valid_crops": "random", "valid_patches": 16, "whiten": True},
     "as in training, 64 patches": {"valid_crops": "random", "valid_patches": 64},
     "grid of 1": {"valid_patches": 1},
     "grid of 4": {"valid_patches": 4},
-    "grid of 16": {"valid_patches": 16},
+    "grid of 16": GRID,
+    "grid of 16, whitened": GRID | {"whiten": True},
+    "grid of 16, 2x2 cells": GRID | {"cells": 2},
+    "grid of 16, 2x2 cells, whitened": GRID | {"cells": 2, "whiten": True},
+    "grid of 16, stages": STAGES,
+    "grid of 16, stages, whitened": STAGES | {"whiten": True},
+    "grid of 16, stages, 2x2 cells": STAGES | {"cells": 2},
+    "grid of 16, stages, 2x2 cells, whitened": STAGES | {"cells": 2, "whiten": True},
+    "grid of 16, stages, 4x4 cells, whitened": STAGES | {"cells": 4, "whiten": True},
     "grid of 25": {"valid_patches": 25},
+    "grid of 64, stages, 2x2 cells, whitened": STAGES | {"valid_patches": 64, "cells": 2, "whiten": True},
 }
 
 
@@ -138,7 +151,12 @@ def main(options: Options) -> None:
     if options.table:
         print(table([line for line in read_lines(output) if line.items() >= sizes.items()]), end="")
         return
-    datasets = evaluation.load_datasets(base(options))
+    datasets, mesh = evaluation.load_datasets(base(options)), data.device_mesh()
+
+    @functools.lru_cache(maxsize=1)
+    def embeddings(workdir: Path, raw: EvaluationConfig) -> evaluation.Embeddings:
+        return checkpoint_embeddings(workdir, raw, datasets)
+
     rows = options.rows or tuple(TRAINING | EVALUATION)
     for seed in options.seeds:
         for name in rows:
@@ -150,8 +168,9 @@ def main(options: Options) -> None:
             except UserError as error:  # another process is at it
                 print(error)
                 continue
-            options_of_row = changed(BASE, EVALUATION.get(name, {})).evaluation
-            append_line(output, key | checkpoint_knn(workdir, options_of_row, datasets))
+            measure = changed(BASE, EVALUATION.get(name, {})).evaluation
+            embedded = embeddings(workdir, dataclasses.replace(measure, whiten=False))
+            append_line(output, key | evaluation.measure_knn(embedded, measure, mesh))
 
 
 if __name__ == "__main__":
