@@ -29,9 +29,13 @@ BASE = Config(
     patches=PatchConfig(patch_size=16),
     model=ModelConfig(width=16, hidden_dim=1024, projection_dim=256),
     training=TrainingConfig(batch_size=50),
-    evaluation=EvaluationConfig(valid_crops="grid", valid_patches=9),
+    evaluation=EvaluationConfig(
+        valid_crops="grid", valid_patches=16, embedded_layer="stages", cells=2, whiten=True, report=False
+    ),
 )
 Changes = dict[str, Any]
+GRID: Changes = {"valid_crops": "grid", "valid_patches": 16}
+STAGES: Changes = {"embedded_layer": "stages"}
 TRAINING: dict[str, Changes] = {
     "base": {},
     "batch 25": {"batch_size": 25},
@@ -58,28 +62,26 @@ TRAINING: dict[str, Changes] = {
     "batch 25, crops of 0.4": {"batch_size": 25, "patch_area": 0.4},
     "batch 25, projections of 1024": {"batch_size": 25, "projection_dim": 1024},
 }
-# Other embeddings of the base runs; those that follow each other and differ in whitening alone are computed once.
-GRID = {"valid_patches": 16}
-STAGES = GRID | {"embedded_layer": "stages"}
+# Other embeddings of the base runs; neighbours in this list that differ in whitening alone are computed once.
 EVALUATION: dict[str, Changes] = {
-    "as in training, 1 patch": {"valid_crops": "random", "valid_patches": 1},
-    "as in training, 4 patches": {"valid_crops": "random", "valid_patches": 4},
-    "as in training, 16 patches": {"valid_crops": "random", "valid_patches": 16},
-    "as in training, 16 patches, whitened": {"valid_crops": "random", "valid_patches": 16, "whiten": True},
-    "as in training, 64 patches": {"valid_crops": "random", "valid_patches": 64},
-    "grid of 1": {"valid_patches": 1},
-    "grid of 4": {"valid_patches": 4},
+    "as in training, 1 patch": {"valid_patches": 1},
+    "as in training, 4 patches": {"valid_patches": 4},
+    "as in training, 16 patches": {"valid_patches": 16},
+    "as in training, 16 patches, whitened": {"valid_patches": 16, "whiten": True},
+    "as in training, 64 patches": {"valid_patches": 64},
+    "grid of 1": {"valid_crops": "grid", "valid_patches": 1},
+    "grid of 4": {"valid_crops": "grid", "valid_patches": 4},
+    "grid of 9": {"valid_crops": "grid", "valid_patches": 9},
     "grid of 16": GRID,
     "grid of 16, whitened": GRID | {"whiten": True},
     "grid of 16, 2x2 cells": GRID | {"cells": 2},
     "grid of 16, 2x2 cells, whitened": GRID | {"cells": 2, "whiten": True},
-    "grid of 16, stages": STAGES,
-    "grid of 16, stages, whitened": STAGES | {"whiten": True},
-    "grid of 16, stages, 2x2 cells": STAGES | {"cells": 2},
-    "grid of 16, stages, 2x2 cells, whitened": STAGES | {"cells": 2, "whiten": True},
-    "grid of 16, stages, 4x4 cells, whitened": STAGES | {"cells": 4, "whiten": True},
-    "grid of 25": {"valid_patches": 25},
-    "grid of 64, stages, 2x2 cells, whitened": STAGES | {"valid_patches": 64, "cells": 2, "whiten": True},
+    "grid of 16, stages": GRID | STAGES,
+    "grid of 16, stages, whitened": GRID | STAGES | {"whiten": True},
+    "grid of 16, stages, 2x2 cells": GRID | STAGES | {"cells": 2},
+    "grid of 16, stages, 4x4 cells, whitened": GRID | STAGES | {"cells": 4, "whiten": True},
+    "grid of 25": GRID | {"valid_patches": 25},
+    "grid of 64, stages, 2x2 cells, whitened": GRID | STAGES | {"valid_patches": 64, "cells": 2, "whiten": True},
 }
 
 
@@ -124,7 +126,7 @@ def trained(options: Options, name: str, seed: int) -> Path:
     """The folder of a run, which is trained unless it has been."""
     sizes = f"{options.images}-{options.width}-{options.patches}"
     workdir = Path(options.folder) / f"{name.replace(' ', '_')}-{sizes}-{seed}"
-    run: Changes = {"seed": seed, "workdir": str(workdir), "valid_patches": 0, "report": False}
+    run: Changes = {"seed": seed, "workdir": str(workdir), "valid_patches": 0}
     training.train(changed(base(options), TRAINING[name] | run))
     return workdir
 
@@ -168,7 +170,7 @@ def main(options: Options) -> None:
             except UserError as error:  # another process is at it
                 print(error)
                 continue
-            measure = changed(BASE, EVALUATION.get(name, {})).evaluation
+            measure = EvaluationConfig(**EVALUATION[name]) if name in EVALUATION else BASE.evaluation
             embedded = embeddings(workdir, dataclasses.replace(measure, whiten=False))
             append_line(output, key | evaluation.measure_knn(embedded, measure, mesh))
 
