@@ -60,7 +60,7 @@ stage golden 120 env JAX_DEFAULT_MATMUL_PRECISION=highest "$python" -m pytest -n
 if [ -n "$tiny" ]; then
   options=(--config configs/digits.py --images-per-class 10 --test-images-per-class 5 --batch-size 20 --train-patches 4
     --num-neighbours 5 --valid-patches 2 --linear-epochs 2 --no-untrained)
-  best=("${options[@]}" --valid-crops grid --valid-patches 4)
+  best=("${options[@]}" --valid-crops grid --valid-patches 4 --embedded-layer stages --cells 2 --whiten)
   size=(--size TINY)
   theirs=(--width 64) # torchvision's ResNet-18 has no other
 else

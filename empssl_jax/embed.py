@@ -73,6 +73,7 @@ def embed_files(options: EmbedOptions) -> None:
     files = find_images(root)
     encoder = load(options.workdir, options.step)
     patches = encoder.config.evaluation.valid_patches if options.valid_patches is None else options.valid_patches
+    encoder.embed([], patches)  # refuses a wrong number of them before anything is written
     folder = output.with_name(output.name + ".parts")
     names = [file.relative_to(root if root.is_dir() else root.parent).as_posix() for file in files]
     with claimed(folder, "output"):

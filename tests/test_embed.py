@@ -71,6 +71,13 @@ def test_an_interrupted_command_goes_on_to_the_same_bits(photos, tiny_run, whole
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
 
 
+def test_a_wrong_number_of_patches_leaves_nothing_behind(photos, tiny_run, tmp_path):
+    options = embed.EmbedOptions(str(photos), str(tiny_run), str(tmp_path / "out.npz"), valid_patches=0)
+    with pytest.raises(UserError, match="--valid-patches is 0"):
+        embed.embed_files(options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_part_is_made_again_and_other_parts_are_refused(photos, tiny_run, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(embed.shutil, "rmtree", lambda path: None)
