@@ -54,7 +54,8 @@ def test_an_interrupted_command_goes_on_to_the_same_bits(photos, tiny_run, whole
     calls, original = [], ImageEncoder.embed
 
     def interrupted(self, images, *arguments, **options):
-        calls.append(len(images))
+        if images:
+            calls.append(len(images))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return original(self, images, *arguments, **options)
