@@ -56,8 +56,8 @@ def test_an_interrupted_command_goes_on_to_the_same_bits(photos, tiny_run, whole
     def interrupted(self, images, *arguments, **options):
         if images:
             calls.append(len(images))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
+            if len(calls) == 2:
+                raise KeyboardInterrupt
         return original(self, images, *arguments, **options)
 
     monkeypatch.setattr(ImageEncoder, "embed", interrupted)
