@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -103,18 +104,20 @@ def to_square(image: Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
     return to_pixels(image, side)
 
 
-def load(workdir: str | Path, step: Which = "latest") -> ImageEncoder:
+def load(workdir: str | Path, step: Which = "latest", **evaluation: Any) -> ImageEncoder:
     """The encoder of a run of train.py, which may be going on.
 
     Args:
         workdir: folder of the run; nothing is written to it.
         step: checkpoint to restore: its step, or the newest, or ("best") the one with the lowest loss.
+        evaluation: options of `EvaluationConfig` that say how it embeds, in place of the run's.
 
     Raises:
-        UserError: there is no such run or checkpoint, or it is damaged.
+        UserError: there is no such run or checkpoint, or it is damaged, or an option has a wrong value.
     """
     folder = Path(workdir)
     config = load_config(folder)
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **evaluation))
     template = encoder_template(config.model)
     with Checkpoints(folder, read_only=True) as checkpoints:
         restored, state = checkpoints.restore_encoder(template, replicated(device_mesh()), step)

@@ -52,6 +52,15 @@ def test_the_number_of_patches(loaded, digits):
     assert np.min(3 * three - 2 * two) > -1e-4  # the third patch's embedding, an output of ReLU
 
 
+def test_options_of_the_evaluation_replace_the_run_s(tiny_run, digits):
+    grid = empssl_jax.load(tiny_run, valid_crops="grid", valid_patches=4, cells=2)
+    whole = grid.embed(digits)
+    alone = empssl_jax.load(tiny_run, valid_crops="grid", valid_patches=4).embed(digits)
+    np.testing.assert_allclose(whole.reshape(10, 4, 32).mean(axis=1), alone, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="--cells is 2: random crops lie in no cell"):
+        empssl_jax.load(tiny_run, cells=2)
+
+
 def test_progress_counts_every_image_once(loaded, digits):
     done = []
     loaded.embed(np.concatenate([digits] * 4), progress=done.append)

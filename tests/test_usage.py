@@ -56,7 +56,8 @@ def run_block(folder):
 
 
 def test_the_page_has_blocks_of_python_and_of_the_shell():
-    assert [language for language, _ in BLOCKS] == ["python", "python", "sh", "python", "sh", "python", "sh"]
+    languages = ["python", "python", "python", "sh", "python", "sh", "python", "sh"]
+    assert [language for language, _ in BLOCKS] == languages
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -72,6 +73,11 @@ def test_block(folder, run_block, monkeypatch, capsys, number):
 def embeds(known, shown):
     assert known["embeddings"].shape == (5, 32)
     np.testing.assert_array_equal(known["embeddings"], known["encoder"].embed(known["images"]))
+
+
+def whitens(known, shown):
+    assert known["searched"].shape == (5, 4 * (64 + 128 + 256 + 512))
+    np.testing.assert_allclose(known["queries"], known["searched"][:2], rtol=1e-3, atol=1e-3)
 
 
 def classifies(known, shown):
@@ -121,4 +127,4 @@ def imports(known, shown):
     np.testing.assert_array_equal(ours.embed(images), theirs.embed(images))
 
 
-CHECKS = [embeds, classifies, embeds_files, finds_itself_first, exports, gives_the_same_features, imports]
+CHECKS = [embeds, whitens, classifies, embeds_files, finds_itself_first, exports, gives_the_same_features, imports]
