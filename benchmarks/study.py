@@ -81,7 +81,6 @@ EVALUATION: dict[str, Changes] = {
     "grid of 16, stages, 2x2 cells": GRID | STAGES | {"cells": 2},
     "grid of 16, stages, 4x4 cells, whitened": GRID | STAGES | {"cells": 4, "whiten": True},
     "grid of 25": GRID | {"valid_patches": 25},
-    "grid of 64, stages, 2x2 cells, whitened": GRID | STAGES | {"valid_patches": 64, "cells": 2, "whiten": True},
 }
 
 

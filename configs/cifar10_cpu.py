@@ -13,6 +13,6 @@ config = Config(
     patches=PatchConfig(patch_size=16),
     model=ModelConfig(width=16, hidden_dim=1024, projection_dim=256),
     training=TrainingConfig(batch_size=50),
-    evaluation=EvaluationConfig(valid_patches=16),
+    evaluation=EvaluationConfig(valid_crops="grid", valid_patches=16, embedded_layer="stages", cells=2, whiten=True),
     run=RunConfig(workdir="runs/cifar10_cpu", checkpoint_every=100),
 )
