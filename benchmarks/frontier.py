@@ -24,12 +24,9 @@ ROOT = Path(__file__).parents[1]
 SPLITS = ["--train-split", "train[:45000]", "--test-split", "train[45000:]"]
 POINTS: dict[str, list[str]] = {
     "width 8, 10 patches": ["--width", "8", "--train-patches", "10"],
-    "width 8": ["--width", "8"],
     "width 16, 10 patches": ["--width", "16", "--train-patches", "10"],
     "width 16": ["--width", "16"],
-    "width 16, 40 patches": ["--width", "16", "--train-patches", "40"],
     "width 16, 2 epochs": ["--width", "16", "--max-epochs", "2"],
-    "width 32, 10 patches": ["--width", "32", "--train-patches", "10"],
     "width 32": ["--width", "32"],
     "width 32, 2 epochs": ["--width", "32", "--max-epochs", "2"],
     "width 48": ["--width", "48"],
