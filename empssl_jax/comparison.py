@@ -87,7 +87,9 @@ def evaluate_all(options: Sequence[EvaluateOptions]) -> None:
 
 
 def _is_complete(options: EvaluateOptions, config: Config, results: dict[str, Accuracy]) -> bool:
+    made = config.evaluation.embeddings
     as_trained = options.evaluation == config.evaluation and options.step == EvaluateOptions.step
+    as_trained &= all(accuracy.get("embeddings", made) == made for accuracy in results.values())
     return as_trained and "kNN" in results and ("linear" in results or config.evaluation.linear_epochs == 0)
 
 

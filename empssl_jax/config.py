@@ -165,6 +165,13 @@ class EvaluationConfig(Checked):
         remedy = f"the cells must share out the grid's {side} crops a side, give a divisor of {side}"
         require(side % self.cells == 0, "cells", self.cells, remedy)
 
+    @property
+    def embeddings(self) -> str:
+        """In words, how the embeddings are made that are measured."""
+        parts = [f"{self.valid_patches} {self.valid_crops} patches", self.embedded_layer]
+        parts += [f"{self.cells}x{self.cells} cells"] * (self.cells > 1) + ["whitened for kNN"] * self.whiten
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True)
 class RunConfig(Checked):

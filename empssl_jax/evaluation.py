@@ -86,7 +86,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     if options.embeddings is not None:
         folder = Path(options.embeddings)
         load_results(folder)  # refuses a damaged file now rather than after the work
-        return _measure(folder, _load_both_embeddings(folder), options.evaluation, Config().training.seed, mesh)
+        return _measure(folder, _load_both_embeddings(folder), options.evaluation, Config().training.seed, mesh, None)
     folder = Path(options.workdir)
     config = load_config(folder)
     require(options.evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches to embed, as 128")
@@ -95,10 +95,11 @@ def evaluate(options: EvaluateOptions) -> dict[str, Accuracy]:
     with claimed(folder), storage_errors(folder):
         load_results(folder)  # refuses a damaged file now rather than after the work
         encoder = load(folder, options.step)
-        print(f"evaluating step {encoder.step} of {folder} with {config.evaluation.valid_patches} patches an image")
+        print(f"evaluating step {encoder.step} of {folder}: {config.evaluation.embeddings}")
         datasets = load_datasets(config)
         embeddings = embed_and_save(config, encoder.state, datasets, mesh, folder)
-        results = _measure(folder, embeddings, options.evaluation, config.training.seed, mesh)
+        made = config.evaluation.embeddings
+        results = _measure(folder, embeddings, config.evaluation, config.training.seed, mesh, made)
         if options.evaluation.report:
             try_to_report(folder, config, datasets)
         return results
@@ -112,7 +113,7 @@ def _load_both_embeddings(folder: Path) -> Embeddings:
 
 
 def _measure(
-    folder: Path, embeddings: Embeddings, config: EvaluationConfig, seed: int, mesh: Mesh
+    folder: Path, embeddings: Embeddings, config: EvaluationConfig, seed: int, mesh: Mesh, made: str | None
 ) -> dict[str, Accuracy]:
     if not have_labels(embeddings):
         return {}
@@ -122,7 +123,7 @@ def _measure(
             results |= measure_linear(embeddings, config, seed, mesh)
     finally:  # what was measured is shown and kept also where the linear classifier diverges or the disk is full
         print(format_table(load_results(folder) | results))
-        add_results(folder, results)
+        add_results(folder, results, made)
     return results
 
 

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from empssl_jax.checks import UserError, one_line
 from empssl_jax.distributed import is_first_process
 from empssl_jax.workdir import replacing
 
 RESULTS_FILE = "results.json"
-Accuracy = dict[str, float]  # "top1" and "top5", as fractions
+Accuracy = dict[str, Any]  # "top1" and "top5", as fractions; in the file also "embeddings", how these were made
 
 
 def format_table(results: dict[str, Accuracy]) -> str:
@@ -21,9 +22,16 @@ def format_table(results: dict[str, Accuracy]) -> str:
     return "\n".join(lines)
 
 
-def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
-    """Writes results into the folder's results.json, beside those of other names that are there; returns all."""
-    together = load_results(folder) | results
+def add_results(folder: Path, results: dict[str, Accuracy], embeddings: str | None = None) -> dict[str, Accuracy]:
+    """Writes results into the folder's results.json, beside those of other names that are there; returns all.
+
+    Args:
+        folder: of the run, or of the embeddings.
+        results: accuracies by the name of the measure.
+        embeddings: in words, how those were made that the accuracies are of, if that is known.
+    """
+    made = {} if embeddings is None else {"embeddings": embeddings}
+    together = load_results(folder) | {name: accuracy | made for name, accuracy in results.items()}
     if is_first_process():
         with replacing(folder / RESULTS_FILE) as file:
             file.write((json.dumps(together, indent=2) + "\n").encode())

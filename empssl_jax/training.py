@@ -159,8 +159,8 @@ def _train(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: P
     if config.evaluation.valid_patches > 0:
         embeddings = evaluation.embed_and_save(config, encoder, datasets, mesh, workdir)
         if evaluation.have_labels(embeddings):
-            knn = evaluation.measure_knn(embeddings, config.evaluation, mesh)
-            print(evaluation.format_table(evaluation.add_results(workdir, {"kNN": knn})))
+            knn = {"kNN": evaluation.measure_knn(embeddings, config.evaluation, mesh)}
+            print(evaluation.format_table(evaluation.add_results(workdir, knn, config.evaluation.embeddings)))
     if config.evaluation.report:
         try_to_report(workdir, config, datasets)
 
@@ -287,4 +287,5 @@ def _measure_untrained(config: Config, datasets: evaluation.Datasets, mesh: Mesh
     batch_stats = jax.tree.map(lambda now, first: (now - kept * first) / (1 - kept), state.encoder.batch_stats, start)
     embeddings = evaluation.embed_splits(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
     if evaluation.have_labels(embeddings):
-        evaluation.add_results(workdir, {name: evaluation.measure_knn(embeddings, config.evaluation, mesh)})
+        knn = {name: evaluation.measure_knn(embeddings, config.evaluation, mesh)}
+        evaluation.add_results(workdir, knn, config.evaluation.embeddings)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from empssl_jax import checkpoints, comparison, evaluation
 from empssl_jax.checks import UserError
 from empssl_jax.config import Config, EvaluationConfig, TrainingConfig
+from empssl_jax.results import add_results
 
 KNN = {0: (0.30, 0.80), 1: (0.34, 0.84), 2: (0.44, 0.88)}  # by seed
 
@@ -76,6 +78,14 @@ def test_only_what_is_missing_or_asked_for_otherwise_is_measured(tmp_path, no_ev
     compare(done, missing, options=["--num-neighbours", "5"])
     assert [options.workdir for options in no_evaluation] == [done, missing]
     assert {options.evaluation.num_neighbours for options in no_evaluation} == {5}
+
+
+def test_results_of_other_embeddings_are_measured_again(tmp_path, no_evaluation):
+    folders = [write_run(tmp_path / name, 0, 0.5, 0.9) for name in ("a", "b")]
+    for folder, options in zip(folders, (EvaluationConfig(), EvaluationConfig(whiten=True)), strict=True):
+        add_results(Path(folder), {"kNN": {"top1": 0.5, "top5": 0.9}}, options.embeddings)
+    compare(*folders)
+    assert [options.workdir for options in no_evaluation] == folders[1:]
 
 
 def test_one_run_is_evaluated_as_ever(tmp_path, no_evaluation):

@@ -89,7 +89,8 @@ def _about_measures(run: Run, findings: Findings | None):
             "they are of different checkpoints or settings. Run eval.py again.",
         )
     tested = int(findings.confusion.sum())
-    if knn and before and knn["top1"] <= before["top1"] + margin(knn["top1"], tested):
+    alike = knn and before and knn.get("embeddings") == before.get("embeddings")
+    if knn and before and alike and knn["top1"] <= before["top1"] + margin(knn["top1"], tested):
         yield Remark(True, "Training has not made kNN measurably better than the untrained network.")
     smallest = int(np.bincount(run.embeddings["train"].labels, minlength=len(findings.confusion)).min())
     voters = run.config.evaluation.num_neighbours
