@@ -159,11 +159,16 @@ class EvaluationConfig(Checked):
         if self.valid_crops == "random":
             require(self.cells == 1, "cells", self.cells, "random crops lie in no cell, give --valid-crops grid")
             return
-        side = math.isqrt(self.valid_patches)
+        side = self.grid_side
         remedy = "a grid has a square number of crops, as 16"
         require(side**2 == self.valid_patches, "valid_patches", self.valid_patches, remedy)
         remedy = f"the cells must share out the grid's {side} crops a side, give a divisor of {side}"
         require(side % self.cells == 0, "cells", self.cells, remedy)
+
+    @property
+    def grid_side(self) -> int:
+        """Crops along each side of a grid of `valid_patches`."""
+        return math.isqrt(self.valid_patches)
 
     @property
     def embeddings(self) -> str:

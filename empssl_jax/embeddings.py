@@ -81,7 +81,7 @@ def _cell(number, config: EvaluationConfig):
     """The cell that the patch of a number lies in, row by row."""
     if config.cells == 1:
         return 0
-    grid_side = math.isqrt(config.valid_patches)
+    grid_side = config.grid_side
     row, column = (i * config.cells // grid_side for i in (number // grid_side, number % grid_side))
     return row * config.cells + column
 
@@ -95,7 +95,7 @@ def embedding_dim(config: Config) -> int:
 def _patch_maker(config: Config) -> Callable[..., Float[Array, "B size size 3"]]:
     """A function (images, indices, number) -> the patch of that number of each image."""
     crops, key = config.patches.crops, embedding_patches_key(config.training.seed)
-    grid_side = math.isqrt(config.evaluation.valid_patches)
+    grid_side = config.evaluation.grid_side
 
     def random_patch(images, indices, number):
         return multi_patch(key, images, 1, indices=indices, first_patch=number, **crops)[:, 0]
