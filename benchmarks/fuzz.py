@@ -26,10 +26,11 @@ from hypothesis import strategies as st
 
 from benchmarks import bad_input
 from benchmarks.bad_input import FLAGS, GROUPS, OPTIONS
-from empssl_jax import config, data, decoding, embeddings, evaluation, json_lines, training
+from empssl_jax import config, data, decoding, embeddings, evaluation, json_lines, losses
 from empssl_jax.checks import UserError
 from empssl_jax.command_line import load_config, parse_train_options
 from empssl_jax.config import Config
+from empssl_jax.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -114,9 +115,9 @@ def decode(content: bytes, folder: Path) -> None:
 
 def prepare(made: Config, steps_per_epoch: int = 2):
     """The optimizer and the train step of a config, on one device."""
-    schedule = training.learning_rate_schedule(made.training, steps_per_epoch)
-    optimizer = training.make_optimizer(made.training, schedule)
-    return optimizer, training.make_train_step(made, optimizer, schedule, steps_per_epoch, data.device_mesh(1))
+    schedule = learning_rate_schedule(made.training, steps_per_epoch)
+    optimizer = make_optimizer(made.training, schedule)
+    return optimizer, make_train_step(made, optimizer, schedule, steps_per_epoch, data.device_mesh(1))
 
 
 def batch_of(made: Config, side: int) -> data.Batch:
@@ -136,7 +137,7 @@ def trace(example: tuple[Config, int], folder: Path) -> None:
     """The train step can be traced, and gives a state like the one before; so can embeddings."""
     made, side = resolved(example[0]), example[1]
     optimizer, step = prepare(made)
-    state, batch = jax.eval_shape(lambda: training.create_state(made, optimizer)), batch_of(made, side)
+    state, batch = jax.eval_shape(lambda: create_state(made, optimizer)), batch_of(made, side)
     after, _ = jax.eval_shape(step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     embedded = jax.eval_shape(embeddings.make_embed(made, data.device_mesh(1)), state.encoder, *batch)
@@ -147,10 +148,10 @@ def step(example: tuple[Config, int], folder: Path) -> None:
     """A train step has a finite loss, similarity at most 1 and a coding rate within its bounds."""
     made, side = resolved(example[0]), example[1]
     optimizer, train_step = prepare(made)
-    _, measured = train_step(training.create_state(made, optimizer), batch_of(made, side))
+    _, measured = train_step(create_state(made, optimizer), batch_of(made, side))
     values = {name: float(value) for name, value in measured.items()}
     assert np.isfinite(list(values.values())).all(), values
-    bounds = training.coding_rate_bounds(
+    bounds = losses.coding_rate_bounds(
         made.training.batch_size, made.model.projection_dim, made.training.coding_rate_eps
     )
     assert bounds[0] < bounds[1]
@@ -161,7 +162,7 @@ def step(example: tuple[Config, int], folder: Path) -> None:
 def schedule(example: tuple[Config, int], folder: Path) -> None:
     """The learning rate is finite, from 0 to its highest, in every step."""
     made, steps_per_epoch = example
-    rates = jax.vmap(training.learning_rate_schedule(made.training, steps_per_epoch))(jnp.arange(15))
+    rates = jax.vmap(learning_rate_schedule(made.training, steps_per_epoch))(jnp.arange(15))
     rates = rates[: steps_per_epoch * made.training.max_epochs]
     assert np.isfinite(rates).all()
     assert 0 <= min(rates) <= max(rates) <= made.training.learning_rate * (1 + 1e-6)

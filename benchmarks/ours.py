@@ -10,8 +10,9 @@ from flax import nnx
 
 from benchmarks.measure import Work
 from benchmarks.sizes import Sizes, random_images, random_labels, random_vectors
-from empssl_jax import data, embeddings, keys, knn, linear, losses, models, patches, training
+from empssl_jax import data, embeddings, keys, knn, linear, losses, models, patches
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
+from empssl_jax.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
 
 
 def _until_done(work: Callable) -> Work:
@@ -31,13 +32,13 @@ def make_config(sizes: Sizes, patch_size: int) -> Config:
 def traced_step(config: Config, num_devices: int = 1):
     """The train step, traced but not compiled, a state and a batch on the devices."""
     mesh, steps_per_epoch = data.device_mesh(num_devices), 500
-    schedule = training.learning_rate_schedule(config.training, steps_per_epoch)
-    optimizer = training.make_optimizer(config.training, schedule)
-    state = jax.device_put(training.create_state(config, optimizer), data.replicated(mesh))
+    schedule = learning_rate_schedule(config.training, steps_per_epoch)
+    optimizer = make_optimizer(config.training, schedule)
+    state = jax.device_put(create_state(config, optimizer), data.replicated(mesh))
     size = config.training.batch_size
     batch = data.Batch(random_images(size), np.arange(size, dtype=np.int32))
     batch = jax.device_put(batch, data.split_images(mesh))
-    step = training.make_train_step(config, optimizer, schedule, steps_per_epoch, mesh)
+    step = make_train_step(config, optimizer, schedule, steps_per_epoch, mesh)
     return step.trace(state, batch), state, batch
 
 
@@ -65,8 +66,8 @@ def loss_and_gradient(sizes: Sizes, num_images: int) -> Work:
 def lars_update(sizes: Sizes) -> Work:
     """Of the full model, from gradients to new parameters."""
     config = make_config(sizes, sizes.patch_size)
-    optimizer = training.make_optimizer(config.training, training.learning_rate_schedule(config.training, 500))
-    state = training.create_state(config, optimizer)
+    optimizer = make_optimizer(config.training, learning_rate_schedule(config.training, 500))
+    state = create_state(config, optimizer)
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))
     def update(gradients, params, optimizer_state):

@@ -30,10 +30,11 @@ import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from empssl_jax import data, training
+from empssl_jax import data
 from empssl_jax.checks import UserError, require
 from empssl_jax.command_line import user_errors_exit
 from empssl_jax.config import Config, ModelConfig, PatchConfig, TrainingConfig
+from empssl_jax.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
 
 IMAGE_SIDE = 32  # of CIFAR-10
 STEPS_PER_EPOCH = 100  # a constant of the program, of no effect on its size
@@ -94,11 +95,11 @@ def tpu_mesh(topology: str) -> Mesh:
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> Any:
-    """`training.make_train_step` for the chips of a mesh, none of which needs to exist: a `jax.stages.Compiled`."""
-    schedule = training.learning_rate_schedule(config.training, STEPS_PER_EPOCH)
-    optimizer = training.make_optimizer(config.training, schedule)
-    step: Any = training.make_train_step(config, optimizer, schedule, STEPS_PER_EPOCH, mesh)
-    state = jax.eval_shape(functools.partial(training.create_state, config, optimizer))
+    """`make_train_step` for the chips of a mesh, none of which needs to exist: a `jax.stages.Compiled`."""
+    schedule = learning_rate_schedule(config.training, STEPS_PER_EPOCH)
+    optimizer = make_optimizer(config.training, schedule)
+    step: Any = make_train_step(config, optimizer, schedule, STEPS_PER_EPOCH, mesh)
+    state = jax.eval_shape(functools.partial(create_state, config, optimizer))
     size = config.training.batch_size
     batch = data.Batch(np.empty((size, IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8), np.empty(size, np.int32))
     return step.lower(_placed(state, data.replicated(mesh)), _placed(batch, data.split_images(mesh))).compile()

@@ -70,12 +70,12 @@ def evaluate_all(options: Sequence[EvaluateOptions]) -> None:
     runs = []
     for one in options:
         folder = Path(one.workdir)
-        config, results = load_config(folder), load_results(folder)
+        config, results = load_config(folder), _results(one)
         if _is_complete(one, config, results):
             print(f"{folder} has its results")
         else:
             evaluation.evaluate(one)
-            results = load_results(folder)
+            results = _results(one)
         runs.append(Measured(folder, dataclasses.replace(config, evaluation=one.evaluation), results))
     table = markdown(runs)
     path = Path(options[0].workdir).parent / COMPARISON_FILE
@@ -86,10 +86,15 @@ def evaluate_all(options: Sequence[EvaluateOptions]) -> None:
         print(f"wrote {path}")
 
 
+def _results(options: EvaluateOptions) -> dict[str, Accuracy]:
+    """What has been measured of a run's embeddings, made as the options say."""
+    made = options.evaluation.embeddings
+    results = load_results(Path(options.workdir))
+    return {name: accuracy for name, accuracy in results.items() if accuracy.get("embeddings", made) == made}
+
+
 def _is_complete(options: EvaluateOptions, config: Config, results: dict[str, Accuracy]) -> bool:
-    made = config.evaluation.embeddings
     as_trained = options.evaluation == config.evaluation and options.step == EvaluateOptions.step
-    as_trained &= all(accuracy.get("embeddings", made) == made for accuracy in results.values())
     return as_trained and "kNN" in results and ("linear" in results or config.evaluation.linear_epochs == 0)
 
 

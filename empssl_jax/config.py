@@ -20,7 +20,7 @@ class DataConfig(Checked):
     """Which images."""
 
     dataset: str = "cifar10"
-    """Name of a TFDS data set of images; or folder:PATH, a folder of JPEG, PNG and WebP files, as docs/data.md
+    """Name of a TFDS data set of images; or folder:PATH, a folder of image files (JPEG, PNG, ...), as docs/data.md
     describes; or digits, the 8x8 digits that scikit-learn contains."""
     train_split: str = "train"
     """Split that is trained on; labels play no part in it. kNN and the linear classifier learn from the labelled

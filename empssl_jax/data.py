@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from empssl_jax.checks import require
-from empssl_jax.config import DataConfig
+from empssl_jax.config import DataConfig, TrainingConfig
 from empssl_jax.folder_images import load_folder
 from empssl_jax.tfds_images import find_test_split, load_tfds
 
@@ -128,6 +128,15 @@ def batches(
     order = grain.MapDataset.range(len(dataset.labels)).shuffle(seed=seed).batch(batch_size, drop_remainder=True)
     steps = order.repeat(-(-last_step // steps_per_epoch)).slice(slice(first_step, last_step)).map(gather)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def placed_batches(
+    dataset: ImageDataset, config: TrainingConfig, first_step: int, last_step: int, mesh: Mesh
+) -> Iterator[Batch]:
+    """The batches of those steps, see `batches`, split over the devices."""
+    size = config.batch_size
+    for own in batches(dataset, size, config.seed, first_step, last_step, own_rows(mesh, size)):
+        yield Batch(*(place_rows(array, mesh, size) for array in own))
 
 
 def count_steps(dataset: ImageDataset, batch_size: int) -> int:

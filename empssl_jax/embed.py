@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import PIL.Image
 import tyro
 from jaxtyping import Float32, UInt8
 
@@ -30,6 +29,7 @@ from empssl_jax.config import RunConfig
 from empssl_jax.decoding import UnreadableError, decode
 from empssl_jax.digests import array_digests
 from empssl_jax.encoder import ImageEncoder, load
+from empssl_jax.folder_images import Files, list_images, look_at
 from empssl_jax.metrics import image_progress
 from empssl_jax.workdir import claimed, replacing
 
@@ -70,14 +70,14 @@ def embed_files(options: EmbedOptions) -> None:
             way are of something else.
     """
     root, output = Path(options.images), Path(options.output)
-    files = find_images(root)
+    files = _find_images(root)
     encoder = load(options.workdir, options.step)
     patches = encoder.config.evaluation.valid_patches if options.valid_patches is None else options.valid_patches
     encoder.embed([], patches)  # refuses a wrong number of them before anything is written
     folder = output.with_name(output.name + ".parts")
-    names = [file.relative_to(root if root.is_dir() else root.parent).as_posix() for file in files]
+    names = [file.name for file in files]
     with claimed(folder, "output"):
-        _begin(folder, encoder, patches, [[name, file.stat().st_size] for name, file in zip(names, files, strict=True)])
+        _begin(folder, encoder, patches, files)
         parts = _embed_parts(encoder, patches, files, folder, f"embedding {root}")
         embeddings = np.concatenate([part.embeddings for part in parts])
         reasons = [reason for part in parts for reason in part.reasons]
@@ -90,23 +90,28 @@ def embed_files(options: EmbedOptions) -> None:
     print(f"embeddings of {len(kept)} images: {output}")
 
 
-def find_images(root: Path) -> list[Path]:
-    """The image files below a folder, by their suffixes, in the order of their names; a file is taken as it is."""
-    if root.is_file():
-        return [root]
-    known = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
-    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in known and file.is_file())
+def _find_images(root: Path) -> Files:
+    """The image files below a folder; a file is taken as it is."""
+    files = [look_at(root.parent, root)] if root.is_file() else list_images(root, "images") if root.is_dir() else []
     if not files:
         raise UserError(f"--images {root} holds no image: give a folder of images, or one image.")
     return files
 
 
-def _begin(folder: Path, encoder: ImageEncoder, patches: int, files: list[list]) -> None:
+def _begin(folder: Path, encoder: ImageEncoder, patches: int, files: Files) -> None:
     """Writes down what the parts are of; refuses parts of something else."""
-    plan = {"patches": patches, "seed": encoder.config.training.seed, "image_size": encoder.image_size, "files": files}
-    plan |= {"encoder": array_digests(encoder.state), "patch": repr(encoder.config.patches)}
-    evaluation = encoder.config.evaluation
-    plan |= {"crops": evaluation.valid_crops, "layer": evaluation.embedded_layer, "cells": evaluation.cells}
+    config = encoder.config
+    plan = {
+        "encoder": array_digests(encoder.state),
+        "image_size": encoder.image_size,
+        "seed": config.training.seed,
+        "patch": repr(config.patches),
+        "patches": patches,
+        "crops": config.evaluation.valid_crops,
+        "layer": config.evaluation.embedded_layer,
+        "cells": config.evaluation.cells,
+        "files": [[file.name, file.size] for file in files],
+    }
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     path = folder / "plan"
     if not path.exists():
@@ -119,7 +124,7 @@ def _begin(folder: Path, encoder: ImageEncoder, patches: int, files: list[list])
         )
 
 
-def _embed_parts(encoder: ImageEncoder, patches: int, files: list[Path], folder: Path, title: str) -> list[Part]:
+def _embed_parts(encoder: ImageEncoder, patches: int, files: Files, folder: Path, title: str) -> list[Part]:
     """Each part, from the folder if it is there, else computed and left in it."""
     size, parts = BATCHES * encoder.config.evaluation.embedding_batch_size, []
     with image_progress(title, len(files)) as bar, ThreadPoolExecutor() as threads:
@@ -128,7 +133,7 @@ def _embed_parts(encoder: ImageEncoder, patches: int, files: list[Path], folder:
             part = _load_part(path)
             if part is None:
                 chosen = files[start : start + size]
-                read = list(threads.map(lambda file: _read(file, encoder.image_size), chosen))
+                read = list(threads.map(lambda file: _read(file.path, encoder.image_size), chosen))
                 part = _embed_part(encoder, patches, read, start)
                 with replacing(path) as file:
                     np.savez(file, embeddings=part.embeddings, reasons=np.array(part.reasons))

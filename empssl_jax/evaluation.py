@@ -31,7 +31,7 @@ from empssl_jax.linear import linear_accuracy
 from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
 from empssl_jax.report import try_to_report
-from empssl_jax.results import Accuracy, add_results, format_table, load_results
+from empssl_jax.results import Accuracy, add_results, format_table, load_results, of_embeddings
 from empssl_jax.whitening import whitened
 from empssl_jax.workdir import claimed, storage_errors
 
@@ -117,13 +117,13 @@ def _measure(
 ) -> dict[str, Accuracy]:
     if not have_labels(embeddings):
         return {}
-    results = {"kNN": measure_knn(embeddings, config, mesh)}
+    results = of_embeddings(made, {"kNN": measure_knn(embeddings, config, mesh)})
     try:
         if config.linear_epochs > 0:
-            results |= measure_linear(embeddings, config, seed, mesh)
+            results |= of_embeddings(made, measure_linear(embeddings, config, seed, mesh))
     finally:  # what was measured is shown and kept also where the linear classifier diverges or the disk is full
         print(format_table(load_results(folder) | results))
-        add_results(folder, results, made)
+        add_results(folder, results)
     return results
 
 

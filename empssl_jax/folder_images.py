@@ -11,7 +11,7 @@ from empssl_jax.checks import UserError, one_line
 from empssl_jax.config import DataConfig
 from empssl_jax.image_store import NO_LABEL, Example, Images, Source, load_images
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TEST_SPLITS = ("test", "validation", "val")
 SHOWN = 20  # files that cannot be decoded; the index of the decoded images has them all
 
@@ -50,18 +50,28 @@ def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[
     return images, len(classes)
 
 
-def list_images(root: Path) -> Files:
+def list_images(root: Path, option: str = "dataset") -> Files:
     """All image files under a folder, sorted by name; links are followed, hidden files and folders passed over.
 
     Raises:
-        UserError: a folder cannot be listed.
+        UserError: a folder cannot be listed; it names the option that the root was given by.
     """
     try:
-        return sorted(_look_at(root, path) for path in _walk(root, frozenset()))
+        return sorted(look_at(root, path) for path in _walk(root, frozenset()))
     except OSError as error:
         raise UserError(
-            f"--dataset: {error.filename} cannot be listed ({error.strerror}): mend or remove it."
+            f"--{option}: {error.filename} cannot be listed ({error.strerror}): mend or remove it."
         ) from error
+
+
+def look_at(root: Path, path: Path) -> ImageFile:
+    """A file under a folder."""
+    name = path.relative_to(root).as_posix()
+    try:
+        status = path.stat()
+    except OSError:  # as a link to nowhere: it cannot be decoded either
+        return ImageFile(name, path, -1, -1)
+    return ImageFile(name, path, status.st_size, status.st_mtime_ns)
 
 
 def hold_out(files: Files) -> tuple[Files, Files]:
@@ -84,15 +94,6 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
                 yield from _walk(Path(entry.path), above | {here})
             elif entry.name.lower().endswith(SUFFIXES):
                 yield Path(entry.path)
-
-
-def _look_at(root: Path, path: Path) -> ImageFile:
-    name = path.relative_to(root).as_posix()
-    try:
-        status = path.stat()
-    except OSError:  # as a link to nowhere: it cannot be decoded either
-        return ImageFile(name, path, -1, -1)
-    return ImageFile(name, path, status.st_size, status.st_mtime_ns)
 
 
 def _splits(root: Path, config: DataConfig) -> dict[str, Files]:

@@ -9,33 +9,37 @@ from empssl_jax.distributed import is_first_process
 from empssl_jax.workdir import replacing
 
 RESULTS_FILE = "results.json"
-Accuracy = dict[str, Any]  # "top1" and "top5", as fractions; in the file also "embeddings", how these were made
+Accuracy = dict[str, Any]  # "top1" and "top5", as fractions; of a run also "embeddings", in words how these were made
 
 
 def format_table(results: dict[str, Accuracy]) -> str:
-    """Accuracies in percent, a line each."""
+    """Accuracies in percent, a line each; of which embeddings, if not all are of the same."""
     width = max(map(len, results))
+    differ = len({value.get("embeddings") for value in results.values()}) > 1
     lines = [f"{'':{width}}   top-1   top-5"]
-    lines += [
-        f"{name:{width}}  {100 * value['top1']:5.2f}%  {100 * value['top5']:5.2f}%" for name, value in results.items()
-    ]
+    for name, value in results.items():
+        line = f"{name:{width}}  {100 * value['top1']:5.2f}%  {100 * value['top5']:5.2f}%"
+        lines.append(f"{line}  {value.get('embeddings', '')}".rstrip() if differ else line)
     return "\n".join(lines)
 
 
-def add_results(folder: Path, results: dict[str, Accuracy], embeddings: str | None = None) -> dict[str, Accuracy]:
+def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
     """Writes results into the folder's results.json, beside those of other names that are there; returns all.
 
     Args:
         folder: of the run, or of the embeddings.
         results: accuracies by the name of the measure.
-        embeddings: in words, how those were made that the accuracies are of, if that is known.
     """
-    made = {} if embeddings is None else {"embeddings": embeddings}
-    together = load_results(folder) | {name: accuracy | made for name, accuracy in results.items()}
+    together = load_results(folder) | results
     if is_first_process():
         with replacing(folder / RESULTS_FILE) as file:
             file.write((json.dumps(together, indent=2) + "\n").encode())
     return together
+
+
+def of_embeddings(made: str | None, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
+    """The results, each with how the embeddings were made that it is of; None if that is not known."""
+    return {name: accuracy | ({} if made is None else {"embeddings": made}) for name, accuracy in results.items()}
 
 
 def load_results(folder: Path) -> dict[str, Accuracy]:

@@ -1,125 +1,27 @@
-"""The train state, the train step, and the loop around it."""
+"""A run: the steps from its first or its newest checkpoint to the last, then embeddings and kNN."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int
+from jax.sharding import Mesh
 
-from empssl_jax import batch_norm, checkpoints, data, evaluation, interruption, loggers, profiling
+from empssl_jax import checkpoints, data, evaluation, interruption, loggers, profiling
 from empssl_jax.checkpoints import Checkpoints
 from empssl_jax.checks import UserError, require
-from empssl_jax.config import Config, RunConfig, TrainingConfig, training_differences
+from empssl_jax.config import Config, RunConfig, training_differences
 from empssl_jax.distributed import is_first_process, step_watchdog
-from empssl_jax.keys import parameters_key, training_patches_key
-from empssl_jax.lars import lars
-from empssl_jax.losses import coding_rate_bounds, emp_ssl_loss, normalise
+from empssl_jax.losses import coding_rate_bounds
 from empssl_jax.metrics import MetricsWriter
-from empssl_jax.models import EncoderState, default_precision, encoder_graph, encoder_state, init_encoder, is_layer
-from empssl_jax.patches import multi_patch
+from empssl_jax.models import EncoderState, default_precision
 from empssl_jax.probe import online_probe
-from empssl_jax.reductions import norm_pair
 from empssl_jax.report import try_to_report
+from empssl_jax.results import add_results, format_table, load_results, of_embeddings
+from empssl_jax.train_step import TrainState, create_state, learning_rate_schedule, make_optimizer, make_train_step
+from empssl_jax.untrained import measure_untrained
 from empssl_jax.workdir import claimed, storage_errors
-
-STATISTICS_PASSES = 10  # steps that set BatchNorm's statistics of an untrained encoder
-
-
-class TrainState(NamedTuple):
-    """Everything that training changes."""
-
-    step: Int[Array, ""]  # updates made so far
-    encoder: EncoderState
-    optimizer: optax.OptState
-
-
-TrainStep = Callable[[TrainState, data.Batch], tuple[TrainState, dict[str, Array]]]
-
-
-def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
-    """From the learning rate to 0 along a half cosine over all steps, after a linear rise if there is a warm-up.
-
-    The rise begins above 0: there LARS's clipping would let the whole gradient into its momentum, and the next steps,
-    at a higher rate, would make the encoder collapse.
-    """
-    last_step = config.max_epochs * steps_per_epoch
-    warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), last_step - 1)
-    cosine_steps = last_step - warmup_steps
-    cosine = optax.cosine_decay_schedule(config.learning_rate, cosine_steps)
-    rise = optax.linear_schedule(config.learning_rate / (warmup_steps + 1), config.learning_rate, warmup_steps)
-    return optax.join_schedules([rise, cosine], [warmup_steps]) if warmup_steps else cosine
-
-
-def make_optimizer(config: TrainingConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """LARS as the config has it."""
-    return lars(schedule, config.weight_decay, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
-
-
-def create_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    encoder = init_encoder(config.model, parameters_key(config.training.seed))
-    return TrainState(jnp.zeros([], jnp.int32), encoder, optimizer.init(encoder.params))
-
-
-def make_train_step(
-    config: Config, optimizer: optax.GradientTransformation, schedule: optax.Schedule, steps_per_epoch: int, mesh: Mesh
-) -> TrainStep:
-    """The compiled step (state, batch) -> (state, metrics), data parallel over the devices of the mesh.
-
-    It is `jax.jit(jax.shard_map(...))`, which is what `jax.pmap` has become: each device augments and encodes its
-    share of the images; BatchNorm shares its statistics; the devices exchange projections, so that the coding rate and
-    its gradient are those of the whole batch. The result does not depend on the number of devices. The state is
-    donated: the caller's copy is gone.
-    """
-    graph = encoder_graph(config.model, data.DATA_AXIS, config.run.remat)
-
-    def summed_in_float32(node):
-        """Makes shard_map sum a layer's gradients over the devices here, not in the precision of the layer."""
-        return jax.lax.pcast(node, data.DATA_AXIS, to="varying") if is_layer(node) else node
-
-    def loss_fn(params, batch_stats, patches):
-        num_images, num_patches = patches.shape[:2]
-        encoder = nnx.merge(graph, jax.tree.map(summed_in_float32, params, is_leaf=is_layer), batch_stats)
-        encoder.train()
-        _, projections = encoder(patches.reshape(-1, *patches.shape[2:]))
-        by_patch = jnp.swapaxes(normalise(projections).reshape(num_images, num_patches, -1), 0, 1)
-        loss = emp_ssl_loss(
-            by_patch, config.training.invariance_coefficient, config.training.coding_rate_eps, data.DATA_AXIS
-        )
-        return loss.total, (loss, encoder_state(encoder).batch_stats)
-
-    def step(state: TrainState, batch: data.Batch) -> tuple[TrainState, dict[str, Array]]:
-        patches = multi_patch(
-            training_patches_key(config.training.seed, state.step // steps_per_epoch),
-            batch.images,
-            config.patches.train_patches,
-            indices=batch.indices,
-            **config.patches.crops,
-        )
-        gradients, (loss, batch_stats) = jax.grad(loss_fn, has_aux=True)(*state.encoder, patches)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.encoder.params)
-        encoder = EncoderState(optax.apply_updates(state.encoder.params, updates), batch_stats)
-        update_norm, parameter_norm = norm_pair(updates, encoder.params)
-        metrics = {
-            "loss": loss.total,
-            "coding_rate": loss.coding_rate,
-            "similarity": loss.similarity,
-            "learning_rate": schedule(state.step),
-            "update_norm": update_norm,
-            "parameter_norm": parameter_norm,
-        }
-        return TrainState(state.step + 1, encoder, optimizer_state), metrics
-
-    whole, split = PartitionSpec(), PartitionSpec(data.DATA_AXIS)
-    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, split), out_specs=whole), donate_argnums=0)
 
 
 def train(config: Config) -> None:
@@ -154,13 +56,13 @@ def _train(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: P
         checkpoints.save_config(workdir, config)
         checkpoints.save_image_size(workdir, datasets["train"].images.shape[1])
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
-        _measure_untrained(config, datasets, mesh, workdir)
+        measure_untrained(config, datasets, mesh, workdir)
     encoder = _fit(config, datasets, mesh, workdir)
     if config.evaluation.valid_patches > 0:
         embeddings = evaluation.embed_and_save(config, encoder, datasets, mesh, workdir)
         if evaluation.have_labels(embeddings):
             knn = {"kNN": evaluation.measure_knn(embeddings, config.evaluation, mesh)}
-            print(evaluation.format_table(evaluation.add_results(workdir, knn, config.evaluation.embeddings)))
+            print(format_table(add_results(workdir, of_embeddings(config.evaluation.embeddings, knn))))
     if config.evaluation.report:
         try_to_report(workdir, config, datasets)
 
@@ -182,7 +84,7 @@ def _check_workdir(workdir: Path, config: Config) -> int:
 
     Returns the step that training starts or resumes at.
     """
-    evaluation.load_results(workdir)  # refuses a damaged file now rather than after the training
+    load_results(workdir)  # refuses a damaged file now rather than after the training
     with Checkpoints(workdir) as store:
         newest = store.latest_step()
     differences = [] if newest is None else training_differences(config, checkpoints.load_config(workdir))
@@ -208,9 +110,10 @@ def _fit(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: Pat
             print(f"resuming {workdir} at step {first_step} of {last_step}")
         if config.run.profile and is_first_process():
             train_step = profiling.traced(train_step, workdir / "profile")
+        batches = data.placed_batches(dataset, config.training, first_step, last_step, mesh)
         watchdog = step_watchdog(config.distributed.step_timeout)
         with _metrics_writer(config, workdir, first_step, last_step) as writer, watchdog as step_done:
-            for step, batch in _placed_batches(config, dataset, first_step, last_step, mesh):
+            for step, batch in enumerate(batches, start=first_step):
                 state, metrics = train_step(state, batch)
                 writer.add(step, metrics)
                 store.check()
@@ -252,40 +155,3 @@ def _initial_state(config: Config, optimizer, store: Checkpoints, mesh: Mesh) ->
     step, encoder, optimizer_state = store.restore(template.encoder, template.optimizer, sharding, "latest")
     store.set_aside_after(step)
     return TrainState(data.place(np.array(step, np.int32), sharding), encoder, optimizer_state)
-
-
-def _placed_batches(
-    config: Config, dataset, first_step: int, last_step: int, mesh: Mesh
-) -> Iterator[tuple[int, data.Batch]]:
-    """The steps and their batches, on the devices."""
-    batch_size = config.training.batch_size
-    rows = data.own_rows(mesh, batch_size)
-    batches = data.batches(dataset, batch_size, config.training.seed, first_step, last_step, rows)
-    for step, batch in enumerate(batches, start=first_step):
-        yield step, data.Batch(*(data.place_rows(own, mesh, batch_size) for own in batch))
-
-
-def _measure_untrained(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: Path) -> None:
-    """Measures kNN with the initial parameters, for comparison, and writes it into results.json.
-
-    No handicap: BatchNorm gets the statistics of real batches of training patches, from steps whose optimizer changes
-    nothing. They start at mean 0 and variance 1 and keep a share of themselves in each pass; the share of that start is
-    taken out again.
-    """
-    name = "kNN before training"
-    if name in evaluation.load_results(workdir):
-        return
-    dataset = datasets["train"]
-    steps_per_epoch = data.count_steps(dataset, config.training.batch_size)
-    nothing = optax.set_to_zero()
-    step = make_train_step(config, nothing, optax.constant_schedule(0.0), steps_per_epoch, mesh)
-    state = jax.jit(functools.partial(create_state, config, nothing), out_shardings=data.replicated(mesh))()
-    start = jax.tree.map(jnp.copy, state.encoder.batch_stats)
-    for _, batch in _placed_batches(config, dataset, 0, STATISTICS_PASSES, mesh):
-        state, _ = step(state, batch)
-    kept = batch_norm.MOMENTUM**STATISTICS_PASSES
-    batch_stats = jax.tree.map(lambda now, first: (now - kept * first) / (1 - kept), state.encoder.batch_stats, start)
-    embeddings = evaluation.embed_splits(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
-    if evaluation.have_labels(embeddings):
-        knn = {name: evaluation.measure_knn(embeddings, config.evaluation, mesh)}
-        evaluation.add_results(workdir, knn, config.evaluation.embeddings)

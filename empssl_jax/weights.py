@@ -28,7 +28,7 @@ from empssl_jax.encoder import ImageEncoder, load
 from empssl_jax.keys import parameters_key
 from empssl_jax.models import default_precision, init_encoder
 from empssl_jax.torch_names import TorchWeights, from_torch, to_torch
-from empssl_jax.training import learning_rate_schedule, make_optimizer
+from empssl_jax.train_step import learning_rate_schedule, make_optimizer
 from empssl_jax.workdir import claimed, replacing, storage_errors
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt"}

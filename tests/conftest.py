@@ -16,8 +16,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 # Not the config and the encoder: they check their values themselves, and are tested with values of wrong types.
 CHECKED = ("batch_norm", "checkpoints", "crops", "data", "decoding", "digests", "embeddings", "evaluation")
 CHECKED += ("folder_images", "image_store", "keys", "knn", "lars", "linear", "losses", "metrics", "models", "patches")
-CHECKED += ("probe", "reductions", "tfds_images", "torch_names", "training", "whitening", "workdir")
-CHECKED += ("report.findings", "report.pictures")
+CHECKED += ("probe", "reductions", "tfds_images", "torch_names", "train_step", "training", "untrained", "whitening")
+CHECKED += ("workdir", "report.findings", "report.pictures")
 jaxtyping.install_import_hook([f"empssl_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"

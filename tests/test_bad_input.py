@@ -19,12 +19,13 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets import features
 
 from benchmarks import fuzz
-from empssl_jax import checkpoints, data, embeddings, evaluation, training
+from empssl_jax import checkpoints, data, embeddings, evaluation
 from empssl_jax.checks import UserError
 from empssl_jax.command_line import user_errors_exit
 from empssl_jax.config import DataConfig, EvaluationConfig, TrainingConfig
 from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
+from empssl_jax.train_step import learning_rate_schedule
 
 EXAMPLES = 300  # python -m benchmarks.fuzz tries more
 
@@ -40,7 +41,7 @@ def test_random_input_works_or_is_refused(kind, tmp_path):
 
 
 def test_the_warm_up_leaves_a_step_to_the_cosine():
-    schedule = training.learning_rate_schedule(TrainingConfig(warmup_epochs=0.999, learning_rate=0.5), 4)
+    schedule = learning_rate_schedule(TrainingConfig(warmup_epochs=0.999, learning_rate=0.5), 4)
     np.testing.assert_allclose(jax.vmap(schedule)(jnp.arange(4)), [0.125, 0.25, 0.375, 0.5], rtol=1e-6)
 
 

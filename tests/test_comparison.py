@@ -9,7 +9,7 @@ import pytest
 from empssl_jax import checkpoints, comparison, evaluation
 from empssl_jax.checks import UserError
 from empssl_jax.config import Config, EvaluationConfig, TrainingConfig
-from empssl_jax.results import add_results
+from empssl_jax.results import add_results, of_embeddings
 
 KNN = {0: (0.30, 0.80), 1: (0.34, 0.84), 2: (0.44, 0.88)}  # by seed
 
@@ -83,9 +83,19 @@ def test_only_what_is_missing_or_asked_for_otherwise_is_measured(tmp_path, no_ev
 def test_results_of_other_embeddings_are_measured_again(tmp_path, no_evaluation):
     folders = [write_run(tmp_path / name, 0, 0.5, 0.9) for name in ("a", "b")]
     for folder, options in zip(folders, (EvaluationConfig(), EvaluationConfig(whiten=True)), strict=True):
-        add_results(Path(folder), {"kNN": {"top1": 0.5, "top5": 0.9}}, options.embeddings)
+        add_results(Path(folder), of_embeddings(options.embeddings, {"kNN": {"top1": 0.5, "top5": 0.9}}))
     compare(*folders)
     assert [options.workdir for options in no_evaluation] == folders[1:]
+    # Without a linear classifier, a run's linear accuracy of other embeddings is neither shown nor measured again.
+    old = {"linear": {"top1": 0.6, "top5": 1.0}}
+    add_results(Path(folders[0]), of_embeddings(EvaluationConfig(whiten=True).embeddings, old))
+    config = Config(evaluation=EvaluationConfig(linear_epochs=0))
+    checkpoints.save_config(Path(folders[0]), config)
+    no_evaluation.clear()
+    compare(folders[0], folders[0])
+    assert no_evaluation == []
+    header = (tmp_path / "comparison.md").read_text().splitlines()[0]
+    assert cells(header)[3:] == ["kNN top-1", "kNN top-5"]
 
 
 def test_one_run_is_evaluated_as_ever(tmp_path, no_evaluation):

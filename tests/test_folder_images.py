@@ -79,10 +79,14 @@ def test_splits_may_have_other_names(root):
     assert (bank.labels.tolist(), bank.names.tolist()) == ([0, 1], ["a/1.png", "b/2.png"])
 
 
-def test_files_of_all_three_kinds_are_found_and_no_others(root):
-    write(root, "a.JPG", "b.jpeg", "deep/er/c.webp", "d.PNG", "e.gif", ".hidden.png", ".folder/f.png")
+def test_image_files_are_found_and_no_others(root):
+    write(
+        root, "a.JPG", "b.jpeg", "deep/er/c.webp", "d.PNG", "e.gif", "f.bmp", "g.tiff", ".hidden.png", ".folder/f.png"
+    )
     (root / "notes.txt").write_text("no picture")
-    assert [file.name for file in list_images(root)] == ["a.JPG", "b.jpeg", "d.PNG", "deep/er/c.webp"]
+    assert [file.name for file in list_images(root)] == sorted(
+        ["a.JPG", "b.jpeg", "deep/er/c.webp", "d.PNG", "e.gif", "f.bmp", "g.tiff"]
+    )
     assert (load(root).num_classes, set(load(root).labels.tolist())) == (0, {-1})  # one subfolder is no class
 
 
@@ -168,7 +172,7 @@ def same_image(root):
 REFUSED = {
     "no folder": (lambda root: root.rmdir(), {}, "pictures' is no folder: give folder:PATH"),
     "a file": (lambda root: (root.rmdir(), root.write_text("x")), {}, "is no folder"),
-    "no images": (lambda root: (root / "a.txt").write_text("x"), {}, r"has no images \(\.jpeg, \.jpg, \.png, \.webp\)"),
+    "no images": (lambda root: (root / "a.txt").write_text("x"), {}, r"has no images \(\.bmp, \.gif, \.jpeg, "),
     "one image": (lambda root: write(root, "a.png"), {}, "has only one image: give a folder with some to train and"),
     "an empty split": (lambda root: (write(root, *NESTED), (root / "val").mkdir()), {"test_split": "val"}, "in val/"),
     "test alone": (lambda root: write(root, "test/a.png"), {}, "--train-split is 'train': .* subfolder beside test"),

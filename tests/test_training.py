@@ -14,6 +14,7 @@ import pytest
 from empssl_jax import data, training
 from empssl_jax.checks import UserError
 from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
+from empssl_jax.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
 
 CONFIG = Config(
     data=DataConfig(dataset="digits"),
@@ -39,10 +40,10 @@ def batches():
 def compiled_step(num_devices: int, config: Config = CONFIG):
     """The step, a function that makes its first state, and the mesh."""
     mesh = data.device_mesh(num_devices)
-    schedule = training.learning_rate_schedule(config.training, STEPS_PER_EPOCH)
-    optimizer = training.make_optimizer(config.training, schedule)
-    step = training.make_train_step(config, optimizer, schedule, STEPS_PER_EPOCH, mesh)
-    return step, lambda: jax.device_put(training.create_state(config, optimizer), data.replicated(mesh)), mesh
+    schedule = learning_rate_schedule(config.training, STEPS_PER_EPOCH)
+    optimizer = make_optimizer(config.training, schedule)
+    step = make_train_step(config, optimizer, schedule, STEPS_PER_EPOCH, mesh)
+    return step, lambda: jax.device_put(create_state(config, optimizer), data.replicated(mesh)), mesh
 
 
 def run_steps(batches, num_devices: int, config: Config = CONFIG):
@@ -120,13 +121,13 @@ def test_gradients_are_summed_over_devices_in_float32(batches):
 
 def test_the_schedule_is_a_half_cosine_over_all_steps():
     config = TrainingConfig(max_epochs=2, learning_rate=0.3)
-    schedule = training.learning_rate_schedule(config, 6)
+    schedule = learning_rate_schedule(config, 6)
     expected = [0.15 * (1 + math.cos(math.pi * t / 12)) for t in range(12)]
     np.testing.assert_allclose([float(schedule(t)) for t in range(12)], expected, rtol=1e-5)
 
 
 def test_warm_up_rises_linearly_then_falls():
-    schedule = training.learning_rate_schedule(TrainingConfig(max_epochs=2, warmup_epochs=0.5, learning_rate=0.3), 8)
+    schedule = learning_rate_schedule(TrainingConfig(max_epochs=2, warmup_epochs=0.5, learning_rate=0.3), 8)
     rates = [float(schedule(t)) for t in range(17)]
     np.testing.assert_allclose(rates[:5], [0.06, 0.12, 0.18, 0.24, 0.3], rtol=1e-5)
     assert rates[4:] == sorted(rates[4:], reverse=True)
@@ -135,8 +136,8 @@ def test_warm_up_rises_linearly_then_falls():
 
 def test_an_update_of_nothing_leaves_the_parameters(batches):
     mesh, nothing = data.device_mesh(1), optax.set_to_zero()
-    step = training.make_train_step(CONFIG, nothing, optax.constant_schedule(0.0), STEPS_PER_EPOCH, mesh)
-    before = training.create_state(CONFIG, nothing)
+    step = make_train_step(CONFIG, nothing, optax.constant_schedule(0.0), STEPS_PER_EPOCH, mesh)
+    before = create_state(CONFIG, nothing)
     kept = jax.tree.map(jnp.copy, before)
     after, _ = step(before, jax.device_put(batches[0], data.split_images(mesh)))
     for ours, theirs in zip(jax.tree.leaves(kept.encoder.params), jax.tree.leaves(after.encoder.params), strict=True):

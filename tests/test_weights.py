@@ -20,6 +20,7 @@ from empssl_jax.checkpoints import Checkpoints
 from empssl_jax.checks import UserError
 from empssl_jax.config import ModelConfig
 from empssl_jax.keys import parameters_key
+from empssl_jax.train_step import make_optimizer
 
 KEY = jax.random.key(0)
 OFFICIAL = ModelConfig(hidden_dim=64, projection_dim=32, precision="float32")
@@ -100,7 +101,7 @@ def test_export_then_import_is_exact(tiny_run, tmp_path, kind):
     run = dataclasses.replace(theirs.config.run, workdir=str(workdir))
     assert ours.config == dataclasses.replace(theirs.config, run=run)
     # Training starts from there.
-    optimizer = training.make_optimizer(ours.config.training, lambda step: 0.1)
+    optimizer = make_optimizer(ours.config.training, lambda step: 0.1)
     with Checkpoints(workdir) as store:
         state = training._initial_state(ours.config, optimizer, store, data.device_mesh())
     assert int(state.step) == 0

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from empssl_jax import data, evaluation, training
+from empssl_jax import data, evaluation, train_step, training
 from empssl_jax.checkpoints import Checkpoints
 from empssl_jax.command_line import parse_train_options
 from empssl_jax.metrics import DivergenceError
+from empssl_jax.train_step import create_state, make_optimizer
 from tests.test_end_to_end import DIGITS, REPOSITORY
 
 STEP = 7
@@ -24,16 +25,16 @@ def in_an_image(patch, config, value):
     """Into the patches of one image of that step."""
     dataset = evaluation.load_datasets(config)["train"]
     batch = next(data.batches(dataset, config.training.batch_size, config.training.seed, STEP, STEP + 1))
-    spared = training.multi_patch
+    spared = train_step.multi_patch
 
     def multi_patch(*args, indices, **options):
         patches = spared(*args, indices=indices, **options)
         # Epochs begin at steps 0, 5 and 10: the image comes once before.
-        epochs = args[0] == training.training_patches_key(config.training.seed, STEP // 5)
+        epochs = args[0] == train_step.training_patches_key(config.training.seed, STEP // 5)
         hit = (indices == batch.indices[3]) & epochs
         return patches.at[:, 2, 5, 5, 1].set(jnp.where(hit, value, patches[:, 2, 5, 5, 1]))
 
-    patch.setattr(training, "multi_patch", multi_patch)
+    patch.setattr(train_step, "multi_patch", multi_patch)
 
 
 def in_a_parameter(patch, config, value):
@@ -82,8 +83,8 @@ def test_the_run_stops_at_the_step_and_keeps_what_is_good(damage, value, tmp_pat
     assert not (tmp_path / "embeddings").exists()
     with Checkpoints(tmp_path) as store:
         assert store.latest_step() == 6
-        optimizer = training.make_optimizer(config.training, lambda step: 0.1)
-        template = jax.eval_shape(lambda: training.create_state(config, optimizer))
+        optimizer = make_optimizer(config.training, lambda step: 0.1)
+        template = jax.eval_shape(lambda: create_state(config, optimizer))
         _, *state = store.restore(template.encoder, template.optimizer, data.replicated(data.device_mesh()), "latest")
     assert all(np.isfinite(array).all() for array in jax.tree.leaves(state))
 

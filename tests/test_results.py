@@ -1,0 +1,26 @@
+"""The table of a run's accuracies and the file they are kept in."""
+
+from empssl_jax.results import add_results, format_table, load_results, of_embeddings
+
+PLAIN = {"kNN": {"top1": 0.625, "top5": 1.0}}
+LINEAR = {"linear": {"top1": 0.5, "top5": 0.03}}
+
+
+def test_a_line_for_each_measure_in_percent():
+    assert format_table(PLAIN | LINEAR).splitlines() == [
+        "         top-1   top-5",
+        "kNN     62.50%  100.00%",
+        "linear  50.00%   3.00%",
+    ]
+
+
+def test_the_embeddings_are_named_where_they_differ(tmp_path):
+    add_results(tmp_path, of_embeddings("16 random patches", PLAIN))
+    both = add_results(tmp_path, of_embeddings("16 grid patches", LINEAR))
+    assert both == load_results(tmp_path)
+    assert [line.rpartition("%  ")[2] for line in format_table(both).splitlines()[1:]] == [
+        "16 random patches",
+        "16 grid patches",
+    ]
+    assert "patches" not in format_table(of_embeddings("16 grid patches", PLAIN | LINEAR))
+    assert of_embeddings(None, PLAIN) == PLAIN
