@@ -27,6 +27,7 @@ POINTS: dict[str, list[str]] = {
     "width 16, 10 patches": ["--width", "16", "--train-patches", "10"],
     "width 16": ["--width", "16"],
     "width 16, 2 epochs": ["--width", "16", "--max-epochs", "2"],
+    "width 16, patches of 24x24": ["--width", "16", "--patch-size", "24"],
     "width 32": ["--width", "32"],
     "width 32, 2 epochs": ["--width", "32", "--max-epochs", "2"],
     "width 48": ["--width", "48"],
