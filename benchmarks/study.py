@@ -20,9 +20,9 @@ import tyro
 
 from benchmarks.measure import append_line, checkpoint_embeddings, read_lines
 from empssl_jax import data, evaluation, training
-from empssl_jax.checks import UserError
 from empssl_jax.compilation import keep_compiled_programs
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
+from empssl_jax.workdir import InUseError
 
 BASE = Config(
     data=DataConfig(train_split="train[:5000]", test_split="train[45000:]"),
@@ -166,7 +166,7 @@ def main(options: Options) -> None:
                 continue
             try:
                 workdir = trained(options, name if name in TRAINING else "base", seed)
-            except UserError as error:  # another process is at it
+            except InUseError as error:
                 print(error)
                 continue
             measure = EvaluationConfig(**EVALUATION[name]) if name in EVALUATION else BASE.evaluation

@@ -17,6 +17,10 @@ from empssl_jax.distributed import is_first_process
 LOCK_FILE = "lock"
 
 
+class InUseError(UserError):
+    """Another process is using the folder."""
+
+
 class StorageError(UserError):
     """Something could not be written; what was saved before is intact."""
 
@@ -31,7 +35,8 @@ def claimed(workdir: Path, option: str = "workdir") -> Iterator[None]:
     only the first one takes it.
 
     Raises:
-        UserError: the folder cannot be written to, or another process is using it.
+        UserError: the folder cannot be written to.
+        InUseError: another process is using it.
     """
     if not is_first_process():
         yield
@@ -54,7 +59,7 @@ def _lock(file: IO[str], workdir: Path, option: str) -> None:
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "another process"
-        raise UserError(
+        raise InUseError(
             f"--{option} {workdir} is in use by {owner}: wait for it, stop it, or give another folder."
         ) from None
     except OSError as error:
