@@ -94,7 +94,7 @@ def picture(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         place = x(line["minutes"]), y(100 * line["top1"])
         parts.append(f'<circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="4" fill="#2a6fbb"/>')
-        parts.append(f'<text x="{place[0] + 8:.1f}" y="{place[1] + 4:.1f}">{line["point"]}</text>')
+        parts.append(f'<text x="{place[0] + 8:.1f}" y="{place[1] - 4:.1f}">{line["point"]}</text>')
     style = "text{font:12px sans-serif;fill:#777}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"><style>{style}</style>'
     return head + "".join(parts) + "</svg>\n"
