@@ -14,7 +14,7 @@ from empssl_jax import data, evaluation, train_step, training
 from empssl_jax.checkpoints import Checkpoints
 from empssl_jax.command_line import parse_train_options
 from empssl_jax.metrics import DivergenceError
-from empssl_jax.train_step import create_state, make_optimizer
+from empssl_jax.train_step import create_state
 from tests.test_end_to_end import DIGITS, REPOSITORY
 
 STEP = 7
@@ -83,7 +83,7 @@ def test_the_run_stops_at_the_step_and_keeps_what_is_good(damage, value, tmp_pat
     assert not (tmp_path / "embeddings").exists()
     with Checkpoints(tmp_path) as store:
         assert store.latest_step() == 6
-        optimizer = make_optimizer(config.training, lambda step: 0.1)
+        optimizer = training.make_optimizer(config.training, lambda step: 0.1)
         template = jax.eval_shape(lambda: create_state(config, optimizer))
         _, *state = store.restore(template.encoder, template.optimizer, data.replicated(data.device_mesh()), "latest")
     assert all(np.isfinite(array).all() for array in jax.tree.leaves(state))
