@@ -92,7 +92,9 @@ def embed_files(options: EmbedOptions) -> None:
 
 def _find_images(root: Path) -> Files:
     """The image files below a folder; a file is taken as it is."""
-    files = [look_at(root.parent, root)] if root.is_file() else list_images(root, "images") if root.is_dir() else []
+    if root.is_file():
+        return [look_at(root.parent, root)]
+    files = list_images(root, "images") if root.is_dir() else []
     if not files:
         raise UserError(f"--images {root} holds no image: give a folder of images, or one image.")
     return files

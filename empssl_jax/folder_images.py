@@ -92,7 +92,7 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
                 continue
             if entry.is_dir():
                 yield from _walk(Path(entry.path), above | {here})
-            elif entry.name.lower().endswith(SUFFIXES):
+            elif entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or entry.is_symlink()):  # no pipes
                 yield Path(entry.path)
 
 
