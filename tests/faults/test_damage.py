@@ -76,7 +76,7 @@ def assert_is_the_state_of(step, encoder, optimizer):
 def test_every_file_of_the_newest_checkpoint_damaged_in_turn(saved, tmp_path, capsys, damage):
     newest = saved / "checkpoints" / "3"
     names = sorted(str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file())
-    outcomes = {"harmless": 0, "the one before": 0}
+    noticed = set()
     for i, name in enumerate(names):
         workdir = tmp_path / str(i)
         shutil.copytree(saved, workdir)
@@ -89,12 +89,13 @@ def test_every_file_of_the_newest_checkpoint_damaged_in_turn(saved, tmp_path, ca
         assert step in (2, 3), name
         assert warned == (step == 2), name
         assert_is_the_state_of(step, *state)
-        outcomes["harmless" if step == 3 else "the one before"] += 1
         if step == 2:
+            noticed.add(name)
             with pytest.raises(UserError, match="No undamaged checkpoint"):
                 restore(workdir, 3)
-    print(f"{damage.__name__}: {outcomes} of {len(names)} files")
-    assert outcomes["the one before"] > len(names) // 3
+    print(f"{damage.__name__}: {len(noticed)} of {len(names)} files matter")
+    # How many files TensorStore writes, and how many of them hold anything needed, differs from run to run.
+    assert {"encoder", "optimizer", "record"} <= {name.split("/")[0] for name in noticed}
 
 
 def test_all_checkpoints_damaged_is_an_error_and_no_fresh_start(saved, tmp_path):
