@@ -41,11 +41,9 @@ TRAINING: dict[str, Changes] = {
     "batch 25": {"batch_size": 25},
     "batch 100": {"batch_size": 100},
     "learning rate 0.1": {"learning_rate": 0.1},
-    "learning rate 0.6": {"learning_rate": 0.6},
     "learning rate 1": {"learning_rate": 1.0},
     "eta 0.002": {"trust_coefficient": 0.002},
     "eta 0.01": {"trust_coefficient": 0.01},
-    "lambda 50": {"invariance_coefficient": 50.0},
     "lambda 100": {"invariance_coefficient": 100.0},
     "lambda 400": {"invariance_coefficient": 400.0},
     "eps 0.05": {"coding_rate_eps": 0.05},
@@ -56,10 +54,7 @@ TRAINING: dict[str, Changes] = {
     "crops of 0.6": {"patch_area": 0.6},
     "projections of 64": {"projection_dim": 64},
     "projections of 1024": {"projection_dim": 1024},
-    "5 patches, 2 epochs": {"train_patches": 5, "max_epochs": 2},
     "10 patches, 2 epochs": {"train_patches": 10, "max_epochs": 2},
-    "batch 100, projections of 1024": {"batch_size": 100, "projection_dim": 1024},
-    "batch 25, crops of 0.4": {"batch_size": 25, "patch_area": 0.4},
     "batch 25, projections of 1024": {"batch_size": 25, "projection_dim": 1024},
 }
 # Other embeddings of the base runs; neighbours in this list that differ in whitening alone are computed once.
