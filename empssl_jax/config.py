@@ -119,11 +119,11 @@ class TrainingConfig(Checked):
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(Checked):
-    """Embeddings and how they are measured."""
+class EmbeddingConfig(Checked):
+    """How an image is embedded."""
 
     valid_patches: int = whole(128, 0, 1_000_000)
-    """Patches averaged into an embedding; 0 trains without measuring."""
+    """Patches averaged into an embedding; 0 leaves embeddings, and so all measures, out."""
     valid_crops: Literal["random", "grid"] = "random"
     """What these patches are: random ones, made as in training and as in the paper; or the crops of a regular grid in
     their own colours, of which fewer are enough and which measure better (docs/recipe.md)."""
@@ -133,26 +133,8 @@ class EvaluationConfig(Checked):
     cells: int = whole(1, 1, 10)
     """Cells along each side of the image. Each cell averages its own patches of the grid, and the embedding is the
     cells' means side by side, so that it knows what was where; 1 averages all, as in the paper."""
-    whiten: bool = False
-    """Whiten the embeddings before kNN, by mean and covariance of the training images'."""
     embedding_batch_size: int = whole(250, 1, 100_000)
     """Images embedded at a time, over all devices."""
-    num_neighbours: int = whole(20, 1)
-    """Neighbours that vote in kNN."""
-    temperature: float = real(0.07, 0.02)
-    """A neighbour of cosine similarity s has exp(s / temperature) votes."""
-    linear_epochs: int = whole(100, 0, 100_000)
-    """Epochs of the linear classifier; 0 leaves it out."""
-    linear_learning_rate: float = real(0.03, 1e-9)
-    """Its learning rate at the start, falling to 0 along a half cosine."""
-    linear_weight_decay: float = real(5e-5, 0.0)
-    """Its L2 penalty."""
-    linear_batch_size: int = whole(100, 1)
-    """Its batch size."""
-    untrained: bool = False
-    """Also measure kNN before training, after a few passes that set BatchNorm's statistics but learn nothing."""
-    report: bool = True
-    """Write report.html, a page of figures and explanations, at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,6 +151,30 @@ class EvaluationConfig(Checked):
     def grid_side(self) -> int:
         """Crops along each side of a grid of `valid_patches`."""
         return math.isqrt(self.valid_patches)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(EmbeddingConfig):
+    """Embeddings and how they are measured."""
+
+    whiten: bool = False
+    """Whiten the embeddings before kNN, by mean and covariance of the training images'."""
+    num_neighbours: int = whole(20, 1)
+    """Neighbours that vote in kNN."""
+    temperature: float = real(0.07, 0.02)
+    """A neighbour of cosine similarity s has exp(s / temperature) votes."""
+    linear_epochs: int = whole(100, 0, 100_000)
+    """Epochs of the linear classifier; 0 leaves it out."""
+    linear_learning_rate: float = real(0.03, 1e-9)
+    """Its learning rate at the start, falling to 0 along a half cosine."""
+    linear_weight_decay: float = real(5e-5, 0.0)
+    """Its L2 penalty."""
+    linear_batch_size: int = whole(100, 1)
+    """Its batch size."""
+    untrained: bool = False
+    """Also measure kNN before training, after a few passes that set BatchNorm's statistics but learn nothing."""
+    report: bool = True
+    """Write report.html, a page of figures and explanations, at the end."""
 
     @property
     def embeddings(self) -> str:

@@ -3,9 +3,10 @@
     python -m empssl_jax.embed --workdir runs/cifar10 --images photos --output photos.npz
 
 Folders are worked off in parts, kept in OUTPUT.parts until all are done: the same command goes on where it was stopped,
-to the same embeddings bit for bit.
+to the same embeddings bit for bit. What is not given of how images are embedded is as in the evaluation of the run.
 """
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -15,17 +16,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
 from jaxtyping import Float32, UInt8
 
-from empssl_jax.checkpoints import Which
+from empssl_jax.checkpoints import Which, load_config
 from empssl_jax.checks import UserError
 from empssl_jax.command_line import user_errors_exit
 from empssl_jax.compilation import keep_compiled_programs
-from empssl_jax.config import RunConfig
+from empssl_jax.config import EmbeddingConfig, RunConfig
 from empssl_jax.decoding import UnreadableError, decode
 from empssl_jax.digests import array_digests
 from empssl_jax.encoder import ImageEncoder, load
@@ -49,8 +50,23 @@ class EmbedOptions:
     those that were skipped."""
     step: Which = "latest"
     """Checkpoint to use: its step, or the newest, or the one with the lowest loss."""
-    valid_patches: int | None = None
-    """Patches averaged into an embedding; by default as many as in the run's evaluation."""
+    embedding: Annotated[EmbeddingConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EmbeddingConfig)
+
+
+def parse_embed_options(arguments: Sequence[str]) -> EmbedOptions:
+    """The options of this command; the embedding is as in the evaluation of the run, where they say nothing else."""
+
+    @dataclass(frozen=True)
+    class Source:
+        workdir: str = EmbedOptions.workdir
+
+    default = EmbedOptions(images=tyro.MISSING)
+    if not {"-h", "--help"} & set(arguments):
+        source, _ = tyro.cli(Source, args=list(arguments), return_unknown_args=True, add_help=False)
+        evaluation = load_config(Path(source.workdir)).evaluation
+        run = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(EmbeddingConfig)}
+        default = dataclasses.replace(default, embedding=EmbeddingConfig(**run))
+    return tyro.cli(EmbedOptions, args=list(arguments), default=default, description=__doc__)
 
 
 class Part(NamedTuple):
@@ -71,14 +87,13 @@ def embed_files(options: EmbedOptions) -> None:
     """
     root, output = Path(options.images), Path(options.output)
     files = _find_images(root)
-    encoder = load(options.workdir, options.step)
-    patches = encoder.config.evaluation.valid_patches if options.valid_patches is None else options.valid_patches
-    encoder.embed([], patches)  # refuses a wrong number of them before anything is written
+    encoder = load(options.workdir, options.step, **dataclasses.asdict(options.embedding))
+    encoder.embed([])  # refuses to embed no patches before anything is written
     folder = output.with_name(output.name + ".parts")
     names = [file.name for file in files]
     with claimed(folder, "output"):
-        _begin(folder, encoder, patches, files)
-        parts = _embed_parts(encoder, patches, files, folder, f"embedding {root}")
+        _begin(folder, encoder, options.embedding, files)
+        parts = _embed_parts(encoder, files, folder, f"embedding {root}")
         embeddings = np.concatenate([part.embeddings for part in parts])
         reasons = [reason for part in parts for reason in part.reasons]
         _tell_unreadable(names, reasons, root)
@@ -100,7 +115,7 @@ def _find_images(root: Path) -> Files:
     return files
 
 
-def _begin(folder: Path, encoder: ImageEncoder, patches: int, files: Files) -> None:
+def _begin(folder: Path, encoder: ImageEncoder, embedding: EmbeddingConfig, files: Files) -> None:
     """Writes down what the parts are of; refuses parts of something else."""
     config = encoder.config
     plan = {
@@ -108,10 +123,7 @@ def _begin(folder: Path, encoder: ImageEncoder, patches: int, files: Files) -> N
         "image_size": encoder.image_size,
         "seed": config.training.seed,
         "patch": repr(config.patches),
-        "patches": patches,
-        "crops": config.evaluation.valid_crops,
-        "layer": config.evaluation.embedded_layer,
-        "cells": config.evaluation.cells,
+        "embedding": dataclasses.asdict(embedding),
         "files": [[file.name, file.size] for file in files],
     }
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
@@ -126,7 +138,7 @@ def _begin(folder: Path, encoder: ImageEncoder, patches: int, files: Files) -> N
         )
 
 
-def _embed_parts(encoder: ImageEncoder, patches: int, files: Files, folder: Path, title: str) -> list[Part]:
+def _embed_parts(encoder: ImageEncoder, files: Files, folder: Path, title: str) -> list[Part]:
     """Each part, from the folder if it is there, else computed and left in it."""
     size, parts = BATCHES * encoder.config.evaluation.embedding_batch_size, []
     with image_progress(title, len(files)) as bar, ThreadPoolExecutor() as threads:
@@ -136,7 +148,7 @@ def _embed_parts(encoder: ImageEncoder, patches: int, files: Files, folder: Path
             if part is None:
                 chosen = files[start : start + size]
                 read = list(threads.map(lambda file: _read(file.path, encoder.image_size), chosen))
-                part = _embed_part(encoder, patches, read, start)
+                part = _embed_part(encoder, read, start)
                 with replacing(path) as file:
                     np.savez(file, embeddings=part.embeddings, reasons=np.array(part.reasons))
             parts.append(part)
@@ -144,11 +156,9 @@ def _embed_parts(encoder: ImageEncoder, patches: int, files: Files, folder: Path
     return parts
 
 
-def _embed_part(
-    encoder: ImageEncoder, patches: int, read: list[UInt8[np.ndarray, "S S 3"] | UnreadableError], start: int
-) -> Part:
+def _embed_part(encoder: ImageEncoder, read: list[UInt8[np.ndarray, "S S 3"] | UnreadableError], start: int) -> Part:
     images = {start + number: image for number, image in enumerate(read) if not isinstance(image, UnreadableError)}
-    embeddings = encoder.embed(list(images.values()), patches, indices=np.array(list(images), np.int32))
+    embeddings = encoder.embed(list(images.values()), indices=np.array(list(images), np.int32))
     return Part(embeddings, [str(image) if isinstance(image, UnreadableError) else "" for image in read])
 
 
@@ -181,4 +191,4 @@ def _tell_unreadable(names: list[str], reasons: list[str], root: Path) -> None:
 if __name__ == "__main__":
     with user_errors_exit():
         keep_compiled_programs()
-        embed_files(tyro.cli(EmbedOptions, description=__doc__))
+        embed_files(parse_embed_options(sys.argv[1:]))

@@ -11,7 +11,7 @@ from empssl_jax import embed
 from empssl_jax.checks import UserError
 from empssl_jax.encoder import ImageEncoder
 
-PATCHES = 1
+GRID = {"valid-crops": "grid", "valid-patches": 16, "embedded-layer": "stages"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,8 @@ def photos(tmp_path_factory):
 
 
 def run(photos, workdir, output, **options):
-    embed.embed_files(embed.EmbedOptions(str(photos), str(workdir), str(output), valid_patches=PATCHES, **options))
+    words = {"images": photos, "workdir": workdir, "output": output, "valid-patches": 1} | options
+    embed.embed_files(embed.parse_embed_options([f"--{name}={value}" for name, value in words.items()]))
     with np.load(output, allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -46,8 +47,29 @@ def test_embeddings_are_those_of_the_pictures_in_the_order_of_their_names(photos
     assert whole["unreadable"].tolist() == sorted(bad)
     images = [PIL.Image.open(photos / name) for name in whole["files"]]
     indices = np.array([number for number, name in enumerate(names) if name not in bad])
-    expected = empssl_jax.load(tiny_run).embed(images, PATCHES, indices=indices)
+    expected = empssl_jax.load(tiny_run).embed(images, patches=1, indices=indices)
     np.testing.assert_allclose(whole["embeddings"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_are_made_as_the_options_say_and_else_as_in_the_run_s_evaluation(photos, tiny_run, tmp_path):
+    image = photos / "a" / "002.png"
+    made = run(image, tiny_run, tmp_path / "a.npz", **GRID, cells=2)["embeddings"]
+    encoder = empssl_jax.load(tiny_run, valid_crops="grid", valid_patches=16, embedded_layer="stages", cells=2)
+    np.testing.assert_allclose(made, encoder.embed([PIL.Image.open(image)]), rtol=1e-4, atol=1e-5)
+    embed.embed_files(
+        embed.parse_embed_options([f"--images={image}", f"--workdir={tiny_run}", f"--output={tmp_path / 'b.npz'}"])
+    )
+    with np.load(tmp_path / "b.npz") as arrays:
+        expected = empssl_jax.load(tiny_run).embed([PIL.Image.open(image)])
+        np.testing.assert_allclose(arrays["embeddings"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_other_embeddings_are_refused(photos, tiny_run, tmp_path, monkeypatch):
+    image = photos / "a" / "002.png"
+    monkeypatch.setattr(embed.shutil, "rmtree", lambda path: None)
+    run(image, tiny_run, tmp_path / "out.npz", **GRID)
+    with pytest.raises(UserError, match="holds parts of other images"):
+        run(image, tiny_run, tmp_path / "out.npz", **GRID, cells=2)
 
 
 def test_an_interrupted_command_goes_on_to_the_same_bits(photos, tiny_run, whole, tmp_path, monkeypatch):
@@ -73,9 +95,8 @@ def test_an_interrupted_command_goes_on_to_the_same_bits(photos, tiny_run, whole
 
 
 def test_a_wrong_number_of_patches_leaves_nothing_behind(photos, tiny_run, tmp_path):
-    options = embed.EmbedOptions(str(photos), str(tiny_run), str(tmp_path / "out.npz"), valid_patches=0)
     with pytest.raises(UserError, match="--valid-patches is 0"):
-        embed.embed_files(options)
+        run(photos, tiny_run, tmp_path / "out.npz", **{"valid-patches": 0})
     assert not list(tmp_path.iterdir())
 
 
