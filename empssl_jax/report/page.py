@@ -10,7 +10,7 @@ from empssl_jax.report.charts import MAP_SIDE, Curve, Map, curve, map_of
 from empssl_jax.report.findings import Findings, Neighbours, map_classes
 from empssl_jax.report.pictures import PatchSheet, as_grid, data_uri, sprite, thumbnail
 from empssl_jax.report.remarks import remarks
-from empssl_jax.report.run import Run, throughput
+from empssl_jax.report.run import Run
 from empssl_jax.report.tables import class_rows, command, duration, flags, numbers, options, percent, worst_pairs
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -42,7 +42,6 @@ def render(run: Run, sheet: PatchSheet | None, findings: Findings | None) -> str
         "remarks": remarks(run, findings),
         "curves": _curves(run),
         "numbers": numbers(run),
-        "rate": throughput(run),
         "sheet": _sheet_rows(run, sheet),
         "published": PUBLISHED.get(run.config.data.dataset, []),
         "options": options(run.config),
@@ -78,7 +77,7 @@ def _curves(run: Run) -> list[Curve]:
         curve(
             "Throughput",
             steps,
-            throughput(run),
+            metrics["throughput"],
             lambda value: f"{value:,.0f}",
             "Patches a second, over ten steps each. The first step, which compiles, is left out.",
         ),

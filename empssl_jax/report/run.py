@@ -27,7 +27,7 @@ class Run(NamedTuple):
     folder: Path
     config: Config
     steps: Float[np.ndarray, " S"]
-    metrics: dict[str, Float[np.ndarray, " S"]]  # METRICS and "seconds"; NaN where a number is not known
+    metrics: dict[str, Float[np.ndarray, " S"]]  # METRICS, "seconds" and "throughput"; NaN where not known
     devices: str | None  # as "8 x NVIDIA H100"
     probes: list[dict[str, float]]  # each with "step", "seconds" and "top1"
     results: dict[str, Accuracy]
@@ -58,6 +58,9 @@ def read_run(folder: Path, config: Config, datasets: dict[str, ImageDataset] | N
     seconds = {line["step"]: _number(line.get("seconds")) for line in times}
     metrics = {name: np.array([_number(line.get(name)) for line in lines]) for name in METRICS}
     metrics["seconds"] = np.array([seconds.get(line["step"], math.nan) for line in lines])
+    steps = np.array([line["step"] for line in lines], float)
+    patches_per_step = config.training.batch_size * config.patches.train_patches
+    metrics["throughput"] = patches_per_step * _steps_per_second(steps, metrics["seconds"])
     embeddings = _embeddings(folder)
     if embeddings and datasets:
         datasets = _of_the_embeddings(datasets, embeddings)
@@ -66,7 +69,7 @@ def read_run(folder: Path, config: Config, datasets: dict[str, ImageDataset] | N
     return Run(
         folder,
         config,
-        np.array([line["step"] for line in lines], float),
+        steps,
         metrics,
         str(times[-1].get("devices")) if times else None,
         [{name: _number(line.get(name)) for name in ("step", "seconds", "top1")} for line in _probes(folder)],
@@ -77,15 +80,14 @@ def read_run(folder: Path, config: Config, datasets: dict[str, ImageDataset] | N
     )
 
 
-def throughput(run: Run) -> Float[np.ndarray, " S"]:
-    """Patches a second at each step, over the ten steps before it; NaN at the first, which compiles, and if unknown."""
-    per_step = run.config.training.batch_size * run.config.patches.train_patches
-    seconds, rates = run.metrics["seconds"], np.full(len(run.steps), math.nan)
+def _steps_per_second(steps: Float[np.ndarray, " S"], seconds: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
+    """Over the ten steps before each; NaN at the first, which compiles, and where the seconds are not known."""
+    rates = np.full(len(steps), math.nan)
     for i in range(1, len(rates)):
         first = max(0, i - WINDOW + 1)
         elapsed = seconds[i] - seconds[first]
         if elapsed > 0:
-            rates[i] = per_step * (run.steps[i] - run.steps[first]) / elapsed
+            rates[i] = (steps[i] - steps[first]) / elapsed
     return rates
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from empssl_jax.checks import flag
 from empssl_jax.config import Config
 from empssl_jax.report.charts import spread
-from empssl_jax.report.run import Run, throughput
+from empssl_jax.report.run import Run
 
 TABLE_ROWS = 21
 WORST_PAIRS = 20
@@ -51,7 +51,7 @@ def duration(seconds: float) -> str:
 
 def numbers(run: Run) -> list[list[str]]:
     """Rows of the table behind the curves: step, loss, coding rate, similarity, learning rate, throughput, seconds."""
-    metrics, rates = run.metrics, throughput(run)
+    metrics = run.metrics
     return [
         [
             f"{run.steps[i]:,.0f}",
@@ -59,7 +59,7 @@ def numbers(run: Run) -> list[list[str]]:
             percent(metrics["coding_rate_fraction"][i]),
             f"{metrics['similarity'][i]:.4f}",
             f"{metrics['learning_rate'][i]:.4g}",
-            f"{rates[i]:,.0f}" if math.isfinite(rates[i]) else "-",
+            f"{metrics['throughput'][i]:,.0f}" if math.isfinite(metrics["throughput"][i]) else "-",
             f"{metrics['seconds'][i]:,.1f}" if math.isfinite(metrics["seconds"][i]) else "-",
         ]
         for i in spread(len(run.steps), TABLE_ROWS)
