@@ -75,12 +75,12 @@ class BasicBlock(nnx.Module):
 
     expansion = 1
 
-    def __init__(self, features_in: int, features: int, stride: int, *, dtype, axis_name):
-        self.conv1 = Convolution(features_in, features, 3, stride, dtype)
-        self.norm1 = BatchNorm(features, axis_name)
-        self.conv2 = Convolution(features, features, 3, 1, dtype)
-        self.norm2 = BatchNorm(features, axis_name)
-        self.shortcut = _shortcut(features_in, features, stride, dtype, axis_name)
+    def __init__(self, features_in: int, features_out: int, stride: int, *, dtype, axis_name):
+        self.conv1 = Convolution(features_in, features_out, 3, stride, dtype)
+        self.norm1 = BatchNorm(features_out, axis_name)
+        self.conv2 = Convolution(features_out, features_out, 3, 1, dtype)
+        self.norm2 = BatchNorm(features_out, axis_name)
+        self.shortcut = _shortcut(features_in, features_out, stride, dtype, axis_name)
 
     def __call__(self, x):
         y = nnx.relu(self.norm1(self.conv1(x)))
@@ -96,8 +96,8 @@ class Bottleneck(nnx.Module):
 
     expansion = 4
 
-    def __init__(self, features_in: int, features: int, stride: int, *, dtype, axis_name):
-        features_out = self.expansion * features
+    def __init__(self, features_in: int, features_out: int, stride: int, *, dtype, axis_name):
+        features = features_out // self.expansion
         self.conv1 = Convolution(features_in, features, 1, 1, dtype)
         self.norm1 = BatchNorm(features, axis_name)
         self.conv2 = Convolution(features, features, 3, stride, dtype)
@@ -154,11 +154,11 @@ class ResNet(nnx.Module):
         self.norm = BatchNorm(config.width, axis_name)
         block, stage_sizes = BACKBONES[config.backbone]
         blocks, features_in = [], config.width
-        for stage, stage_size in enumerate(stage_sizes):
-            for number in range(stage_size):
-                features, stride = config.width * 2**stage, 2 if stage > 0 and number == 0 else 1
-                blocks.append(block(features_in, features, stride, dtype=dtype, axis_name=axis_name))
-                features_in = block.expansion * features
+        for stage, features_out in enumerate(stage_dims(config)):
+            for number in range(stage_sizes[stage]):
+                stride = 2 if stage > 0 and number == 0 else 1
+                blocks.append(block(features_in, features_out, stride, dtype=dtype, axis_name=axis_name))
+                features_in = features_out
         self.blocks = nnx.List(blocks)
         self.features_out = features_in
 
