@@ -22,7 +22,7 @@ from benchmarks.measure import append_line, checkpoint_embeddings, read_lines
 from empssl_jax import data, evaluation, training
 from empssl_jax.compilation import keep_compiled_programs
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
-from empssl_jax.workdir import InUseError
+from empssl_jax.workdir import InUseError, claimed
 
 BASE = Config(
     data=DataConfig(train_split="train[:5000]", test_split="train[45000:]"),
@@ -161,12 +161,12 @@ def main(options: Options) -> None:
                 continue
             try:
                 workdir = trained(options, name if name in TRAINING else "base", seed)
+                measure = EvaluationConfig(**EVALUATION[name]) if name in EVALUATION else BASE.evaluation
+                with claimed(workdir):
+                    embedded = embeddings(workdir, dataclasses.replace(measure, whiten=False))
+                    append_line(output, key | evaluation.measure_knn(embedded, measure, mesh))
             except InUseError as error:
                 print(error)
-                continue
-            measure = EvaluationConfig(**EVALUATION[name]) if name in EVALUATION else BASE.evaluation
-            embedded = embeddings(workdir, dataclasses.replace(measure, whiten=False))
-            append_line(output, key | evaluation.measure_knn(embedded, measure, mesh))
 
 
 if __name__ == "__main__":
