@@ -102,7 +102,7 @@ def npz(savez=np.savez, **arrays) -> bytes:
 GOOD_ARRAYS = {
     "embeddings": np.arange(12, dtype=np.float32).reshape(4, 3),
     "labels": np.array([0, 1, 2, 1]),
-    "num_classes": 3,
+    "class_names": np.array(["cat", "dog", "ox"]),
 }
 GOOD_NPZ = st.sampled_from([npz(savez, **GOOD_ARRAYS) for savez in (np.savez, np.savez_compressed)])
 TYPES = ["<f4", "<f8", "<f2", "<i8", "<i4", "<u8", "|b1", "<c8", "|O", "|S3", "<U2", "<M8[s]", "|V4", "nonsense"]
@@ -114,7 +114,7 @@ def announced_npz(draw) -> bytes:
     """An .npz whose headers announce any shapes and types, followed by a few bytes."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        for name in draw(st.lists(st.sampled_from(["embeddings", "labels", "num_classes", "x"]), unique=True)):
+        for name in draw(st.lists(st.sampled_from(["embeddings", "labels", "class_names", "x"]), unique=True)):
             shape, descr = tuple(draw(st.lists(SIZES, max_size=3))), draw(st.sampled_from(TYPES))
             header = repr({"descr": descr, "fortran_order": draw(st.booleans()), "shape": shape}).encode() + b"\n"
             start = b"\x93NUMPY" + bytes([draw(st.sampled_from([1, 2, 3, 9])), 0])
@@ -132,9 +132,8 @@ ARRAYS |= st.sampled_from(
 )
 LABELS = st.lists(NUMBERS, min_size=1, max_size=5).filter(lambda x: np.array(x).dtype != object).map(np.array)
 LABELS |= st.lists(st.integers(-1, 9) | st.just(2**40), min_size=4, max_size=4).map(np.array)
-OTHER_NPZ = st.fixed_dictionaries(
-    {"embeddings": ARRAYS, "labels": LABELS}, optional={"num_classes": LABELS | st.integers(0, 9)}
-)
+TEXTS = st.lists(st.text(max_size=5), max_size=9).map(lambda names: np.array(names, np.str_))
+OTHER_NPZ = st.fixed_dictionaries({"embeddings": ARRAYS, "labels": LABELS}, optional={"class_names": LABELS | TEXTS})
 EMBEDDINGS = damaged(GOOD_NPZ) | announced_npz() | OTHER_NPZ.map(lambda arrays: npz(**arrays)) | st.binary(max_size=100)
 
 

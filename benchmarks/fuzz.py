@@ -171,10 +171,10 @@ def schedule(example: tuple[Config, int], folder: Path) -> None:
 def measure(example: tuple[float, Config], folder: Path) -> None:
     """Accuracies are fractions, of embeddings of any size, or the classifier is said to have diverged."""
     scale, made = example
-    random = np.random.RandomState(0)
+    random, names = np.random.RandomState(0), ("a", "b", "c")
     labelled = [
         embeddings.LabelledEmbeddings(
-            np.float32(scale * random.standard_normal((7, 3))), random.randint(0, 3, 7).astype(np.int32), 3
+            np.float32(scale * random.standard_normal((7, 3))), random.randint(0, 3, 7).astype(np.int32), names
         )
         for _ in range(2)
     ]

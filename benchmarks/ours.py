@@ -14,6 +14,8 @@ from empssl_jax import data, embeddings, keys, knn, linear, losses, models, patc
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
 from empssl_jax.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
 
+CLASSES = tuple("0123456789")
+
 
 def _until_done(work: Callable) -> Work:
     return lambda: jax.block_until_ready(work())
@@ -118,7 +120,7 @@ def embedding(sizes: Sizes) -> Work:
     mesh = data.device_mesh(1)
     embed = embeddings.make_embed(config, mesh)
     state = models.init_encoder(config.model, jax.random.key(0))
-    dataset = data.ImageDataset(random_images(sizes.embedded_images), random_labels(sizes.embedded_images), 10)
+    dataset = data.ImageDataset(random_images(sizes.embedded_images), random_labels(sizes.embedded_images), CLASSES)
     return lambda: embeddings.embed_dataset(embed, state, dataset, 250, mesh, "images")
 
 
@@ -136,7 +138,7 @@ faiss_search = knn_scores  # what theirs does by faiss
 def linear_probe(sizes: Sizes) -> Work:
     """Training and testing, on the same images."""
     vectors, labels = random_vectors(sizes.linear_images, sizes.dim), random_labels(sizes.linear_images)
-    split = embeddings.LabelledEmbeddings(vectors, labels.astype(np.int32), 10)
+    split = embeddings.LabelledEmbeddings(vectors, labels.astype(np.int32), CLASSES)
     config = EvaluationConfig(linear_epochs=sizes.linear_epochs)
     return _until_done(
         lambda: linear.linear_accuracy(keys.classifier_key(0), split, split, config, data.device_mesh(1))

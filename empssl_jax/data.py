@@ -29,13 +29,18 @@ class ImageDataset(NamedTuple):
 
     images: UInt8[np.ndarray, "N H W 3"]
     labels: Int32[np.ndarray, " N"]
-    num_classes: int
+    class_names: tuple[str, ...]  # none if no image has a class
     names: Shaped[np.ndarray, " N"] | None = None  # of the files, if they are files of the user's
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, also such as no image is in."""
+        return len(self.class_names)
 
     def take(self, rows: Int[np.ndarray, " K"]) -> "ImageDataset":
         """Some of the images."""
         names = None if self.names is None else self.names[rows]
-        return ImageDataset(self.images[rows], self.labels[rows], self.num_classes, names)
+        return ImageDataset(self.images[rows], self.labels[rows], self.class_names, names)
 
 
 class Batch(NamedTuple):
@@ -88,11 +93,11 @@ def _load(config, split, data_dir, cache_dir) -> tuple[ImageDataset, Shaped[np.n
     if config.dataset == "digits":
         return _load_digits(config, split), None
     if config.dataset.startswith("folder:"):
-        images, num_classes = load_folder(config, split, cache_dir)
-        return ImageDataset(images.images, images.labels, num_classes, images.ids), images.ids
+        images, class_names = load_folder(config, split, cache_dir)
+        return ImageDataset(images.images, images.labels, class_names, images.ids), images.ids
     name = config.train_split if split == "train" else find_test_split(config, data_dir)
-    images, num_classes = load_tfds(config, name, data_dir, cache_dir)
-    return ImageDataset(images.images, images.labels, num_classes), images.ids
+    images, class_names = load_tfds(config, name, data_dir, cache_dir)
+    return ImageDataset(images.images, images.labels, class_names), images.ids
 
 
 def batches(
@@ -165,7 +170,7 @@ def _load_digits(config: DataConfig, split: Split) -> ImageDataset:
         PIL.Image.fromarray(np.uint8(digit * 255 / 16)).resize(size, PIL.Image.Resampling.BILINEAR) for digit in digits
     ]
     images = np.stack([np.asarray(image.convert("RGB")) for image in enlarged])
-    return ImageDataset(images, labels.astype(np.int32), 10)
+    return ImageDataset(images, labels.astype(np.int32), tuple("0123456789"))
 
 
 def device_mesh(num_devices: int | None = None) -> Mesh:

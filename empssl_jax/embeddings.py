@@ -5,7 +5,7 @@ import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,13 @@ class LabelledEmbeddings(NamedTuple):
 
     embeddings: Float32[np.ndarray, "N E"]
     labels: Int32[np.ndarray, " N"]
-    num_classes: int
+    class_names: tuple[str, ...]
     names: Shaped[np.ndarray, " N"] | None = None  # of the images' files, if they are files of the user's
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, also such as no image is in."""
+        return len(self.class_names)
 
 
 def labelled(split: LabelledEmbeddings) -> LabelledEmbeddings:
@@ -43,7 +48,7 @@ def labelled(split: LabelledEmbeddings) -> LabelledEmbeddings:
     if has_label.all():
         return split
     names = None if split.names is None else split.names[has_label]
-    return LabelledEmbeddings(split.embeddings[has_label], split.labels[has_label], split.num_classes, names)
+    return LabelledEmbeddings(split.embeddings[has_label], split.labels[has_label], split.class_names, names)
 
 
 Embed = Callable[[EncoderState, UInt8[Array, "B H W 3"], Int[Array, " B"]], Float[Array, "B E"]]
@@ -124,7 +129,7 @@ def embed_dataset(
         raise UserError(
             f"The {name} embeddings are not all finite: train again, or evaluate an earlier checkpoint by --step."
         )
-    return LabelledEmbeddings(embeddings, dataset.labels, dataset.num_classes, dataset.names)
+    return LabelledEmbeddings(embeddings, dataset.labels, dataset.class_names, dataset.names)
 
 
 def embed_images(
@@ -162,20 +167,21 @@ def embed_images(
 
 
 def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:
-    """Writes an .npz with `embeddings` (N, E) float32, `labels` (N,) int32 and `num_classes`, whole or not at all.
+    """Writes an .npz with `embeddings` (N, E) float32, `labels` (N,) int32 and `class_names` (C,), whole or not at all.
 
-    Where the images are files it also has their `names` (N,), as text.
+    Where the images are files it also has their `names` (N,).
     """
+    arrays: dict[str, Any] = split._asdict() | {"class_names": np.array(split.class_names, np.str_)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        np.savez(file, **{name: value for name, value in split._asdict().items() if value is not None})
+        np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
 
 
 def load_embeddings(path: Path) -> LabelledEmbeddings:
     """Reads what `save_embeddings` wrote; raises UserError if the file is missing, damaged or of something else.
 
-    Nothing is unpickled, and nothing is read before its header says that it fits. A file without `num_classes` has as
-    many as its labels need; `names` are not read.
+    Nothing is unpickled, and nothing is read before its header says that it fits. Classes that the file has no
+    name for are called by their numbers; `names` are not read.
     """
     if not path.is_file():
         raise UserError(f"--embeddings: there is no {path}: {REMEDY}.")
@@ -183,13 +189,14 @@ def load_embeddings(path: Path) -> LabelledEmbeddings:
         with zipfile.ZipFile(path) as archive:
             embeddings = _read_array(archive, "embeddings", dim=2, kinds="fiu")
             labels = _read_array(archive, "labels", dim=1, kinds="iu")
-            is_given = "num_classes.npy" in archive.namelist()
-            num_classes = int(_read_array(archive, "num_classes", dim=0, kinds="iu")) if is_given else 0
+            class_names: list[str] = []
+            if "class_names.npy" in archive.namelist():
+                class_names = _read_array(archive, "class_names", dim=1, kinds="U")[: MAX_CLASSES + 1].tolist()
     except Exception as error:  # numpy, zipfile and zlib fail each in their own ways on damaged files
         raise UserError(f"--embeddings: {path} cannot be read ({one_line(error) or 'damaged'}): {REMEDY}.") from error
     if not (embeddings.size > 0 and labels.shape == embeddings.shape[:1]):
         raise UserError(f"--embeddings: {path} has embeddings {embeddings.shape} and labels {labels.shape}: {REMEDY}.")
-    lowest, highest = int(labels.min()), max(int(labels.max()), num_classes - 1)
+    lowest, highest = int(labels.min()), max(int(labels.max()), len(class_names) - 1)
     if not (lowest >= -1 and highest < MAX_CLASSES):
         raise UserError(
             f"--embeddings: {path} has labels from {lowest} to {highest}: number the classes from 0 to at most "
@@ -201,7 +208,8 @@ def load_embeddings(path: Path) -> LabelledEmbeddings:
             raise UserError(
                 f"--embeddings: {path} holds values that are not finite, or too large for float32: {REMEDY}."
             )
-    return LabelledEmbeddings(embeddings, labels.astype(np.int32), highest + 1)
+    numbers = map(str, range(len(class_names), highest + 1))
+    return LabelledEmbeddings(embeddings, labels.astype(np.int32), (*class_names, *numbers))
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, dim: int, kinds: str) -> np.ndarray:

@@ -28,8 +28,8 @@ class ImageFile(NamedTuple):
 Files = list[ImageFile]
 
 
-def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[Images, int]:
-    """The images of a split, in the order of their names, and the number of classes, 0 if they are in no classes.
+def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[Images, tuple[str, ...]]:
+    """The images of a split, in the order of their names, and the names of the classes, none if they are in none.
 
     Args:
         config: its `dataset` is "folder:PATH".
@@ -47,7 +47,7 @@ def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[
         _check_classes(config, files["test"], labels, classes)
     images = load_images(_source(config, root, split, files[split], labels), config.image_size, cache_dir)
     _tell_unreadable(config, split, images.unreadable, len(files[split]))
-    return images, len(classes)
+    return images, classes
 
 
 def list_images(root: Path, option: str = "dataset") -> Files:
@@ -139,16 +139,16 @@ def _check_overlap(config: DataConfig, files: dict[str, Files]) -> None:
             )
 
 
-def _find_classes(root: Path, config: DataConfig, train: Files) -> list[str]:
+def _find_classes(root: Path, config: DataConfig, train: Files) -> tuple[str, ...]:
     """The names of the classes: the subfolders of the labelled split that hold images, if there are two or more."""
     names = _class_names(train)
     if len(names) < 2 and config.train_split != DataConfig.train_split and os.path.isdir(root / DataConfig.train_split):
         names = _class_names(list_images(root / DataConfig.train_split))
-    return names if len(names) > 1 else []
+    return names if len(names) > 1 else ()
 
 
-def _class_names(files: Files) -> list[str]:
-    return sorted({file.name.split("/")[0] for file in files if "/" in file.name})
+def _class_names(files: Files) -> tuple[str, ...]:
+    return tuple(sorted({file.name.split("/")[0] for file in files if "/" in file.name}))
 
 
 def _labels(files: Files, classes: Sequence[str]) -> list[int]:

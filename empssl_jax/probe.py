@@ -56,7 +56,7 @@ def online_probe(config: Config, datasets: dict[str, data.ImageDataset], last_st
     def embeddings(encoder: EncoderState, images: data.ImageDataset) -> LabelledEmbeddings:
         indices = np.arange(len(images.labels), dtype=np.int32)
         embedded = embed_images(embed, encoder, images.images.__getitem__, indices, options.embedding_batch_size, mesh)
-        return LabelledEmbeddings(embedded, images.labels, images.num_classes)
+        return LabelledEmbeddings(embedded, images.labels, images.class_names)
 
     def measure(encoder: EncoderState) -> Accuracy:
         return measure_knn({split: embeddings(encoder, images) for split, images in few.items()}, options, mesh)

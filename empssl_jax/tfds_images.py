@@ -16,8 +16,10 @@ from empssl_jax.image_store import NO_LABEL, Example, Images, Source, load_image
 MEMORY = 2**30  # bytes: the decoded images of larger splits are kept on disk
 
 
-def load_tfds(config: DataConfig, split: str, data_dir: str | None, cache_dir: str | None) -> tuple[Images, int]:
-    """The images of a split and the number of classes, 0 if the data set has no label for an image.
+def load_tfds(
+    config: DataConfig, split: str, data_dir: str | None, cache_dir: str | None
+) -> tuple[Images, tuple[str, ...]]:
+    """The images of a split and the names of the classes, none if the data set has no label for an image.
 
     Args:
         config: which data set, and at what size.
@@ -32,7 +34,7 @@ def load_tfds(config: DataConfig, split: str, data_dir: str | None, cache_dir: s
     with first_process_first():
         builder = _prepared_builder(name, data_dir)
     size = _count(builder.info, name, split)
-    num_classes = _count_classes(builder.info)
+    class_names = _class_names(builder.info)
     source = Source(
         name=f"{name} {split}",
         place=f"{builder.data_dir} {split}",
@@ -44,12 +46,12 @@ def load_tfds(config: DataConfig, split: str, data_dir: str | None, cache_dir: s
         memory=MEMORY,
     )
     images = load_images(source, config.image_size, cache_dir)
-    if images.labels.min() < NO_LABEL or images.labels.max() >= num_classes > 0:
+    if images.labels.min() < NO_LABEL or images.labels.max() >= len(class_names) > 0:
         raise UserError(
             f"--dataset {name!r} has {split} labels from {images.labels.min()} to {images.labels.max()}, and "
-            f"{num_classes} classes from 0: prepare the data set anew, or choose another."
+            f"{len(class_names)} classes from 0: prepare the data set anew, or choose another."
         )
-    return images, num_classes
+    return images, class_names
 
 
 def find_test_split(config: DataConfig, data_dir: str | None) -> str:
@@ -79,14 +81,14 @@ def _count(info: tfds.core.DatasetInfo, name: str, split: str) -> int:
     return size
 
 
-def _count_classes(info: tfds.core.DatasetInfo) -> int:
+def _class_names(info: tfds.core.DatasetInfo) -> tuple[str, ...]:
     label = dict(info.features).get("label")
-    return (label.num_classes or 0) if isinstance(label, tfds.features.ClassLabel) else 0
+    return tuple(label.names) if isinstance(label, tfds.features.ClassLabel) and label.num_classes else ()
 
 
 def _reader(builder: tfds.core.DatasetBuilder, name: str, split: str):
     """What reads a range of a split's examples; on damaged files it raises UserError."""
-    is_labelled = _count_classes(builder.info) > 0
+    is_labelled = bool(_class_names(builder.info))
     decoders = {"image": tfds.decode.SkipDecoding()}
     source = functools.cache(lambda: builder.as_data_source(split, decoders=decoders))
 

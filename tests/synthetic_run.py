@@ -55,7 +55,7 @@ def write_run(folder: Path, config: Config = CONFIG, embed=embeddings_of) -> dic
     images = datasets()
     for seed, split in enumerate(("train", "test")):
         dataset = images[split]
-        embeddings[split] = LabelledEmbeddings(embed(dataset.labels, seed), dataset.labels, 10)
+        embeddings[split] = LabelledEmbeddings(embed(dataset.labels, seed), dataset.labels, dataset.class_names)
         save_embeddings(folder / "embeddings" / f"{split}.npz", embeddings[split])
     return embeddings
 

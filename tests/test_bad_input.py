@@ -71,7 +71,7 @@ def bomb(name: str, shape: tuple[int, ...], held: int) -> bytes:
         ("embeddings", (2**20, 2**20), 8),
         ("embeddings", (4, 2**40), 0),
         ("labels", (2**45,), 64),
-        ("num_classes", (2**31,), 0),
+        ("class_names", (2**31,), 0),
         ("embeddings", (4, 2_000_000), 32_000_000),
     ],
 )
@@ -87,17 +87,19 @@ def test_embeddings_that_would_fill_the_memory_are_refused_before_they_do(tmp_pa
     assert peak < 1_000_000
 
 
-@pytest.mark.parametrize(("labels", "num_classes"), [([0, 1, 2**40], None), ([0, 1, 2], 2**40), ([0, -2, 2], None)])
-def test_labels_that_are_no_classes_are_refused(tmp_path, labels, num_classes):
-    arrays = {"embeddings": np.eye(3), "labels": np.array(labels)}
-    np.savez(tmp_path / "test.npz", **arrays, **({} if num_classes is None else {"num_classes": num_classes}))
+@pytest.mark.parametrize(("labels", "num_names"), [([0, 1, 2**40], 3), ([0, 1, 2], 100_001), ([0, -2, 2], 3)])
+def test_labels_that_are_no_classes_are_refused(tmp_path, labels, num_names):
+    names = np.array(["name"] * num_names)
+    np.savez(tmp_path / "test.npz", embeddings=np.eye(3), labels=np.array(labels), class_names=names)
     with pytest.raises(UserError, match="number the classes from 0 to at most 99999"):
         embeddings.load_embeddings(tmp_path / "test.npz")
 
 
-def test_the_given_number_of_classes_is_raised_to_what_the_labels_need(tmp_path):
-    np.savez(tmp_path / "test.npz", embeddings=np.eye(3), labels=np.array([0, 1, 6]), num_classes=2)
-    assert embeddings.load_embeddings(tmp_path / "test.npz").num_classes == 7
+@pytest.mark.parametrize(("given", "expected"), [(["a", "b"], "a b 2 3"), (None, "0 1 2 3"), (["a"] * 5, "a a a a a")])
+def test_classes_without_a_name_are_called_by_their_numbers(tmp_path, given, expected):
+    names = {} if given is None else {"class_names": np.array(given)}
+    np.savez(tmp_path / "test.npz", embeddings=np.eye(3), labels=np.array([0, 1, 3]), **names)
+    assert " ".join(embeddings.load_embeddings(tmp_path / "test.npz").class_names) == expected
 
 
 # Results.
@@ -106,7 +108,7 @@ def test_the_given_number_of_classes_is_raised_to_what_the_labels_need(tmp_path)
 @pytest.fixture
 def embeddings_folder(tmp_path):
     for split in ("train", "test"):
-        arrays = embeddings.LabelledEmbeddings(np.eye(4, dtype=np.float32), np.arange(4, dtype=np.int32), 4)
+        arrays = embeddings.LabelledEmbeddings(np.eye(4, dtype=np.float32), np.arange(4, dtype=np.int32), tuple("abcd"))
         embeddings.save_embeddings(tmp_path / f"{split}.npz", arrays)
     return tmp_path
 

@@ -257,7 +257,9 @@ def blobs(size, dim):
     random = np.random.default_rng(size)
     labels = random.integers(0, 10, size).astype(np.int32)
     centres = np.random.default_rng(0).standard_normal((10, dim))
-    return LabelledEmbeddings(np.float32(centres[labels] + random.standard_normal((size, dim))), labels, 10)
+    return LabelledEmbeddings(
+        np.float32(centres[labels] + random.standard_normal((size, dim))), labels, tuple("0123456789")
+    )
 
 
 def test_knn_and_the_linear_classifier_have_the_same_numbers_on_eight_devices():
@@ -288,4 +290,4 @@ def test_batches_of_rows_are_the_rows_of_batches():
 
 def blobs_as_images():
     images = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3), np.uint8)
-    return data.ImageDataset(images, np.zeros(30, np.int32), 1)
+    return data.ImageDataset(images, np.zeros(30, np.int32), ("any",))

@@ -109,13 +109,13 @@ def test_embeddings_that_are_not_finite_are_refused(encoder_state, digits):
 
 def test_saving_and_loading(tmp_path):
     split = embeddings.LabelledEmbeddings(
-        np.arange(6, dtype=np.float32).reshape(3, 2), np.array([1, 0, 1], np.int32), 4
+        np.arange(6, dtype=np.float32).reshape(3, 2), np.array([1, 0, 1], np.int32), ("cat", "Hündin", "ox", "no image")
     )
     embeddings.save_embeddings(tmp_path / "new" / "test.npz", split)
     loaded = embeddings.load_embeddings(tmp_path / "new" / "test.npz")
     np.testing.assert_array_equal(loaded.embeddings, split.embeddings)
     np.testing.assert_array_equal(loaded.labels, split.labels)
-    assert loaded.num_classes == 4
+    assert (loaded.class_names, loaded.num_classes) == (split.class_names, 4)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["test.npz"]
 
 
@@ -137,10 +137,10 @@ def test_images_without_labels_take_no_part_in_either_measure(tmp_path, capsys):
     for split, size in (("train", 12), ("test", 8)):
         labels = np.arange(size).astype(np.int32) % 3
         features = random.randn(size, 4).astype(np.float32)
-        some[split] = embeddings.LabelledEmbeddings(features, labels, 3)
+        some[split] = embeddings.LabelledEmbeddings(features, labels, ("a", "b", "c"))
         at = np.sort(random.randint(0, size, 5))
         mixed[split] = embeddings.LabelledEmbeddings(
-            np.insert(features, at, 9.0, axis=0), np.insert(labels, at, -1).astype(np.int32), 3
+            np.insert(features, at, 9.0, axis=0), np.insert(labels, at, -1).astype(np.int32), ("a", "b", "c")
         )
         embeddings.save_embeddings(tmp_path / f"{split}.npz", mixed[split])
     loaded = {split: embeddings.load_embeddings(tmp_path / f"{split}.npz") for split in mixed}

@@ -59,7 +59,7 @@ def test_a_folder_with_train_and_test_has_the_classes_of_its_subfolders(root):
         loaded = load(root, split)
         assert loaded.names.tolist() == [f"{animal}/{i}{split}.png" for animal in "abc" for i in range(4)]
         np.testing.assert_array_equal(loaded.labels, np.repeat([0, 1, 2], 4))
-        assert loaded.num_classes == 3
+        assert loaded.class_names == ("a", "b", "c")
         np.testing.assert_array_equal(loaded.images, [pixels(name.split("/")[1]) for name in loaded.names])
 
 
@@ -271,8 +271,8 @@ def test_cifar10_in_folders_of_its_classes_has_its_images_and_labels(cifar10, ro
     write(root, "test/class3/any.png")
     files = load(root)
     numbers = [int(name[-9:-4]) for name in files.names]
-    assert files.num_classes == 10
+    assert files.class_names == tuple(f"class{number}" for number in range(10))
     np.testing.assert_array_equal(files.images, cifar10.images[numbers])
     np.testing.assert_array_equal(files.labels, cifar10.labels[numbers])
-    permuted = data.ImageDataset(cifar10.images[numbers], cifar10.labels[numbers], 10)
+    permuted = data.ImageDataset(cifar10.images[numbers], cifar10.labels[numbers], files.class_names)
     np.testing.assert_array_equal(embed(files, root), embed(permuted, root))

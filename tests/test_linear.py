@@ -8,7 +8,8 @@ from empssl_jax import data, linear
 from empssl_jax.config import EvaluationConfig
 from empssl_jax.embeddings import LabelledEmbeddings
 
-CLASSES = 6
+NAMES = ("a", "b", "c", "d", "e", "f")
+CLASSES = len(NAMES)
 
 
 def blobs(size, seed):
@@ -16,7 +17,7 @@ def blobs(size, seed):
     centres = np.random.default_rng(0).standard_normal((CLASSES, 8))
     labels = random.integers(0, CLASSES, size)
     embeddings = centres[labels] + random.standard_normal((size, 8))
-    return LabelledEmbeddings(np.float32(embeddings), np.int32(labels), CLASSES)
+    return LabelledEmbeddings(np.float32(embeddings), np.int32(labels), NAMES)
 
 
 def numpy_accuracies(key, train, test, config):
@@ -53,7 +54,7 @@ def test_accuracies_equal_numpys():
 
 def test_separable_classes_are_learned():
     labels = np.arange(120, dtype=np.int32) % CLASSES
-    split = LabelledEmbeddings(4 * np.eye(CLASSES, dtype=np.float32)[labels], labels, CLASSES)
+    split = LabelledEmbeddings(4 * np.eye(CLASSES, dtype=np.float32)[labels], labels, NAMES)
     config = EvaluationConfig(linear_epochs=20, linear_batch_size=1000)
     assert float(
         linear.linear_accuracy(jax.random.key(0), split, split, config, data.device_mesh(1)).top1[-1]

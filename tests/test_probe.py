@@ -103,7 +103,7 @@ def test_it_is_knn_on_sixteen_patches_of_the_first_images(runs):
 
 def test_it_takes_as_many_images_of_each_class():
     labels = np.repeat(np.arange(4), [1, 5, 3, 9]).astype(np.int32)
-    dataset = data.ImageDataset(np.zeros((18, 4, 4, 3), np.uint8), labels, 4)
+    dataset = data.ImageDataset(np.zeros((18, 4, 4, 3), np.uint8), labels, tuple("abcd"))
     assert np.bincount(probe._first_images(dataset, 12).labels).tolist() == [1, 3, 3, 3]
     assert np.bincount(probe._first_images(dataset, 2).labels).tolist() == [1, 1, 1, 1]
 

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import os
 import re
 from html.parser import HTMLParser
 
@@ -161,12 +162,33 @@ def test_names_are_escaped(tmp_path):
     assert "&#34;&gt;&lt;b&gt;digits" in page
 
 
-def test_class_names_are_escaped_also_for_the_script(tmp_path, monkeypatch):
+def call_classes(folder, embeddings, names):
+    for split, held in embeddings.items():
+        save_embeddings(folder / "embeddings" / f"{split}.npz", held._replace(class_names=tuple(names)))
+
+
+def test_class_names_are_escaped_also_for_the_script(tmp_path):
     folder = tmp_path / "run"
-    write_run(folder)
-    monkeypatch.setattr(report.run, "_class_names", lambda config, n: [f"</script><b>{i}" for i in range(n)])
-    assert "</script><b>" not in page_of(folder)
-    assert "&lt;/script&gt;&lt;b&gt;3" in page_of(folder)
+    call_classes(folder, write_run(folder), [f"</script><b>{number}" for number in range(10)])
+    page = page_of(folder)
+    assert "</script><b>" not in page
+    assert "&lt;/script&gt;&lt;b&gt;3" in page
+
+
+@pytest.mark.parametrize("with_images", [False, True])
+def test_classes_have_the_names_of_the_data_set(tmp_path, with_images):
+    names = [f"animal{number}" for number in range(10)]
+    names[3] = os.fsdecode(b"H\xfcndin")  # a folder's name in Latin-1
+    expected = [name.replace("\udcfc", "?") for name in names]
+    folder = tmp_path / "run"
+    embeddings, images = write_run(folder), None
+    if with_images:  # these are asked, whatever older embeddings say
+        images = {split: dataset._replace(class_names=tuple(names)) for split, dataset in datasets().items()}
+    else:
+        call_classes(folder, embeddings, names)
+    _, *classes = Tables(page_of(folder, images=images)).tables["classes-table"]
+    assert sorted(row[0] for row in classes) == sorted(expected)
+    assert "animal4" in (folder / "tensorboard" / "projector" / "metadata.tsv").read_text()
 
 
 def test_patches_are_those_that_the_first_step_saw(written):
@@ -332,7 +354,8 @@ def test_tensorboard_gets_the_patches_and_the_projector(written):
 def test_many_classes_are_listed_by_their_mistakes(tmp_path):
     random = np.random.RandomState(0)
     labels = np.repeat(np.arange(30), 4).astype(np.int32)
-    train, test = (LabelledEmbeddings(np.float32(random.standard_normal((120, 6))), labels, 30) for _ in range(2))
+    names = tuple(f"class {number}" for number in range(30))
+    train, test = (LabelledEmbeddings(np.float32(random.standard_normal((120, 6))), labels, names) for _ in range(2))
     found = findings.examine(train, test, CONFIG.evaluation, 0)
     assert len(findings.map_classes(labels)) == 10
     assert set(labels[found.map_images]) == set(findings.map_classes(labels).tolist())

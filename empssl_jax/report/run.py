@@ -1,11 +1,11 @@
 """What a run's folder holds, read for the report; what is missing or damaged is left out."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import Float
 
 from empssl_jax.checks import UserError
@@ -65,7 +65,6 @@ def read_run(folder: Path, config: Config, datasets: dict[str, ImageDataset] | N
     if embeddings and datasets:
         datasets = _of_the_embeddings(datasets, embeddings)
     embeddings = _with_labels(embeddings)
-    held: dict[Any, Any] | None = datasets or embeddings
     return Run(
         folder,
         config,
@@ -76,7 +75,7 @@ def read_run(folder: Path, config: Config, datasets: dict[str, ImageDataset] | N
         load_results(folder),
         embeddings,
         datasets,
-        _class_names(config, held["train"].num_classes if held else 0),
+        _class_names(datasets or {}, embeddings or {}),
     )
 
 
@@ -126,14 +125,10 @@ def _with_labels(embeddings: dict[Split, LabelledEmbeddings] | None) -> dict[Spl
     return kept if all(len(held.labels) for held in kept.values()) else None
 
 
-def _class_names(config: Config, num_classes: int) -> list[str]:
-    """What the data set calls its classes, else their numbers."""
-    try:
-        builder = tfds.builder(config.data.dataset, data_dir=config.run.data_dir, file_format="array_record")
-        names = list(builder.info.features["label"].names)
-    except Exception:  # not of TFDS, not at hand, damaged
-        names = []
-    return names if len(names) == num_classes else [str(number) for number in range(num_classes)]
+def _class_names(*known: Mapping[Any, ImageDataset | LabelledEmbeddings]) -> list[str]:
+    """What the data set calls its classes, in UTF-8 also where they are folders whose names are not."""
+    names = max((held.class_names for splits in known for held in splits.values()), key=len, default=())
+    return [name.encode(errors="replace").decode() for name in names]
 
 
 def _number(value: object) -> float:
