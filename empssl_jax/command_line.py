@@ -9,11 +9,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
 
+from empssl_jax import checkpoints
 from empssl_jax.checks import UserError, one_line
 from empssl_jax.config import Config
+
+Options = TypeVar("Options")
 
 
 def load_config(path: str | Path) -> Config:
@@ -36,6 +40,30 @@ def load_config(path: str | Path) -> Config:
 @dataclass(frozen=True)
 class _ConfigOption:
     config: str
+
+
+def first_options(kind: type[Options], arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """The options that decide what the defaults of the others are, and the arguments that are left."""
+    return tyro.cli(kind, args=list(arguments), return_unknown_args=True, add_help=False)
+
+
+def run_defaults(workdir: str, arguments: Sequence[str]) -> Config:
+    """The config of a run, for what the arguments do not say; if they ask for help, there need not be a run.
+
+    Raises:
+        UserError: the folder is not that of a run.
+    """
+    try:
+        return checkpoints.load_config(Path(workdir))
+    except UserError:
+        if asks_for_help(arguments):
+            return Config()
+        raise
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether nothing is to be done but to list the options."""
+    return bool({"-h", "--help"} & set(arguments))
 
 
 def parse_train_options(arguments: Sequence[str], default_config: Path) -> Config:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import tyro
-
 from empssl_jax import evaluation
 from empssl_jax.checkpoints import CONFIG_FILE, load_config
 from empssl_jax.checks import UserError, flag
+from empssl_jax.command_line import asks_for_help, first_options
 from empssl_jax.config import Config
 from empssl_jax.distributed import is_first_process
 from empssl_jax.evaluation import EvaluateOptions, parse_evaluate_options
@@ -45,9 +44,9 @@ def parse_evaluations(arguments: Sequence[str]) -> list[EvaluateOptions]:
     Raises:
         UserError: none of several folders is a run.
     """
-    if {"-h", "--help"} & set(arguments):
+    if asks_for_help(arguments):
         return [parse_evaluate_options(arguments)]
-    chosen, rest = tyro.cli(_Workdirs, args=list(arguments), return_unknown_args=True, add_help=False)
+    chosen, rest = first_options(_Workdirs, arguments)
     if len(chosen.workdir) == 1:
         return [parse_evaluate_options(arguments)]
     runs = [folder for folder in chosen.workdir if (Path(folder) / CONFIG_FILE).is_file()]

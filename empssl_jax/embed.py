@@ -22,9 +22,9 @@ import numpy as np
 import tyro
 from jaxtyping import Float32, UInt8
 
-from empssl_jax.checkpoints import Which, load_config
+from empssl_jax.checkpoints import Which
 from empssl_jax.checks import UserError
-from empssl_jax.command_line import user_errors_exit
+from empssl_jax.command_line import first_options, run_defaults, user_errors_exit
 from empssl_jax.compilation import keep_compiled_programs
 from empssl_jax.config import EmbeddingConfig, RunConfig
 from empssl_jax.decoding import UnreadableError, decode
@@ -53,19 +53,17 @@ class EmbedOptions:
     embedding: Annotated[EmbeddingConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EmbeddingConfig)
 
 
+@dataclass(frozen=True)
+class _Source:
+    workdir: str = EmbedOptions.workdir
+
+
 def parse_embed_options(arguments: Sequence[str]) -> EmbedOptions:
     """The options of this command; the embedding is as in the evaluation of the run, where they say nothing else."""
-
-    @dataclass(frozen=True)
-    class Source:
-        workdir: str = EmbedOptions.workdir
-
-    default = EmbedOptions(images=tyro.MISSING)
-    if not {"-h", "--help"} & set(arguments):
-        source, _ = tyro.cli(Source, args=list(arguments), return_unknown_args=True, add_help=False)
-        evaluation = load_config(Path(source.workdir)).evaluation
-        run = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(EmbeddingConfig)}
-        default = dataclasses.replace(default, embedding=EmbeddingConfig(**run))
+    source, _ = first_options(_Source, arguments)
+    evaluation = run_defaults(source.workdir, arguments).evaluation
+    run = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(EmbeddingConfig)}
+    default = EmbedOptions(images=tyro.MISSING, embedding=EmbeddingConfig(**run))
     return tyro.cli(EmbedOptions, args=list(arguments), default=default, description=__doc__)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from empssl_jax import data
 from empssl_jax.checkpoints import Which, load_config
 from empssl_jax.checks import require
+from empssl_jax.command_line import first_options, run_defaults
 from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, RunConfig
 from empssl_jax.distributed import is_first_process
 from empssl_jax.embeddings import (
@@ -58,20 +59,18 @@ class EvaluateOptions:
     distributed: Annotated[DistributedConfig, _flat] = dataclasses.field(default_factory=DistributedConfig)
 
 
+@dataclass(frozen=True)
+class _Source:
+    workdir: str = EvaluateOptions.workdir
+    embeddings: str | None = None
+
+
 def parse_evaluate_options(arguments: Sequence[str]) -> EvaluateOptions:
     """The options of `eval.py`; what is not given is as the run in --workdir had it."""
-
-    @dataclass(frozen=True)
-    class Source:
-        workdir: str = EvaluateOptions.workdir
-        embeddings: str | None = None
-
-    source, _ = tyro.cli(Source, args=list(arguments), return_unknown_args=True, add_help=False)
-    default = EvaluateOptions()
-    if source.embeddings is None and not {"-h", "--help"} & set(arguments):
-        config = load_config(Path(source.workdir))
-        run = config.run
-        default = EvaluateOptions(data_dir=run.data_dir, cache_dir=run.cache_dir, evaluation=config.evaluation)
+    source, _ = first_options(_Source, arguments)
+    config = run_defaults(source.workdir, arguments) if source.embeddings is None else Config()
+    run = config.run
+    default = EvaluateOptions(data_dir=run.data_dir, cache_dir=run.cache_dir, evaluation=config.evaluation)
     description = "Measures the embeddings of a trained encoder by kNN and a linear classifier."
     return tyro.cli(EvaluateOptions, args=list(arguments), default=default, description=description)
 

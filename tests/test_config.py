@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from empssl_jax import config
+from empssl_jax import checkpoints, config
 from empssl_jax.checks import UserError
 from empssl_jax.command_line import load_config, parse_train_options
 from empssl_jax.config import Config
+from empssl_jax.embed import parse_embed_options
+from empssl_jax.evaluation import parse_evaluate_options
 
 REPOSITORY = Path(__file__).parent.parent
 GROUPS = [field.default_factory for field in dataclasses.fields(Config)]
@@ -107,6 +109,18 @@ def test_help_shows_each_option_with_its_default_in_that_config(capsys):
             assert f"--{field.name.replace('_', '-')}" in shown
     assert "(default: runs/digits)" in shown
     assert "--config FILE" in shown
+
+
+@pytest.mark.parametrize("parse", [parse_evaluate_options, parse_embed_options])
+def test_help_shows_the_values_of_the_run_and_needs_none(parse, tmp_path, capsys):
+    checkpoints.save_config(tmp_path, Config(evaluation=config.EvaluationConfig(valid_patches=77)))
+    for workdir, patches in ((tmp_path, 77), (tmp_path / "none", config.EvaluationConfig.valid_patches)):
+        with pytest.raises(SystemExit) as caught:
+            parse(["--help", "--workdir", str(workdir)])
+        assert caught.value.code == 0
+        assert f"(default: {patches})" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        parse(["--workdir", str(tmp_path / "none")])
 
 
 def test_training_differences_are_those_that_change_what_is_learned():
