@@ -19,10 +19,10 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets import features
 
 from benchmarks import fuzz
-from empssl_jax import checkpoints, data, embeddings, evaluation
+from empssl_jax import checkpoints, data, embeddings, evaluation, training
 from empssl_jax.checks import UserError
 from empssl_jax.command_line import user_errors_exit
-from empssl_jax.config import DataConfig, EvaluationConfig, TrainingConfig
+from empssl_jax.config import Config, DataConfig, EvaluationConfig, RunConfig, TrainingConfig
 from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
 from empssl_jax.train_step import learning_rate_schedule
@@ -38,6 +38,14 @@ def test_random_input_works_or_is_refused(kind, tmp_path):
     never_refused = {"metrics.jsonl", "schedules", "traced steps", "train steps"}
     if kind != "evaluations":  # few are tried, and whether a classifier of them diverges is chance
         assert (counts["refused"] == 0) == (kind in never_refused)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
+    config = Config(
+        DataConfig(dataset="digits"), training=TrainingConfig(batch_size=12), run=RunConfig(workdir=str(tmp_path))
+    )
+    with pytest.raises(UserError, match="--batch-size is 12: it must be a multiple of the 8 devices"):
+        training.train(config)
 
 
 def test_the_warm_up_leaves_a_step_to_the_cosine():

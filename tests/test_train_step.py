@@ -11,8 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from empssl_jax import data, training
-from empssl_jax.checks import UserError
+from empssl_jax import data
 from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
 from empssl_jax.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
 
@@ -145,10 +144,3 @@ def test_an_update_of_nothing_leaves_the_parameters(batches):
     assert not np.array_equal(
         kept.encoder.batch_stats["hidden_norm"]["mean"], after.encoder.batch_stats["hidden_norm"]["mean"]
     )
-
-
-def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
-    training_config = dataclasses.replace(CONFIG.training, batch_size=12)
-    config = dataclasses.replace(CONFIG, training=training_config, run=RunConfig(workdir=str(tmp_path)))
-    with pytest.raises(UserError, match="--batch-size is 12: it must be a multiple of the 8 devices"):
-        training.train(config)
