@@ -1,7 +1,7 @@
-"""Crops of any size and aspect ratio, resized as PIL does it, in one compiled program.
+"""Crops, resized as PIL does it: by two matrices, one for the rows and one for the columns.
 
-A crop has its place and its sides in traced numbers: they only enter the weights of two matrices, of which one resizes
-the rows and the other the columns of the whole image, with no weight outside of the crop.
+Squares of one size are slices. Crops of any size and aspect ratio are one compiled program, since their place and sides
+are traced numbers that only enter the weights of matrices for the whole image, with none outside of the crop.
 """
 
 import math
@@ -12,6 +12,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 Interpolation = Literal["bilinear", "bicubic"]
+
+
+def crop_side(image_side: int, patch_area: float) -> int:
+    """Side in pixels of a square crop that covers `patch_area` of a square image."""
+    return max(1, round(math.sqrt(patch_area) * image_side))
+
+
+def square_crop(image: Float[Array, "C H W"], top, left, side: int, size: int) -> Float[Array, "C size size"]:
+    """The square of `side` pixels at an offset, resized by bilinear interpolation: as `resize_crop`, but faster."""
+    crop = jax.lax.dynamic_slice(image, (0, top, left), (len(image), side, side))
+    if side == size:
+        return crop
+    resize = resize_matrix(0, side, side, size, "bilinear")
+    return apply_to_axes(crop, resize, resize)
 
 
 def draw_sides(key: Key[Array, ""], image_side: int, area: float, aspect: float) -> Int[Array, "2"]:
@@ -78,3 +92,18 @@ def _cubic(x):
 
 
 FILTERS = {"bilinear": _triangle, "bicubic": _cubic}
+
+
+def apply_to_axes(
+    patch: Float[Array, "C H W"], rows: Float[Array, "I H"], columns: Float[Array, "J W"]
+) -> Float[Array, "C I J"]:
+    """Applies a matrix to each axis of all planes.
+
+    For small planes the second is a sum of products on purpose: for a matrix product XLA's CPU compiler would turn the
+    planes around and back, which takes three times as long as all the rest. From 64x64 pixels on, the sum takes twenty
+    times as long as the product.
+    """
+    wide = jnp.einsum("chw,jw->chj", patch, columns, precision=jax.lax.Precision.HIGHEST)
+    if patch.shape[1] > 32:
+        return jnp.einsum("chj,ih->cij", wide, rows, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(rows[None, :, :, None] * wide[:, None], axis=2)
