@@ -56,7 +56,7 @@ export python wheels
 stage machine 60 bash -c machine
 # Golden numbers on one device of the default kind, in float32; XLA and cuDNN would use TF32 otherwise.
 stage golden 120 env JAX_DEFAULT_MATMUL_PRECISION=highest "$python" -m pytest -n 0 -q -p no:cacheprovider -k golden \
-  tests/test_losses.py tests/test_lars.py tests/test_models.py tests/test_knn.py tests/test_patches.py
+  tests/test_losses.py tests/test_lars.py tests/test_models.py tests/test_knn.py tests/test_augmentations.py tests/test_crops.py
 if [ -n "$tiny" ]; then
   options=(--config configs/digits.py --images-per-class 10 --test-images-per-class 5 --batch-size 20 --train-patches 4
     --num-neighbours 5 --valid-patches 2 --linear-epochs 2 --no-untrained)

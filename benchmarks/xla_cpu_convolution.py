@@ -5,7 +5,7 @@
 1. XLA's newer fusion backend against the older one (`empssl_jax/__init__.py` chooses the older one): milliseconds of
    forward pass, input gradient and weight gradient of the five kinds of 3x3 convolutions in a ResNet-18, batch 32.
 2. A 3x3 convolution of a 2x2 map (512 channels, 200 patches) by XLA, by im2col, and as one dense product
-   (`models.Convolution` does the last).
+   (`resnet.Convolution` does the last).
 """
 
 import os

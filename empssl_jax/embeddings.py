@@ -19,8 +19,9 @@ from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.data import ImageDataset, fetch, own_rows, place_rows, replicated, split_images
 from empssl_jax.keys import embedding_patches_key
 from empssl_jax.metrics import image_progress
-from empssl_jax.models import EncoderState, encoder_graph, stage_dims
+from empssl_jax.models import EncoderState, encoder_graph
 from empssl_jax.patches import grid_patch, multi_patch
+from empssl_jax.resnet import stage_dims
 from empssl_jax.workdir import replacing
 
 MAX_CLASSES = 100_000  # memory grows with it

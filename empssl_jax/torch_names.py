@@ -18,7 +18,8 @@ from jaxtyping import Float, Shaped
 
 from empssl_jax.checks import UserError
 from empssl_jax.config import ModelConfig
-from empssl_jax.models import BACKBONES, EncoderState, encoder_template
+from empssl_jax.models import EncoderState, encoder_template
+from empssl_jax.resnet import BACKBONES
 
 TorchWeights = dict[str, Shaped[np.ndarray, "..."]]
 

@@ -16,8 +16,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 # Not the config and the encoder: they check their values themselves, and are tested with values of wrong types.
 CHECKED = ("augmentations", "batch_norm", "checkpoints", "crops", "data", "decoding", "digests", "embeddings")
 CHECKED += ("evaluation", "folder_images", "image_store", "keys", "knn", "lars", "linear", "losses", "metrics")
-CHECKED += ("models", "patches", "probe", "reductions", "tfds_images", "torch_names", "train_step", "training")
-CHECKED += ("untrained", "whitening", "workdir", "report.findings", "report.pictures")
+CHECKED += ("models", "patches", "probe", "reductions", "resnet", "tfds_images", "torch_names", "train_step")
+CHECKED += ("training", "untrained", "whitening", "workdir", "report.findings", "report.pictures")
 jaxtyping.install_import_hook([f"empssl_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,8 +12,9 @@ from empssl_jax import data, embeddings, evaluation
 from empssl_jax.checks import UserError
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.keys import embedding_patches_key
-from empssl_jax.models import encoder_graph, init_encoder, stage_dims
+from empssl_jax.models import encoder_graph, init_encoder
 from empssl_jax.patches import multi_patch
+from empssl_jax.resnet import stage_dims
 
 CONFIG = Config(
     data=DataConfig(dataset="digits", test_images_per_class=2),

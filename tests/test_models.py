@@ -9,6 +9,7 @@ from flax import nnx
 
 from empssl_jax import losses, models
 from empssl_jax.config import ModelConfig
+from empssl_jax.resnet import BACKBONES, Convolution
 
 KEY = jax.random.key(0)
 CONFIG = ModelConfig(hidden_dim=64, projection_dim=32, precision="float32")
@@ -92,7 +93,7 @@ def test_golden_eval_outputs(reference, trained_once):
 
 
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_golden_backbones(golden, backbone, stem):
     """Features in training mode, a running statistic after that, and features in evaluation mode then."""
     numbers = golden("backbones")
@@ -140,7 +141,7 @@ def test_convolutions_equal_the_general_one(side, stride):
     x, kernel = jax.random.normal(jax.random.key(1), (7, side, side, 6)), jax.random.normal(KEY, (3, 3, 6, 5))
 
     def ours(x, kernel):
-        convolution = models.Convolution(6, 5, 3, stride, jnp.float32)
+        convolution = Convolution(6, 5, 3, stride, jnp.float32)
         convolution.kernel[...] = kernel
         return convolution(x)
 

@@ -20,6 +20,7 @@ from empssl_jax.checkpoints import Checkpoints
 from empssl_jax.checks import UserError
 from empssl_jax.config import ModelConfig
 from empssl_jax.keys import parameters_key
+from empssl_jax.resnet import BACKBONES
 from empssl_jax.train_step import make_optimizer
 
 KEY = jax.random.key(0)
@@ -71,7 +72,7 @@ def test_golden_official_checkpoint(official, tmp_path):
     assert relative_error(unit, numbers["eval_projections_normalised"]) < 1e-3
 
 
-@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_every_encoder_has_torchvision_s_names_and_comes_back_to_the_bit(golden, backbone, stem):
     config = ModelConfig(backbone=backbone, stem=stem, width=2, hidden_dim=3, projection_dim=2, precision="float32")
@@ -208,7 +209,7 @@ def test_a_torch_file_cannot_run_code(tmp_path):
     assert not (tmp_path / "run_by_the_file").exists()
 
 
-@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_torchvision_computes_our_features(backbone, stem):
     torch = pytest.importorskip("torch", reason="pip install -e '.[torch]'")
