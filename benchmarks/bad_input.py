@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 from hypothesis import strategies as st
 
-from empssl_jax import checks, config
+from empssl_jax import checks, config, saved_config
 from empssl_jax.config import Config
 
 GROUPS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
@@ -72,7 +72,9 @@ def some_options(name: str) -> st.SearchStrategy[dict[str, Any]]:
 ANY_OPTIONS = st.fixed_dictionaries({}, optional={name: some_options(name) | VALUES for name in GROUPS})
 
 
-CONFIG_JSON = damaged(st.just(config.to_json(Config()).encode())) | JSON_VALUES.map(as_json) | st.binary(max_size=50)
+CONFIG_JSON = (
+    damaged(st.just(saved_config.to_json(Config()).encode())) | JSON_VALUES.map(as_json) | st.binary(max_size=50)
+)
 CONFIG_JSON |= st.fixed_dictionaries({"model": st.dictionaries(st.sampled_from(OPTIONS["model"]), JSON_VALUES)}).map(
     as_json
 )

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from benchmarks import bad_input
 from benchmarks.bad_input import FLAGS, GROUPS, OPTIONS
-from empssl_jax import config, data, decoding, embeddings, evaluation, json_lines, losses
+from empssl_jax import data, decoding, embeddings, evaluation, json_lines, losses, saved_config
 from empssl_jax.checks import UserError
 from empssl_jax.command_line import load_config, parse_train_options
 from empssl_jax.config import Config
@@ -45,12 +45,12 @@ def make_config(groups: dict[str, Any], folder: Path) -> None:
         if str(error).split(" is ")[0] not in set(FLAGS) | {f"Config's {name}" for name in GROUPS}:
             raise AssertionError("This names no option.") from error
         raise
-    assert config.from_json(config.to_json(made), "config.json") == made
+    assert saved_config.from_json(saved_config.to_json(made), "config.json") == made
 
 
 def read_config_json(content: bytes, folder: Path) -> None:
     """A config.json is refused or gives a config."""
-    assert isinstance(config.from_json(content, folder / "config.json"), Config)
+    assert isinstance(saved_config.from_json(content, folder / "config.json"), Config)
 
 
 def run_config_file(content: bytes, folder: Path) -> None:

@@ -17,10 +17,11 @@ import tyro
 
 from benchmarks.measure import append_line, checkpoint_embeddings
 from empssl_jax import data, evaluation
-from empssl_jax.checkpoints import Checkpoints, load_config
+from empssl_jax.checkpoints import Checkpoints
 from empssl_jax.command_line import user_errors_exit
 from empssl_jax.compilation import keep_compiled_programs
 from empssl_jax.json_lines import read_steps
+from empssl_jax.saved_config import load_config
 from empssl_jax.timing import TIMING_FILE
 
 NUM_NEIGHBOURS = 10

@@ -1,8 +1,7 @@
-"""Checkpoints of a run by Orbax, every array verified against a digest; beside them the config as JSON."""
+"""Checkpoints of a run by Orbax, every array verified against a digest."""
 
 import contextlib
 import gc
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,17 +11,14 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
-from empssl_jax.checks import UserError, one_line
-from empssl_jax.config import Config, RunConfig, from_json, to_json
+from empssl_jax.checks import UserError
+from empssl_jax.config import RunConfig
 from empssl_jax.digests import array_digests, first_not_finite, is_sealed, seal
 from empssl_jax.distributed import first_process_first, is_first_process
 from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
-from empssl_jax.workdir import StorageError, replacing
+from empssl_jax.workdir import StorageError
 
-CONFIG_FILE = "config.json"
-IMAGES_FILE = "images.json"
-DEFAULT_IMAGE_SIZE = 32  # of runs that do not say
 Which = int | Literal["latest", "best"]
 
 
@@ -244,35 +240,3 @@ def _reason(error: object) -> str:
     """The first line of an error; of a long one its two ends, which name the kind and the cause."""
     line = str(error).strip().split("\n")[0] or type(error).__name__
     return line if len(line) <= 200 else f"{line[:80]} ... {line[-120:]}"
-
-
-def save_config(workdir: Path, config: Config) -> None:
-    """Writes the config of a run into its folder."""
-    with replacing(workdir / CONFIG_FILE) as file:
-        file.write(to_json(config).encode())
-
-
-def load_config(workdir: Path) -> Config:
-    """The config of a run; raises UserError if the folder is not that of a run."""
-    path = workdir / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"--workdir {workdir} has no {CONFIG_FILE}: give the folder of a run of train.py.")
-    return from_json(path.read_bytes(), path)
-
-
-def save_image_size(workdir: Path, size: int) -> None:
-    """Writes down the side in pixels of the training images, which the config leaves to the data set."""
-    with replacing(workdir / IMAGES_FILE) as file:
-        file.write(json.dumps({"size": size}).encode())
-
-
-def load_image_size(workdir: Path) -> int:
-    """The side in pixels of a run's training images; raises UserError if the file is of something else."""
-    path = workdir / IMAGES_FILE
-    try:
-        size = json.loads(path.read_bytes())["size"] if path.exists() else DEFAULT_IMAGE_SIZE
-        if type(size) is not int or not 1 <= size <= 2**16:
-            raise ValueError(f"size {size!r}")
-        return size
-    except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}): delete it for {DEFAULT_IMAGE_SIZE}.") from error

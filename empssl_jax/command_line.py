@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import tyro
 
-from empssl_jax import checkpoints
+from empssl_jax import saved_config
 from empssl_jax.checks import UserError, one_line
 from empssl_jax.config import Config
 
@@ -54,7 +54,7 @@ def run_defaults(workdir: str, arguments: Sequence[str]) -> Config:
         UserError: the folder is not that of a run.
     """
     try:
-        return checkpoints.load_config(Path(workdir))
+        return saved_config.load_config(Path(workdir))
     except UserError:
         if asks_for_help(arguments):
             return Config()

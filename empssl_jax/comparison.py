@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from empssl_jax import evaluation
-from empssl_jax.checkpoints import CONFIG_FILE, load_config
 from empssl_jax.checks import UserError, flag
 from empssl_jax.command_line import asks_for_help, first_options
 from empssl_jax.config import Config
 from empssl_jax.distributed import is_first_process
 from empssl_jax.evaluation import EvaluateOptions, parse_evaluate_options
 from empssl_jax.results import Accuracy, load_results
+from empssl_jax.saved_config import CONFIG_FILE, load_config
 from empssl_jax.workdir import replacing
 
 COMPARISON_FILE = "comparison.md"

@@ -5,7 +5,6 @@ too large a model or batch is told as being out of memory.
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -284,22 +283,3 @@ def training_differences(ours: Config, theirs: Config) -> list[str]:
             if mine != other and field.name not in NO_PART_IN_TRAINING:
                 differences.append(f"{flag(field.name)} {mine} (was {other})")
     return differences
-
-
-def to_json(config: Config) -> str:
-    """The config as JSON, one object a group, without the processes, which are no part of the run."""
-    groups = {name: values for name, values in dataclasses.asdict(config).items() if name != "distributed"}
-    return json.dumps(groups, indent=2) + "\n"
-
-
-def from_json(text: str | bytes, source: object) -> Config:
-    """Reads `to_json`'s output back; raises UserError naming `source` if it is anything else."""
-    try:
-        groups = json.loads(text)
-        types = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-        return Config(**{name: types[name](**values) for name, values in groups.items()})  # type: ignore[operator]
-    except UserError as error:
-        raise UserError(f"{source} has a wrong value: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = one_line(error)
-        raise UserError(f"{source} is not a config of this version of empssl_jax ({reason}): train anew.") from error

@@ -9,13 +9,14 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float32, Int, UInt8
 
-from empssl_jax.checkpoints import Checkpoints, Which, load_config, load_image_size
+from empssl_jax.checkpoints import Checkpoints, Which
 from empssl_jax.checks import UserError, one_line, require
 from empssl_jax.config import Config
 from empssl_jax.data import device_mesh, replicated
 from empssl_jax.decoding import to_pixels
 from empssl_jax.embeddings import embed_images, embedding_dim, make_embed
 from empssl_jax.models import EncoderState, encoder_template
+from empssl_jax.saved_config import load_config, load_image_size
 
 Image = np.ndarray | PIL.Image.Image
 

@@ -12,7 +12,7 @@ import tyro
 from jax.sharding import Mesh
 
 from empssl_jax import data
-from empssl_jax.checkpoints import Which, load_config
+from empssl_jax.checkpoints import Which
 from empssl_jax.checks import require
 from empssl_jax.command_line import first_options, run_defaults
 from empssl_jax.config import Config, DistributedConfig, EvaluationConfig, RunConfig
@@ -33,6 +33,7 @@ from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
 from empssl_jax.report import try_to_report
 from empssl_jax.results import Accuracy, add_results, format_table, load_results, of_embeddings
+from empssl_jax.saved_config import load_config
 from empssl_jax.whitening import whitened
 from empssl_jax.workdir import claimed, storage_errors
 

@@ -11,7 +11,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from empssl_jax.checks import UserError
-from empssl_jax.config import Config, to_json
+from empssl_jax.config import Config
+from empssl_jax.saved_config import to_json
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from empssl_jax import checkpoints, data, evaluation, interruption, loggers, profiling
+from empssl_jax import data, evaluation, interruption, loggers, profiling, saved_config
 from empssl_jax.checkpoints import Checkpoints
 from empssl_jax.checks import UserError, require
 from empssl_jax.config import Config, RunConfig, training_differences
@@ -53,8 +53,8 @@ def train(config: Config) -> None:
 
 def _train(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: Path) -> None:
     if is_first_process():
-        checkpoints.save_config(workdir, config)
-        checkpoints.save_image_size(workdir, datasets["train"].images.shape[1])
+        saved_config.save_config(workdir, config)
+        saved_config.save_image_size(workdir, datasets["train"].images.shape[1])
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         measure_untrained(config, datasets, mesh, workdir)
     encoder = _fit(config, datasets, mesh, workdir)
@@ -87,7 +87,7 @@ def _check_workdir(workdir: Path, config: Config) -> int:
     load_results(workdir)  # refuses a damaged file now rather than after the training
     with Checkpoints(workdir) as store:
         newest = store.latest_step()
-    differences = [] if newest is None else training_differences(config, checkpoints.load_config(workdir))
+    differences = [] if newest is None else training_differences(config, saved_config.load_config(workdir))
     if differences:
         listed = ", ".join(differences)
         raise UserError(f"--workdir {workdir} holds another run: {listed}; give those values or another folder.")

@@ -20,13 +20,14 @@ import safetensors
 import safetensors.numpy
 import tyro
 
-from empssl_jax.checkpoints import DEFAULT_IMAGE_SIZE, Checkpoints, Which, save_config, save_image_size
+from empssl_jax.checkpoints import Checkpoints, Which
 from empssl_jax.checks import UserError, one_line, require
 from empssl_jax.command_line import load_config, user_errors_exit
-from empssl_jax.config import Config, from_json, to_json
+from empssl_jax.config import Config
 from empssl_jax.encoder import ImageEncoder, load
 from empssl_jax.keys import parameters_key
 from empssl_jax.models import default_precision, init_encoder
+from empssl_jax.saved_config import DEFAULT_IMAGE_SIZE, from_json, save_config, save_image_size, to_json
 from empssl_jax.torch_names import TorchWeights, from_torch, to_torch
 from empssl_jax.train_step import learning_rate_schedule, make_optimizer
 from empssl_jax.workdir import claimed, replacing, storage_errors

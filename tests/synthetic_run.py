@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from empssl_jax import checkpoints, data
+from empssl_jax import data, saved_config
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
 from empssl_jax.embeddings import LabelledEmbeddings, save_embeddings
 
@@ -46,7 +46,7 @@ def embeddings_of(labels: np.ndarray, seed: int) -> np.ndarray:
 def write_run(folder: Path, config: Config = CONFIG, embed=embeddings_of) -> dict[str, LabelledEmbeddings]:
     """Writes the folder and returns the embeddings."""
     folder.mkdir(parents=True)
-    checkpoints.save_config(folder, config)
+    saved_config.save_config(folder, config)
     steps = range(STEPS)
     write_lines(folder / "metrics.jsonl", [{"step": step, **metrics_of(step)} for step in steps])
     times = [{"step": step, "seconds": SECONDS_A_STEP * (step + 1), "devices": "3 x Abacus"} for step in steps]

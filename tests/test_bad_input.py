@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets import features
 
 from benchmarks import fuzz
-from empssl_jax import checkpoints, data, embeddings, evaluation, training
+from empssl_jax import checkpoints, data, embeddings, evaluation, saved_config, training
 from empssl_jax.checks import UserError
 from empssl_jax.command_line import user_errors_exit
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, RunConfig, TrainingConfig
@@ -490,10 +490,10 @@ def test_a_checkpoint_of_another_model_is_refused(run_folder, shape):
 def test_a_config_json_that_is_none_is_refused_by_name(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"^.*config\.json (is not a config|has a wrong value).*\.$"):
-        checkpoints.load_config(tmp_path)
+        saved_config.load_config(tmp_path)
 
 
 def test_a_wrong_value_in_config_json_is_told_with_its_option(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": {"width": "wide"}}))
     with pytest.raises(UserError, match=r"config\.json has a wrong value: --width is 'wide': give a whole number"):
-        checkpoints.load_config(tmp_path)
+        saved_config.load_config(tmp_path)

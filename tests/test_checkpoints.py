@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empssl_jax import checkpoints, data
+from empssl_jax import checkpoints, data, saved_config
 from empssl_jax.checks import UserError
 from empssl_jax.metrics import DivergenceError
 from empssl_jax.models import EncoderState
@@ -76,7 +76,7 @@ def test_a_state_that_is_not_finite_is_not_saved(workdir):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json"):
-        checkpoints.load_config(tmp_path)
+        saved_config.load_config(tmp_path)
     (tmp_path / "config.json").write_text('{"data": 3}')
     with pytest.raises(UserError, match="is not a config of this version"):
-        checkpoints.load_config(tmp_path)
+        saved_config.load_config(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from empssl_jax import checkpoints, comparison, evaluation
+from empssl_jax import comparison, evaluation, saved_config
 from empssl_jax.checks import UserError
 from empssl_jax.config import Config, EvaluationConfig, TrainingConfig
 from empssl_jax.results import add_results, of_embeddings
@@ -16,7 +16,7 @@ KNN = {0: (0.30, 0.80), 1: (0.34, 0.84), 2: (0.44, 0.88)}  # by seed
 
 def write_run(folder, seed, top1, top5, linear=True, **training):
     folder.mkdir(parents=True)
-    checkpoints.save_config(folder, Config(training=TrainingConfig(seed=seed, **training)))
+    saved_config.save_config(folder, Config(training=TrainingConfig(seed=seed, **training)))
     results = {"kNN": {"top1": top1, "top5": top5}}
     if linear:
         results["linear"] = {"top1": top1 + 0.1, "top5": 1.0}
@@ -90,7 +90,7 @@ def test_results_of_other_embeddings_are_measured_again(tmp_path, no_evaluation)
     old = {"linear": {"top1": 0.6, "top5": 1.0}}
     add_results(Path(folders[0]), of_embeddings(EvaluationConfig(whiten=True).embeddings, old))
     config = Config(evaluation=EvaluationConfig(linear_epochs=0))
-    checkpoints.save_config(Path(folders[0]), config)
+    saved_config.save_config(Path(folders[0]), config)
     no_evaluation.clear()
     compare(folders[0], folders[0])
     assert no_evaluation == []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from empssl_jax import checkpoints, config
+from empssl_jax import config, saved_config
 from empssl_jax.checks import UserError
 from empssl_jax.command_line import load_config, parse_train_options
 from empssl_jax.config import Config
@@ -81,7 +81,7 @@ def test_warm_up_must_end_before_training_does():
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_file_survives_json(path):
     loaded = load_config(path)
-    assert config.from_json(config.to_json(loaded), "config.json") == loaded
+    assert saved_config.from_json(saved_config.to_json(loaded), "config.json") == loaded
     assert "python train.py" in path.read_text()
 
 
@@ -113,7 +113,7 @@ def test_help_shows_each_option_with_its_default_in_that_config(capsys):
 
 @pytest.mark.parametrize("parse", [parse_evaluate_options, parse_embed_options])
 def test_help_shows_the_values_of_the_run_and_needs_none(parse, tmp_path, capsys):
-    checkpoints.save_config(tmp_path, Config(evaluation=config.EvaluationConfig(valid_patches=77)))
+    saved_config.save_config(tmp_path, Config(evaluation=config.EvaluationConfig(valid_patches=77)))
     for workdir, patches in ((tmp_path, 77), (tmp_path / "none", config.EvaluationConfig.valid_patches)):
         with pytest.raises(SystemExit) as caught:
             parse(["--help", "--workdir", str(workdir)])

@@ -11,9 +11,9 @@ import pytest
 
 import empssl_jax
 from empssl_jax import data, encoder, evaluation
-from empssl_jax.checkpoints import load_config
 from empssl_jax.checks import UserError
 from empssl_jax.embeddings import load_embeddings, make_embed
+from empssl_jax.saved_config import load_config
 from empssl_jax.workdir import claimed
 
 
