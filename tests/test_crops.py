@@ -138,6 +138,8 @@ def test_patches_of_any_aspect_depend_only_on_key_index_and_number(golden):
     assert whole.shape == (4, 4, 20, 20, 3)
     assert float(jnp.max(jnp.abs(whole))) <= 1.00001
     np.testing.assert_array_equal(whole, make(images[::-1], num_patches=4, indices=indices[::-1])[::-1])
+    later = make(images, num_patches=4, indices=indices, first_patch=2)
+    np.testing.assert_array_equal(whole[:, 2:], later[:, :2])
     parts = [make(images, num_patches=2, indices=indices, first_patch=first) for first in (0, 2)]
     # Another number of patches is another program, which rounds differently on some processors.
     np.testing.assert_allclose(whole, jnp.concatenate(parts, axis=1), atol=1e-6)
