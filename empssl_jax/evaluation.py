@@ -188,10 +188,10 @@ def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int, 
     """
     train, test = labelled(embeddings["train"]), labelled(embeddings["test"])
     top1, top5 = linear_accuracy(classifier_key(seed), train, test, config, mesh)
-    if not jnp.isfinite(top1[-1]):
+    if not np.isfinite(top1[-1]):
         rate = config.linear_learning_rate
         raise DivergenceError(f"The linear classifier diverged at --linear-learning-rate {rate}: try a lower one.")
-    best = int(jnp.nanargmax(top1))
+    best = int(np.nanargmax(top1))
     return {
         "linear": {"top1": float(top1[-1]), "top5": float(top5[-1])},
         "linear, best epoch on test": {"top1": float(top1[best]), "top5": float(top5[best])},

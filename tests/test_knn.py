@@ -33,6 +33,12 @@ def test_golden_scores_and_accuracies(golden, queries_at_once):
     assert top_k_accuracy(scores, labels, 5) == pytest.approx(float(numbers["top5"]), abs=1e-6)
 
 
+def test_nine_of_ten_are_nine_tenths():
+    # In float32 they are less, and a run that is to reach 90 % would not.
+    scores = jnp.eye(10)
+    assert top_k_accuracy(scores, jnp.arange(10).at[0].set(9), 1) == 0.9
+
+
 def test_length_of_embeddings_does_not_matter(golden):
     numbers = golden("knn")
     longer = numbers | {"queries": 3 * numbers["queries"], "bank": 0.1 * numbers["bank"]}

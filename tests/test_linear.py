@@ -50,6 +50,8 @@ def test_accuracies_equal_numpys():
     accuracy = linear.linear_accuracy(key, train, test, config, data.device_mesh(1))
     np.testing.assert_allclose(accuracy.top1, numpy_accuracies(key, train, test, config), atol=0.0021)
     assert np.all(accuracy.top5 >= accuracy.top1)
+    hits = 500 * accuracy.top1
+    np.testing.assert_array_equal(np.round(hits) / 500, accuracy.top1)
 
 
 def test_separable_classes_are_learned():
