@@ -20,8 +20,12 @@ def sum_pair(
     """
     zero = jnp.float32(0)
     for axis in sorted(axes, reverse=True):
-        a, b = jax.lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), (axis,))
+        a, b = jax.lax.reduce((a, b), (zero, zero), _add, (axis,))
     return a, b
+
+
+def _add(x, y):  # one function, so that JAX traces it once
+    return x[0] + y[0], x[1] + y[1]
 
 
 def norm_pair(a: PyTree[Float[Array, "..."]], b: PyTree[Float[Array, "..."]]) -> tuple[Array, Array]:
