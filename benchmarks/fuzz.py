@@ -205,7 +205,7 @@ KINDS = {
     "metrics.jsonl": Kind(bad_input.METRICS, resume_metrics),
     "pictures": Kind(bad_input.PICTURES, decode),
     "schedules": Kind(st.tuples(bad_input.tiny_configs(), st.integers(1, 5)), schedule, 0.1),
-    "evaluations": Kind(st.tuples(bad_input.SCALES, bad_input.tiny_configs()), measure, 0.1),
+    "evaluations": Kind(st.tuples(bad_input.SCALES, bad_input.tiny_configs()), measure, 0.03),
     "traced steps": Kind(st.tuples(bad_input.tiny_configs(), SIDES), trace, 0.01),
     "train steps": Kind(st.tuples(bad_input.tiny_configs(), SIDES), step, 0.002),
 }

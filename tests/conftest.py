@@ -1,7 +1,9 @@
 """Shapes in annotations are checked while the tests run; golden numbers come from tests/golden/."""
 
+import fcntl
 import os
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -36,20 +38,31 @@ def golden():
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """The folder of a run on digits: 80 images in two steps, each saved, and 10 test images."""
+    """The folder of a run on digits: 80 images in two steps, each saved, and 10 test images.
+
+    It is trained once and copied for each of pytest's processes.
+    """
+    own = tmp_path_factory.getbasetemp()
+    trained = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "digits"
+    with (trained.parent / "digits.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (trained / "results.json").exists():
+            train_tiny_run(trained)
+    return shutil.copytree(trained, own / "runs" / "digits")
+
+
+def train_tiny_run(workdir: Path) -> None:
     from empssl_jax import config, training
 
-    workdir = tmp_path_factory.mktemp("runs") / "digits"
     made = config.Config(
         data=config.DataConfig(dataset="digits", images_per_class=8, test_images_per_class=1),
         patches=config.PatchConfig(train_patches=2, patch_size=16),
         model=config.ModelConfig(width=4, hidden_dim=32, projection_dim=16, precision="float32"),
         training=config.TrainingConfig(batch_size=40),
-        evaluation=config.EvaluationConfig(valid_patches=2, embedding_batch_size=32, linear_epochs=0),
+        evaluation=config.EvaluationConfig(valid_patches=2, embedding_batch_size=32, linear_epochs=0, report=False),
         run=config.RunConfig(workdir=str(workdir), checkpoint_every=1),
     )
     training.train(made)
-    return workdir
 
 
 def torch_weights(names, seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -237,10 +237,12 @@ def test_pictures_without_classes_are_trained_on_and_embedded_but_not_measured(r
     assert json.loads((root.parent / "run" / "config.json").read_text())["data"]["dataset"] == f"folder:{root}"
 
 
-def embed(dataset, root):
-    config, mesh = config_of(root), data.device_mesh(1)
-    encoder = init_encoder(config.model, jax.random.key(0))
-    return embeddings.embed_dataset(embeddings.make_embed(config, mesh), encoder, dataset, 50, mesh, "train").embeddings
+@pytest.fixture(scope="module")
+def embed(tmp_path_factory):
+    """The embeddings of a data set by an encoder that is compiled once."""
+    config, mesh = config_of(tmp_path_factory.mktemp("any")), data.device_mesh(1)
+    encoder, compiled = init_encoder(config.model, jax.random.key(0)), embeddings.make_embed(config, mesh)
+    return lambda dataset: embeddings.embed_dataset(compiled, encoder, dataset, 50, mesh, "train").embeddings
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +252,7 @@ def cifar10():
 
 
 @needs_cifar10
-def test_cifar10_as_files_has_the_embeddings_of_cifar10_from_tfds(cifar10, root):
+def test_cifar10_as_files_has_the_embeddings_of_cifar10_from_tfds(cifar10, embed, root):
     """Written out in the order of TFDS, so that each image has the index that draws its patches."""
     for number, image in enumerate(cifar10.images):
         path = root / "train" / f"{number:05}.png"
@@ -259,11 +261,11 @@ def test_cifar10_as_files_has_the_embeddings_of_cifar10_from_tfds(cifar10, root)
     write(root, "test/any.png")
     files = load(root)
     np.testing.assert_array_equal(files.images, cifar10.images)
-    np.testing.assert_array_equal(embed(files, root), embed(cifar10, root))
+    np.testing.assert_array_equal(embed(files), embed(cifar10))
 
 
 @needs_cifar10
-def test_cifar10_in_folders_of_its_classes_has_its_images_and_labels(cifar10, root):
+def test_cifar10_in_folders_of_its_classes_has_its_images_and_labels(cifar10, embed, root):
     for number, (image, label) in enumerate(zip(cifar10.images, cifar10.labels, strict=True)):
         path = root / "train" / f"class{label}" / f"{number:05}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,4 +277,4 @@ def test_cifar10_in_folders_of_its_classes_has_its_images_and_labels(cifar10, ro
     np.testing.assert_array_equal(files.images, cifar10.images[numbers])
     np.testing.assert_array_equal(files.labels, cifar10.labels[numbers])
     permuted = data.ImageDataset(cifar10.images[numbers], cifar10.labels[numbers], files.class_names)
-    np.testing.assert_array_equal(embed(files, root), embed(permuted, root))
+    np.testing.assert_array_equal(embed(files), embed(permuted))

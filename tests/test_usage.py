@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
         patches=config.PatchConfig(train_patches=2, patch_size=16),
         model=config.ModelConfig(hidden_dim=32, projection_dim=16, precision="float32"),
         training=config.TrainingConfig(batch_size=40),
-        evaluation=config.EvaluationConfig(valid_patches=8, embedding_batch_size=16, linear_epochs=0),
+        evaluation=config.EvaluationConfig(valid_patches=2, embedding_batch_size=16, linear_epochs=0, report=False),
         run=config.RunConfig(workdir=str(folder / "runs" / "cifar10")),
     )
     training.train(made)
