@@ -234,6 +234,7 @@ def test_bad_input_gets_a_sentence_and_exit_code_2(case, run_here, tmp_path):
     code, said = run_here(script, *options(tmp_path))
     assert code == 2
     assert message in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("case", ["no run", "no config file"])

@@ -183,18 +183,17 @@ def test_the_paper_s_encoder_has_the_reference_s_size():
 
 def test_bfloat16_is_close_to_float32_and_leaves_float32_statistics():
     config = ModelConfig(width=4, hidden_dim=32, projection_dim=16, precision="float32")
-    images = jax.random.uniform(KEY, (16, 16, 16, 3), minval=-1, maxval=1)
+    state, images = models.init_encoder(config, KEY), jax.random.uniform(KEY, (16, 16, 16, 3), minval=-1, maxval=1)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(config, state):
+    def run(config):
         encoder = nnx.merge(models.encoder_graph(config), *state)
         encoder.train()
         return encoder(images)[0], models.encoder_state(encoder).batch_stats
 
     embeddings, statistics = {}, {}
     for precision in ("float32", "bfloat16"):
-        chosen = dataclasses.replace(config, precision=precision)
-        embeddings[precision], statistics[precision] = run(chosen, models.init_encoder(config, KEY))
+        embeddings[precision], statistics[precision] = run(dataclasses.replace(config, precision=precision))
     assert {x.dtype for x in jax.tree.leaves((embeddings, statistics))} == {jnp.dtype(jnp.float32)}
     error = jnp.linalg.norm(embeddings["bfloat16"] - embeddings["float32"]) / jnp.linalg.norm(embeddings["float32"])
     assert 1e-4 < float(error) < 0.1
