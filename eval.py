@@ -3,10 +3,10 @@
 import sys
 
 from empssl_jax.command_line import user_errors_exit
-from empssl_jax.comparison import evaluate_all, parse_evaluations
-from empssl_jax.compilation import keep_compiled_programs
-from empssl_jax.distributed import processes
-from empssl_jax.interruption import end_at_sigterm
+from empssl_jax.evaluation.comparison import evaluate_all, parse_evaluations
+from empssl_jax.runtime.compilation import keep_compiled_programs
+from empssl_jax.runtime.distributed import processes
+from empssl_jax.runtime.interruption import end_at_sigterm
 
 if __name__ == "__main__":
     with user_errors_exit():

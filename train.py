@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from empssl_jax.command_line import parse_train_options, user_errors_exit
-from empssl_jax.compilation import keep_compiled_programs
-from empssl_jax.distributed import processes
+from empssl_jax.runtime.compilation import keep_compiled_programs
+from empssl_jax.runtime.distributed import processes
 from empssl_jax.training import train
 
 if __name__ == "__main__":

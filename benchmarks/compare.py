@@ -24,8 +24,8 @@ import tyro
 from benchmarks import limits, measure, ours, sizes
 from benchmarks.measure import HAS_TORCH, RESULTS, Row, Work
 from benchmarks.sizes import Sizes
-from empssl_jax.checks import require
 from empssl_jax.command_line import user_errors_exit
+from empssl_jax.config.errors import require
 
 if HAS_TORCH:
     from benchmarks import theirs

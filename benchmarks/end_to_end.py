@@ -17,10 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-from empssl_jax import data, evaluation
 from empssl_jax.command_line import parse_train_options, user_errors_exit
 from empssl_jax.config import Config
-from empssl_jax.timing import seconds_so_far
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.run_folder.timing import seconds_so_far
 
 START = time.perf_counter()
 ROOT = Path(__file__).parents[1]

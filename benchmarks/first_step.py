@@ -20,7 +20,7 @@ def ours(sizes) -> dict[str, float]:
     import jax
 
     from benchmarks import ours
-    from empssl_jax.compilation import keep_compiled_programs
+    from empssl_jax.runtime.compilation import keep_compiled_programs
 
     keep_compiled_programs()
     step, state, batch = ours.traced_step(ours.make_config(sizes, sizes.patch_size))

@@ -84,7 +84,7 @@ recipe default_seed2 "${options[@]}" --seed 2
 recipe best_1_epoch "${best[@]}"
 recipe best_2_epochs "${best[@]}" --max-epochs 2
 recipe best_10_epochs "${best[@]}" --max-epochs 10 --max-to-keep 10
-stage race 240 "$python" -m benchmarks.race --workdir "$results/best_10_epochs"
+stage race 240 "$python" -m experiments.race --workdir "$results/best_10_epochs"
 
 failed=()
 for log in "$results"/*.log; do

@@ -16,11 +16,12 @@ from typing import Any, TypedDict
 
 import jax
 
-from empssl_jax import data, evaluation
-from empssl_jax.checkpoints import Which
 from empssl_jax.config import EvaluationConfig
-from empssl_jax.encoder import load
-from empssl_jax.evaluation import Datasets, Embeddings
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.evaluation.evaluate import Datasets, Embeddings
+from empssl_jax.inference.image_encoder import load
+from empssl_jax.run_folder.checkpoints import Which
 
 RESULTS = Path(__file__).parent / "results"
 

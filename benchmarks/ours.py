@@ -10,9 +10,13 @@ from flax import nnx
 
 from benchmarks.measure import Work
 from benchmarks.sizes import Sizes, random_images, random_labels, random_vectors
-from empssl_jax import data, embeddings, keys, knn, linear, losses, models, patches
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
-from empssl_jax.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation import embeddings, knn, linear
+from empssl_jax.method import encoder as models
+from empssl_jax.method import losses, patches
+from empssl_jax.method import random_keys as keys
+from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
 
 CLASSES = tuple("0123456789")
 

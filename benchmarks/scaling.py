@@ -26,8 +26,10 @@ import tyro
 
 from benchmarks import measure, ours
 from benchmarks.measure import RESULTS
-from empssl_jax import data, embeddings, knn, models
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation import embeddings, knn
+from empssl_jax.method import encoder as models
 
 REPEATS = 3
 

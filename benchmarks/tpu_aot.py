@@ -30,11 +30,11 @@ import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from empssl_jax import data
-from empssl_jax.checks import UserError, require
 from empssl_jax.command_line import user_errors_exit
 from empssl_jax.config import Config, ModelConfig, PatchConfig, TrainingConfig
-from empssl_jax.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
+from empssl_jax.config.errors import UserError, require
+from empssl_jax.data import datasets as data
+from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
 
 IMAGE_SIDE = 32  # of CIFAR-10
 STEPS_PER_EPOCH = 100  # a constant of the program, of no effect on its size

@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from empssl_jax.encoder import load
+    from empssl_jax.inference.image_encoder import load
 
 __all__ = ["load"]
 
@@ -24,6 +24,6 @@ def __getattr__(name: str) -> Any:
     """Imports `load`, and JAX with it, when it is first asked for: after the variables above are set."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from empssl_jax.encoder import load
+    from empssl_jax.inference.image_encoder import load
 
     return load

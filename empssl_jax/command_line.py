@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import tyro
 
-from empssl_jax import saved_config
-from empssl_jax.checks import UserError, one_line
 from empssl_jax.config import Config
+from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.run_folder import saved_config
 
 Options = TypeVar("Options")
 

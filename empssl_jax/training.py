@@ -8,20 +8,29 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from empssl_jax import data, evaluation, interruption, loggers, profiling, saved_config
-from empssl_jax.checkpoints import Checkpoints
-from empssl_jax.checks import UserError, require
 from empssl_jax.config import Config, RunConfig, training_differences
-from empssl_jax.distributed import is_first_process, step_watchdog
-from empssl_jax.losses import coding_rate_bounds
-from empssl_jax.metrics import MetricsWriter
-from empssl_jax.models import EncoderState, default_precision
-from empssl_jax.probe import online_probe
+from empssl_jax.config.errors import UserError, require
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.evaluation.online_probe import online_probe
+from empssl_jax.evaluation.untrained_baseline import measure_untrained
+from empssl_jax.method.encoder import EncoderState, default_precision
+from empssl_jax.method.losses import coding_rate_bounds
+from empssl_jax.method.train_step import (
+    TrainState,
+    create_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+)
 from empssl_jax.report import try_to_report
-from empssl_jax.results import add_results, format_table, load_results, of_embeddings
-from empssl_jax.train_step import TrainState, create_state, learning_rate_schedule, make_optimizer, make_train_step
-from empssl_jax.untrained import measure_untrained
-from empssl_jax.workdir import claimed, storage_errors
+from empssl_jax.run_folder import loggers, saved_config
+from empssl_jax.run_folder.checkpoints import Checkpoints
+from empssl_jax.run_folder.metrics import MetricsWriter
+from empssl_jax.run_folder.results import add_results, format_table, load_results, of_embeddings
+from empssl_jax.run_folder.workdir import claimed, storage_errors
+from empssl_jax.runtime import interruption, profiling
+from empssl_jax.runtime.distributed import is_first_process, step_watchdog
 
 
 def train(config: Config) -> None:

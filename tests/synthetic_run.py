@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from empssl_jax import data, saved_config
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
-from empssl_jax.embeddings import LabelledEmbeddings, save_embeddings
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation.embeddings import LabelledEmbeddings, save_embeddings
+from empssl_jax.run_folder import saved_config
 
 STEPS, SECONDS_A_STEP = 100, 2.0
 CONFIG = Config(

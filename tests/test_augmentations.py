@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empssl_jax import augmentations
+from empssl_jax.method import augmentations
 
 
 def planes(images):

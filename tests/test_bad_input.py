@@ -18,16 +18,20 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets import features
 
-from benchmarks import fuzz
-from empssl_jax import checkpoints, data, embeddings, evaluation, saved_config, training
-from empssl_jax.checks import UserError
+from empssl_jax import training
 from empssl_jax.command_line import user_errors_exit
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, RunConfig, TrainingConfig
-from empssl_jax.metrics import DivergenceError
-from empssl_jax.models import EncoderState
-from empssl_jax.train_step import learning_rate_schedule
+from empssl_jax.config.errors import UserError
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation import embeddings
+from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.method.encoder import EncoderState
+from empssl_jax.method.train_step import learning_rate_schedule
+from empssl_jax.run_folder import checkpoints, saved_config
+from empssl_jax.run_folder.metrics import DivergenceError
+from tests.stress import fuzz
 
-EXAMPLES = 300  # python -m benchmarks.fuzz tries more
+EXAMPLES = 300  # python -m tests.stress.fuzz tries more
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)

@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from empssl_jax import batch_norm, data, reductions
+from empssl_jax.data import datasets as data
+from empssl_jax.method import batch_norm
+from empssl_jax.method import xla_cpu as reductions
 
 SHAPES = [(6, 5, 4, 3), (40, 7)]
 

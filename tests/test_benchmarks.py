@@ -4,8 +4,9 @@ import xml.etree.ElementTree
 
 import pytest
 
-from benchmarks import frontier, limits, measure, scaling, study
+from benchmarks import limits, measure, scaling
 from empssl_jax.config import EvaluationConfig, ModelConfig
+from experiments import frontier, study
 
 
 def test_a_ratio_above_one_means_that_ours_is_better():

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empssl_jax import checkpoints, data, saved_config
-from empssl_jax.checks import UserError
-from empssl_jax.metrics import DivergenceError
-from empssl_jax.models import EncoderState
+from empssl_jax.config.errors import UserError
+from empssl_jax.data import datasets as data
+from empssl_jax.method.encoder import EncoderState
+from empssl_jax.run_folder import checkpoints, saved_config
+from empssl_jax.run_folder.metrics import DivergenceError
 
 
 def encoder_of(value: float) -> EncoderState:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from empssl_jax import comparison, evaluation, saved_config
-from empssl_jax.checks import UserError
 from empssl_jax.config import Config, EvaluationConfig, TrainingConfig
-from empssl_jax.results import add_results, of_embeddings
+from empssl_jax.config.errors import UserError
+from empssl_jax.evaluation import comparison
+from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.run_folder import saved_config
+from empssl_jax.run_folder.results import add_results, of_embeddings
 
 KNN = {0: (0.30, 0.80), 1: (0.34, 0.84), 2: (0.44, 0.88)}  # by seed
 

@@ -6,10 +6,10 @@ import sys
 
 import jax.numpy as jnp
 
-from empssl_jax import profiling
+from empssl_jax.runtime import profiling
 
 PROGRAM = """
-from empssl_jax.compilation import keep_compiled_programs
+from empssl_jax.runtime.compilation import keep_compiled_programs
 keep_compiled_programs()
 import jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from empssl_jax import config, saved_config
-from empssl_jax.checks import UserError
+from empssl_jax import config
 from empssl_jax.command_line import load_config, parse_train_options
 from empssl_jax.config import Config
-from empssl_jax.embed import parse_embed_options
-from empssl_jax.evaluation import parse_evaluate_options
+from empssl_jax.config.errors import UserError
+from empssl_jax.evaluation.evaluate import parse_evaluate_options
+from empssl_jax.inference.embed_files import parse_embed_options
+from empssl_jax.run_folder import saved_config
 
 REPOSITORY = Path(__file__).parent.parent
 GROUPS = [field.default_factory for field in dataclasses.fields(Config)]

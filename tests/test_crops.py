@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from empssl_jax import crops, patches
+from empssl_jax.method import crops, patches
 
 KEY = jax.random.key(0)
 FILTERS = {"bilinear": PIL.Image.Resampling.BILINEAR, "bicubic": PIL.Image.Resampling.BICUBIC}

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from empssl_jax.decoding import UnreadableError, decode
+from empssl_jax.data.decoding import UnreadableError, decode
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (6, 9, 3)).astype(np.uint8)
 

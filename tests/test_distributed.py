@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from test_end_to_end import DIGITS, REPOSITORY, arrays_of, checkpoint_arrays
 
-from benchmarks.faults import NOT_INHERITED
-from empssl_jax import data, distributed, knn, linear
-from empssl_jax.checks import UserError
 from empssl_jax.config import Config, DistributedConfig, EvaluationConfig
-from empssl_jax.embeddings import LabelledEmbeddings
-from empssl_jax.evaluation import EvaluateOptions, evaluate
-from empssl_jax.saved_config import from_json, to_json
+from empssl_jax.config.errors import UserError
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation import knn, linear
+from empssl_jax.evaluation.embeddings import LabelledEmbeddings
+from empssl_jax.evaluation.evaluate import EvaluateOptions, evaluate
+from empssl_jax.run_folder.saved_config import from_json, to_json
+from empssl_jax.runtime import distributed
+from tests.stress.faults import NOT_INHERITED
 
 # At so small a rate the rounding of one step is not amplified by the next ones, and all steps can be compared. Only
 # gradients jump now and then: the flat margins of digits put thousands of equal pixels on one side of a ReLU together.

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from empssl_jax import data, embeddings, evaluation
-from empssl_jax.checks import UserError
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig
-from empssl_jax.keys import embedding_patches_key
-from empssl_jax.models import encoder_graph, init_encoder
-from empssl_jax.patches import multi_patch
-from empssl_jax.resnet import stage_dims
+from empssl_jax.config.errors import UserError
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation import embeddings
+from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.method.encoder import encoder_graph, init_encoder
+from empssl_jax.method.patches import multi_patch
+from empssl_jax.method.random_keys import embedding_patches_key
+from empssl_jax.method.resnet import stage_dims
 
 CONFIG = Config(
     data=DataConfig(dataset="digits", test_images_per_class=2),

@@ -1,179 +1,200 @@
-"""Encoders from Python: what eval.py computes, for images of every kind, and nothing else."""
+"""The encoder against the PyTorch reference, and what is true of it."""
 
 import dataclasses
-import os
-import subprocess
-import sys
+import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 import pytest
+from conftest import golden_state, leaf, torch_names
+from flax import nnx
 
-import empssl_jax
-from empssl_jax import data, encoder, evaluation
-from empssl_jax.checks import UserError
-from empssl_jax.embeddings import load_embeddings, make_embed
-from empssl_jax.saved_config import load_config
-from empssl_jax.workdir import claimed
+from empssl_jax.config import ModelConfig
+from empssl_jax.method import encoder as models
+from empssl_jax.method import losses
+from empssl_jax.method.resnet import BACKBONES, Convolution
 
-
-@pytest.fixture(scope="module")
-def loaded(tiny_run):
-    return empssl_jax.load(tiny_run)
+KEY = jax.random.key(0)
+CONFIG = ModelConfig(hidden_dim=64, projection_dim=32, precision="float32")
 
 
 @pytest.fixture(scope="module")
-def digits(tiny_run):
-    return data.load(load_config(tiny_run).data, "test", None).images
+def reference(golden):
+    """The golden numbers, the names of its arrays as paths of ours, and an encoder with its weights."""
+    numbers = golden("resnet18")
+    paths = torch_names(numbers["names"])
+    state = golden_state(models.init_encoder(CONFIG, KEY), numbers["names"], int(numbers["weight_seed"]))
+    return numbers, paths, models.encoder_graph(CONFIG), state
 
 
-def test_embeddings_are_those_of_eval_to_the_bit(tiny_run, loaded):
-    config = load_config(tiny_run)
-    evaluation.evaluate(evaluation.EvaluateOptions(str(tiny_run), evaluation=config.evaluation))
-    for split, size in (("train", 80), ("test", 10)):
-        images = data.load(config.data, split, None).images
-        expected = load_embeddings(tiny_run / "embeddings" / f"{split}.npz").embeddings
-        assert len(images) == len(expected) == size
-        np.testing.assert_array_equal(loaded.embed(images), expected)
-        np.testing.assert_array_equal(loaded.embed(list(images)), expected)
+@pytest.fixture(scope="module")
+def trained_once(reference):
+    """One pass in training mode: gradients, loss, outputs and running statistics after it."""
+    numbers, _, graph, state = reference
+
+    @jax.jit
+    def run(params, batch_stats, images):
+        def loss_fn(params):
+            encoder = nnx.merge(graph, params, batch_stats)
+            encoder.train()
+            embeddings, projections = encoder(images)
+            # The rows are 3 images of 4 patches, an image's patches side by side.
+            by_patch = jnp.swapaxes(losses.normalise(projections).reshape(3, 4, -1), 0, 1)
+            loss = losses.emp_ssl_loss(by_patch, 200.0, 0.2)
+            return loss.total, (embeddings, projections, models.encoder_state(encoder).batch_stats)
+
+        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+    return run(*state, jnp.asarray(numbers["images"]))
 
 
-def test_an_image_s_index_decides_its_patches(loaded, digits):
-    whole, alone = loaded.embed(digits), loaded.embed(digits[7:8], indices=np.array([7]))
-    np.testing.assert_allclose(alone[0], whole[7], rtol=1e-4, atol=1e-5)
-    assert np.max(np.abs(loaded.embed(digits[7:8])[0] - whole[7])) > 1e-3
+def relative_error(ours, theirs) -> float:
+    return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
 
 
-def test_the_number_of_patches(loaded, digits):
-    # Patch p of an image does not depend on how many there are.
-    one, two, three = (loaded.embed(digits, patches=patches) for patches in (1, 2, 3))
-    np.testing.assert_array_equal(two, loaded.embed(digits))
-    assert np.max(np.abs(3 * three - 2 * two - one)) > 1e-3
-    assert np.min(3 * three - 2 * two) > -1e-4  # the third patch's embedding, an output of ReLU
+def test_golden_train_outputs(reference, trained_once):
+    numbers = reference[0]
+    (_, (embeddings, projections, _)), _ = trained_once
+    assert relative_error(embeddings, numbers["train_embeddings"]) < 1e-3
+    assert relative_error(projections, numbers["train_projections"]) < 1e-3
 
 
-def test_options_of_the_evaluation_replace_the_run_s(tiny_run, digits):
-    grid = empssl_jax.load(tiny_run, valid_crops="grid", valid_patches=4, cells=2)
-    whole = grid.embed(digits)
-    alone = empssl_jax.load(tiny_run, valid_crops="grid", valid_patches=4).embed(digits)
-    np.testing.assert_allclose(whole.reshape(10, 4, 32).mean(axis=1), alone, rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="--cells is 2: random crops lie in no cell"):
-        empssl_jax.load(tiny_run, cells=2)
+def test_golden_loss(reference, trained_once):
+    (total, _), _ = trained_once
+    assert float(total) == pytest.approx(float(reference[0]["loss"]), rel=1e-4)
 
 
-def test_progress_counts_every_image_once(loaded, digits):
-    done = []
-    loaded.embed(np.concatenate([digits] * 4), progress=done.append)
-    assert done == [32, 8]
+def test_golden_gradient_norms(reference, trained_once):
+    numbers, paths, *_ = reference
+    _, gradients = trained_once
+    checked = 0
+    for name, path in paths.items():
+        if f"gradnorm/{name}" in numbers:
+            norm = np.linalg.norm(np.ravel(leaf(gradients, path)))
+            assert norm == pytest.approx(float(numbers[f"gradnorm/{name}"]), rel=5e-3), name
+            checked += 1
+    assert checked == len(jax.tree.leaves(gradients))
 
 
-def test_few_sizes_are_compiled(loaded, digits):
-    five = dataclasses.replace(loaded.config.evaluation, valid_patches=5)
-    embed = make_embed(dataclasses.replace(loaded.config, evaluation=five), data.device_mesh())
-    for size in (9, 10, 16):
-        loaded.embed(np.concatenate([digits] * 2)[:size], patches=5)
-    assert embed._cache_size() == 1
+def test_golden_running_statistics(reference, trained_once):
+    numbers, paths, *_ = reference
+    (_, (_, _, batch_stats)), _ = trained_once
+    names = [name for name in paths if "running" in name]
+    assert len(names) == len(jax.tree.leaves(batch_stats))
+    for name in names:
+        assert relative_error(leaf(batch_stats, paths[name]), numbers[f"after/{name}"]) < 1e-3, name
 
 
-def test_no_images_have_no_embeddings(loaded):
-    assert loaded.embed([]).shape == (0, 32)
+def test_golden_eval_outputs(reference, trained_once):
+    numbers, _, graph, state = reference
+    (_, (_, _, batch_stats)), _ = trained_once
+    encoder = nnx.merge(graph, state.params, batch_stats)
+    encoder.eval()
+    embeddings, projections = encoder(jnp.asarray(numbers["images"]))
+    assert relative_error(embeddings, numbers["eval_embeddings"]) < 1e-3
+    assert relative_error(projections, numbers["eval_projections"]) < 1e-3
 
 
-PIXELS = np.random.RandomState(0).randint(0, 256, (32, 48, 3)).astype(np.uint8)
-RED = np.zeros((64, 100, 3), np.uint8) + np.uint8([200, 10, 30])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_golden_backbones(golden, backbone, stem):
+    """Features in training mode, a running statistic after that, and features in evaluation mode then."""
+    numbers = golden("backbones")
+    expected = {key.split("/")[1]: value for key, value in numbers.items() if key.startswith(f"{backbone}-{stem}/")}
+    config = ModelConfig(backbone=backbone, stem=stem, hidden_dim=1, projection_dim=2, precision="float32")
+    state = models.init_encoder(config, KEY)
+    names = [name for name in expected["names"] if not name.endswith("num_batches_tracked")]
+    assert len(names) == len(jax.tree.leaves((state.params["backbone"], state.batch_stats["backbone"])))
+    state = golden_state(state, names, int(numbers["backbone_weight_seed"]))
+
+    @jax.jit
+    def run(state, images):
+        encoder = nnx.merge(models.encoder_graph(config), *state)
+        encoder.train()
+        train_features = encoder.backbone(images)
+        encoder.eval()
+        return train_features, encoder.backbone.norm.var[...], encoder.backbone(images)
+
+    train_features, variance, eval_features = run(state, jnp.asarray(expected["images"]))
+    assert relative_error(train_features, expected["train_features"]) < 1e-3
+    assert relative_error(variance, expected["after_bn1_running_var"]) < 1e-3
+    assert relative_error(eval_features, expected["eval_features"]) < 1e-3
 
 
-def test_the_middle_of_the_shorter_side_is_kept():
-    np.testing.assert_array_equal(encoder.to_square(PIXELS, 32), PIXELS[:, 8:40])
-    np.testing.assert_array_equal(encoder.to_square(PIXELS.swapaxes(0, 1), 32), PIXELS.swapaxes(0, 1)[8:40])
-    np.testing.assert_array_equal(encoder.to_square(RED, 32), RED[:32, :32])
-    # A step from black to white at column 50 of 100 by 64 lies in the middle of 64 by 64, and of 16 by 16.
-    step = np.repeat(np.uint8(255 * (np.arange(100) >= 50))[None], 64, axis=0)
-    shrunk = encoder.to_square(step, 16)
-    assert shrunk[:, :7].max() < 10
-    assert shrunk[:, 9:].min() > 245
+@pytest.mark.long
+def test_remat_changes_no_gradient():
+    config = ModelConfig(backbone="resnet50", width=2, hidden_dim=4, projection_dim=2, precision="float32")
+    state = models.init_encoder(config, KEY)
+    patches = jax.random.uniform(KEY, (3, 8, 8, 3), minval=-1, maxval=1)
+
+    def gradients(remat):
+        def loss(params):
+            encoder = nnx.merge(models.encoder_graph(config, remat=remat), params, state.batch_stats)
+            encoder.train()
+            return jnp.sum(encoder(patches)[1] ** 3)
+
+        return jax.jit(jax.grad(loss))(state.params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients(True), gradients(False))
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        np.full((32, 32), 7, np.uint8),
-        np.full((32, 32, 1), 7, np.uint8),
-        np.full((32, 32, 3), 7, np.uint8),
-        np.dstack([np.full((32, 32, 3), 7, np.uint8), np.zeros((32, 32), np.uint8)]),
-        PIL.Image.new("RGB", (32, 32), (7, 7, 7)),
-        PIL.Image.new("L", (40, 36), 7),
-        PIL.Image.new("RGBA", (32, 32), (7, 7, 7, 0)),
-        PIL.Image.new("RGB", (32, 32), (7, 7, 7)).convert("P", palette=PIL.Image.Palette.ADAPTIVE),
-    ],
-)
-def test_modes_are_converted(image):
-    np.testing.assert_array_equal(encoder.to_square(image, 32), np.full((32, 32, 3), 7, np.uint8))
+@pytest.mark.parametrize(("side", "stride"), [(2, 1), (4, 1), (4, 2), (8, 2)])
+def test_convolutions_equal_the_general_one(side, stride):
+    """In output and in both gradients."""
+    x, kernel = jax.random.normal(jax.random.key(1), (7, side, side, 6)), jax.random.normal(KEY, (3, 3, 6, 5))
+
+    def ours(x, kernel):
+        convolution = Convolution(6, 5, 3, stride, jnp.float32)
+        convolution.kernel[...] = kernel
+        return convolution(x)
+
+    def general(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=layout)
+
+    (y, pull_back), (expected, general_pull_back) = jax.vjp(ours, x, kernel), jax.vjp(general, x, kernel)
+    assert y.shape[1] == side // stride
+    g = jax.random.normal(jax.random.key(2), y.shape)
+    for mine, theirs in zip((y, *pull_back(g)), (expected, *general_pull_back(g)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (np.zeros((2, 32, 32, 3)), "Image 0 is of float64 .*: give uint8 arrays"),
-        ([np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32, 7), np.uint8)], "Image 1 is of uint8"),
-        ([np.zeros(32, np.uint8)], "Image 0 is of uint8"),
-        (["cat.jpg"], "Image 0 is of str"),
-        ([PIL.Image.new("F", (8, 8))], "not of 8 or 16 bits"),
-    ],
-)
-def test_what_is_no_image_is_refused(loaded, images, message):
-    with pytest.raises(UserError, match=message):
-        loaded.embed(images)
+def test_parameters_start_as_in_torch():
+    """Normal by fan out for convolutions, uniform within 1 / sqrt(fan in) for the rest."""
+    params = models.init_encoder(ModelConfig(precision="float32"), KEY).params
+    kernel = params["backbone"]["blocks"][7]["conv1"]["kernel"]
+    assert float(jnp.std(kernel)) == pytest.approx(np.sqrt(2 / (9 * 512)), rel=0.01)
+    assert float(jnp.max(jnp.abs(kernel))) > 4 * np.sqrt(2 / (9 * 512))
+    for name, fan_in in [("hidden", 512), ("projector", 4096), ("projection", 4096)]:
+        assert float(jnp.max(jnp.abs(params[name]["kernel"]))) == pytest.approx(fan_in**-0.5, rel=1e-3)
+        assert float(jnp.std(params[name]["kernel"])) == pytest.approx((3 * fan_in) ** -0.5, rel=0.01)
+    assert (
+        -(4096**-0.5) <= float(jnp.min(params["projection"]["bias"])) < 0 < float(jnp.max(params["projection"]["bias"]))
+    )
 
 
-def test_wrong_numbers_are_refused(loaded, digits):
-    with pytest.raises(UserError, match="--valid-patches is 0"):
-        loaded.embed(digits, patches=0)
-    with pytest.raises(UserError, match="There are 1 indices for 10 images"):
-        loaded.embed(digits, indices=np.array([1]))
+def test_the_paper_s_encoder_has_the_reference_s_size():
+    """ResNet-18 without its classifier, 11.17 million parameters, and the head's layers."""
+    shapes = jax.eval_shape(lambda: models.init_encoder(ModelConfig(precision="float32"), KEY))
+    count = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes.params))
+    head = 512 * 4096 + 2 * 4096 + 4096 * 4096 + 2 * 4096 + 4096 * 1024 + 1024
+    assert count == 11_168_832 + head
 
 
-def test_loading_leaves_the_folder_as_it_is_while_another_process_has_it(tiny_run):
-    def content():
-        return {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*") if path.name != "lock"}
+def test_bfloat16_is_close_to_float32_and_leaves_float32_statistics():
+    config = ModelConfig(width=4, hidden_dim=32, projection_dim=16, precision="float32")
+    state, images = models.init_encoder(config, KEY), jax.random.uniform(KEY, (16, 16, 16, 3), minval=-1, maxval=1)
 
-    before = content()
-    with claimed(tiny_run):
-        assert empssl_jax.load(tiny_run, step=1).step == 1
-    assert content() == before
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(config):
+        encoder = nnx.merge(models.encoder_graph(config), *state)
+        encoder.train()
+        return encoder(images)[0], models.encoder_state(encoder).batch_stats
 
-
-@pytest.mark.parametrize(
-    ("prepare", "message"),
-    [
-        (lambda folder: None, "has no config.json"),
-        (lambda folder: folder.joinpath("images.json").write_text('{"size": "x"}'), "images.json cannot be read"),
-    ],
-)
-def test_folders_that_are_no_runs_are_refused(tiny_run, tmp_path, prepare, message):
-    if prepare(tmp_path) is not None:
-        (tmp_path / "config.json").write_bytes((tiny_run / "config.json").read_bytes())
-        (tmp_path / "checkpoints").symlink_to(tiny_run / "checkpoints")
-    with pytest.raises(UserError, match=message):
-        empssl_jax.load(tmp_path)
-
-
-def test_a_run_without_checkpoints_is_refused(tiny_run, tmp_path):
-    (tmp_path / "config.json").write_bytes((tiny_run / "config.json").read_bytes())
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        empssl_jax.load(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-
-
-def test_importing_the_package_imports_no_jax_and_sets_its_variables_first():
-    code = """
-import sys, os, empssl_jax
-assert not {"jax", "numpy"} & set(sys.modules)
-assert not hasattr(empssl_jax, "nothing")
-load = empssl_jax.load
-assert "jax" in sys.modules and load.__module__ == "empssl_jax.encoder"
-print(os.environ["XLA_FLAGS"])
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    assert printed.strip() == "--xla_cpu_experimental_ynn_fusion_type="
+    embeddings, statistics = {}, {}
+    for precision in ("float32", "bfloat16"):
+        embeddings[precision], statistics[precision] = run(dataclasses.replace(config, precision=precision))
+    assert {x.dtype for x in jax.tree.leaves((embeddings, statistics))} == {jnp.dtype(jnp.float32)}
+    error = jnp.linalg.norm(embeddings["bfloat16"] - embeddings["float32"]) / jnp.linalg.norm(embeddings["float32"])
+    assert 1e-4 < float(error) < 0.1

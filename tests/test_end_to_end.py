@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.faults import NOT_INHERITED
-from empssl_jax import command_line, compilation, distributed, interruption
+from empssl_jax import command_line
+from empssl_jax.runtime import compilation, distributed, interruption
+from tests.stress.faults import NOT_INHERITED
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = [
@@ -145,7 +146,7 @@ def test_cifar10_without_tensorflow(environment, tmp_path):
 import sys
 from pathlib import Path
 from empssl_jax.command_line import parse_train_options
-from empssl_jax.evaluation import evaluate, parse_evaluate_options
+from empssl_jax.evaluation.evaluate import evaluate, parse_evaluate_options
 from empssl_jax.training import train
 train(parse_train_options({TINY!r} + ["--workdir", {str(tmp_path)!r}], Path("configs/cifar10.py")))
 evaluate(parse_evaluate_options(["--workdir", {str(tmp_path)!r}, "--step", "best"]))

@@ -10,11 +10,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from empssl_jax import data, embeddings, evaluation, training
-from empssl_jax.checks import UserError
+from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
-from empssl_jax.folder_images import hold_out, list_images
-from empssl_jax.models import init_encoder
+from empssl_jax.config.errors import UserError
+from empssl_jax.data import datasets as data
+from empssl_jax.data.folder_images import hold_out, list_images
+from empssl_jax.evaluation import embeddings
+from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.method.encoder import init_encoder
 
 needs_cifar10 = pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empssl_jax.checks import UserError
-from empssl_jax.knn import knn_scores, top_k_accuracy
+from empssl_jax.config.errors import UserError
+from empssl_jax.evaluation.knn import knn_scores, top_k_accuracy
 
 
 def scores_of(numbers, **options):

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from empssl_jax.lars import lars
+from empssl_jax.method.lars import lars
 
 ARRAYS = ("conv", "dense", "scale", "bias", "tiny")
 

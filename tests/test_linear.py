@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from empssl_jax import data, linear
 from empssl_jax.config import EvaluationConfig
-from empssl_jax.embeddings import LabelledEmbeddings
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation import linear
+from empssl_jax.evaluation.embeddings import LabelledEmbeddings
 
 NAMES = ("a", "b", "c", "d", "e", "f")
 CLASSES = len(NAMES)

@@ -7,9 +7,10 @@ import json
 import pytest
 from synthetic_run import CONFIG
 
-from empssl_jax import loggers, training
-from empssl_jax.checks import UserError
+from empssl_jax import training
 from empssl_jax.config import RunConfig
+from empssl_jax.config.errors import UserError
+from empssl_jax.run_folder import loggers
 
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empssl_jax.losses import coding_rate, coding_rate_bounds, emp_ssl_loss, invariance, normalise
+from empssl_jax.method.losses import coding_rate, coding_rate_bounds, emp_ssl_loss, invariance, normalise
 
 EPS = 0.2
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empssl_jax.metrics import DivergenceError, MetricsWriter
+from empssl_jax.run_folder.metrics import DivergenceError, MetricsWriter
 
 
 def metrics_of(loss):

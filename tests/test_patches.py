@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from empssl_jax import patches
+from empssl_jax.method import patches
 
 KEY = jax.random.key(0)
 multi_patch = jax.jit(patches.multi_patch, static_argnames=("num_patches", "patch_area", "patch_size"))

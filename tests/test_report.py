@@ -22,11 +22,12 @@ from synthetic_run import (
     write_run,
 )
 
-from empssl_jax import data, report
+from empssl_jax import report
 from empssl_jax.config import DataConfig
-from empssl_jax.embeddings import LabelledEmbeddings, save_embeddings
-from empssl_jax.keys import training_patches_key
-from empssl_jax.patches import multi_patch
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation.embeddings import LabelledEmbeddings, save_embeddings
+from empssl_jax.method.patches import multi_patch
+from empssl_jax.method.random_keys import training_patches_key
 from empssl_jax.report import charts, findings, pictures, remarks
 from empssl_jax.report.run import read_run
 

@@ -1,6 +1,6 @@
 """The table of a run's accuracies and the file they are kept in."""
 
-from empssl_jax.results import add_results, format_table, load_results, of_embeddings
+from empssl_jax.run_folder.results import add_results, format_table, load_results, of_embeddings
 
 PLAIN = {"kNN": {"top1": 0.625, "top5": 1.0}}
 LINEAR = {"linear": {"top1": 0.5, "top5": 0.03}}

@@ -6,9 +6,11 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets import features
 
-from empssl_jax import data, evaluation, tfds_images
-from empssl_jax.checks import UserError
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, RunConfig
+from empssl_jax.config.errors import UserError
+from empssl_jax.data import datasets as data
+from empssl_jax.data import tfds_images
+from empssl_jax.evaluation import evaluate as evaluation
 
 
 def pixels(number: int, height: int = 8, width: int = 8) -> np.ndarray:

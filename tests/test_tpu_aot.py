@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from benchmarks import tpu_aot
-from empssl_jax.checks import UserError
 from empssl_jax.config import ModelConfig
-from empssl_jax.models import init_encoder
+from empssl_jax.config.errors import UserError
+from empssl_jax.method.encoder import init_encoder
 
 REPOSITORY = Path(__file__).parent.parent
 

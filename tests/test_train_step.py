@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empssl_jax import data
 from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
-from empssl_jax.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
+from empssl_jax.data import datasets as data
+from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
 
 CONFIG = Config(
     data=DataConfig(dataset="digits"),

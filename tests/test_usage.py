@@ -12,7 +12,8 @@ import PIL.Image
 import pytest
 
 import empssl_jax
-from empssl_jax import config, data, training
+from empssl_jax import config, training
+from empssl_jax.data import datasets as data
 
 REPOSITORY = Path(__file__).parent.parent
 PAGE = (REPOSITORY / "docs" / "usage.md").read_text()
@@ -111,7 +112,7 @@ def gives_the_same_features(known, shown):
     """Of the same patches in either framework."""
     from flax import nnx
 
-    from empssl_jax.models import encoder_graph
+    from empssl_jax.method.encoder import encoder_graph
 
     encoder = known["encoder"]
     model = nnx.merge(encoder_graph(encoder.config.model), *encoder.state)

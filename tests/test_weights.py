@@ -14,14 +14,17 @@ from conftest import from_torch_layout, leaf, torch_names, torch_weights
 from flax import nnx
 
 import empssl_jax
-from empssl_jax import data, models, training, weights
-from empssl_jax import torch_names as names_module
-from empssl_jax.checkpoints import Checkpoints
-from empssl_jax.checks import UserError
+from empssl_jax import training
 from empssl_jax.config import ModelConfig
-from empssl_jax.keys import parameters_key
-from empssl_jax.resnet import BACKBONES
-from empssl_jax.train_step import make_optimizer
+from empssl_jax.config.errors import UserError
+from empssl_jax.data import datasets as data
+from empssl_jax.inference import torch_names as names_module
+from empssl_jax.inference import weights
+from empssl_jax.method import encoder as models
+from empssl_jax.method.random_keys import parameters_key
+from empssl_jax.method.resnet import BACKBONES
+from empssl_jax.method.train_step import make_optimizer
+from empssl_jax.run_folder.checkpoints import Checkpoints
 
 KEY = jax.random.key(0)
 OFFICIAL = ModelConfig(hidden_dim=64, projection_dim=32, precision="float32")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from empssl_jax.whitening import SHRINKAGE, whiten
+from empssl_jax.evaluation.whitening import SHRINKAGE, whiten
 
 
 def draw(size, seed):

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from empssl_jax.checks import UserError
-from empssl_jax.workdir import StorageError, claimed, replacing, storage_errors
+from empssl_jax.config.errors import UserError
+from empssl_jax.run_folder.workdir import StorageError, claimed, replacing, storage_errors
 
 HOLD = """
 import sys
 from pathlib import Path
-from empssl_jax.workdir import claimed
+from empssl_jax.run_folder.workdir import claimed
 with claimed(Path(sys.argv[1])):
     print("claimed", flush=True)
     sys.stdin.read()

@@ -10,16 +10,16 @@ import sys
 import warnings
 from pathlib import Path
 
-from empssl_jax.checks import one_line
 from empssl_jax.config import Config
-from empssl_jax.data import ImageDataset
-from empssl_jax.distributed import is_first_process
+from empssl_jax.config.errors import one_line
+from empssl_jax.data.datasets import ImageDataset
 from empssl_jax.report.findings import examine
 from empssl_jax.report.page import render
 from empssl_jax.report.pictures import training_patches
 from empssl_jax.report.run import read_run
 from empssl_jax.report.tensorboard import write_pictures
-from empssl_jax.workdir import replacing
+from empssl_jax.run_folder.workdir import replacing
+from empssl_jax.runtime.distributed import is_first_process
 
 REPORT_FILE = "report.html"
 

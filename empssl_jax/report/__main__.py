@@ -7,11 +7,11 @@ from pathlib import Path
 
 import tyro
 
-from empssl_jax.checks import UserError
 from empssl_jax.command_line import user_errors_exit
-from empssl_jax.evaluation import Datasets, load_datasets
+from empssl_jax.config.errors import UserError
+from empssl_jax.evaluation.evaluate import Datasets, load_datasets
 from empssl_jax.report import write_report
-from empssl_jax.saved_config import load_config
+from empssl_jax.run_folder.saved_config import load_config
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from empssl_jax.config import EvaluationConfig
-from empssl_jax.embeddings import LabelledEmbeddings
-from empssl_jax.knn import knn_scores
+from empssl_jax.evaluation.embeddings import LabelledEmbeddings
+from empssl_jax.evaluation.knn import knn_scores
+from empssl_jax.evaluation.whitening import whitened
 from empssl_jax.report.charts import spread
-from empssl_jax.whitening import whitened
 
 SPECTRUM_IMAGES = 2000  # singular values take cubic time
 MAP_IMAGES = 1000  # more would hide each other

@@ -11,10 +11,10 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Int, UInt8
 
-from empssl_jax import data
 from empssl_jax.config import Config
-from empssl_jax.keys import training_patches_key
-from empssl_jax.patches import multi_patch
+from empssl_jax.data import datasets as data
+from empssl_jax.method.patches import multi_patch
+from empssl_jax.method.random_keys import training_patches_key
 
 SHEET_IMAGES = 6
 SHEET_PATCHES = 10

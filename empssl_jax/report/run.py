@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from empssl_jax.checks import UserError
 from empssl_jax.config import Config
-from empssl_jax.data import SPLITS, ImageDataset, Split
-from empssl_jax.embeddings import LabelledEmbeddings, labelled, load_embeddings
-from empssl_jax.json_lines import read_steps
-from empssl_jax.metrics import PROBE_FILE
-from empssl_jax.results import Accuracy, load_results
-from empssl_jax.timing import TIMING_FILE
+from empssl_jax.config.errors import UserError
+from empssl_jax.data.datasets import SPLITS, ImageDataset, Split
+from empssl_jax.evaluation.embeddings import LabelledEmbeddings, labelled, load_embeddings
+from empssl_jax.run_folder.metrics import PROBE_FILE
+from empssl_jax.run_folder.results import Accuracy, load_results
+from empssl_jax.run_folder.step_files import read_steps
+from empssl_jax.run_folder.timing import TIMING_FILE
 
 METRICS = ("loss", "coding_rate", "coding_rate_fraction", "similarity", "learning_rate")
 WINDOW = 10  # steps that the throughput is taken over, as the progress bar does

@@ -10,8 +10,8 @@ import markupsafe
 import numpy as np
 from jaxtyping import Int
 
-from empssl_jax.checks import flag
 from empssl_jax.config import Config
+from empssl_jax.config.errors import flag
 from empssl_jax.report.charts import spread
 from empssl_jax.report.run import Run
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empssl_jax import checkpoints, data
-from empssl_jax.checks import UserError
-from empssl_jax.models import EncoderState
+from empssl_jax.config.errors import UserError
+from empssl_jax.data import datasets as data
+from empssl_jax.method.encoder import EncoderState
+from empssl_jax.run_folder import checkpoints
 
 STEPS = (1, 2, 3)
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

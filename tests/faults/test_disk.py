@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import ROOT, Victim, differences
+from tests.stress.faults import ROOT, Victim, differences
 from tests.test_end_to_end import DIGITS
 
 OPTIONS = [*DIGITS, "--max-epochs", "4"]  # 20 steps

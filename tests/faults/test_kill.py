@@ -1,11 +1,11 @@
 """Killed at random moments and started again, a run ends with the bits of one that was left alone.
 
-`python -m benchmarks.faults` is the long form.
+`python -m tests.stress.faults` is the long form.
 """
 
 import pytest
 
-from benchmarks import faults
+from tests.stress import faults
 from tests.test_end_to_end import DIGITS
 
 

@@ -10,11 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from empssl_jax import data, evaluation, train_step, training
-from empssl_jax.checkpoints import Checkpoints
+from empssl_jax import training
 from empssl_jax.command_line import parse_train_options
-from empssl_jax.metrics import DivergenceError
-from empssl_jax.train_step import create_state
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.method import train_step
+from empssl_jax.method.train_step import create_state
+from empssl_jax.run_folder.checkpoints import Checkpoints
+from empssl_jax.run_folder.metrics import DivergenceError
 from tests.test_end_to_end import DIGITS, REPOSITORY
 
 STEP = 7

@@ -1,0 +1,1 @@
+from empssl_jax.config.options import *  # noqa: F403

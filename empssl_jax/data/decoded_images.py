@@ -1,0 +1,203 @@
+"""Decoded images of a split: in memory where they are few, else in a file that is made once and mapped.
+
+The file is one of the cache folder, with an index beside it. The operating system reads what is asked for and drops
+what is not, so that a data set may be larger than the memory.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int32, Shaped, UInt8
+
+from empssl_jax.config.errors import UserError
+from empssl_jax.data.decoding import UnreadableError, decode
+from empssl_jax.run_folder.metrics import image_progress
+from empssl_jax.run_folder.workdir import replacing
+from empssl_jax.runtime.compilation import user_cache
+
+VERSION = 1  # raised when images are decoded differently, or their files have another form
+CHUNK = 32  # images that a thread decodes at a time
+NO_LABEL = -1
+
+
+class Example(NamedTuple):
+    """An encoded image."""
+
+    image: bytes | Path  # the content of a file, or its path
+    label: int  # its class from 0, or NO_LABEL
+    id: str | int | None  # its name in the data set, for data sets that have names
+
+
+class Source(NamedTuple):
+    """The encoded images of a split."""
+
+    name: str  # as a user calls it
+    place: str  # tells the split from all others on this machine
+    fingerprint: str  # changes when the images do
+    size: int
+    read: Callable[[range], list[Example]]
+    strict: bool  # whether an image that cannot be decoded is refused, not left out
+    remedy: str  # for such an image
+    memory: int  # bytes up to which decoded images are kept in memory alone
+
+
+class Images(NamedTuple):
+    """The decoded images of a split."""
+
+    images: UInt8[np.ndarray, "N H W 3"]
+    labels: Int32[np.ndarray, " N"]
+    ids: Shaped[np.ndarray, " N"] | None
+    unreadable: dict[str, str]  # why an image was left out, by its id
+
+
+def load_images(source: Source, side: int | None, cache_dir: str | None) -> Images:
+    """The images of a split, decoded now with a progress bar or before.
+
+    Args:
+        source: what to decode.
+        side: of the stored squares in pixels; None keeps images as they are, if they are square and alike.
+        cache_dir: where files of decoded images are; None for the user's cache folder.
+
+    Raises:
+        UserError: the images are of several shapes, none or not all can be decoded, or the folder cannot be written to.
+    """
+    folder = _entry(source, side, cache_dir)
+    fingerprint = hashlib.sha256(f"{VERSION} {side} {source.fingerprint}".encode()).hexdigest()
+    if (stored := _open(folder, fingerprint)) is not None:
+        return stored
+    decoded = _Decoded(source, side)
+    first = next(iter(decoded), None)
+    if first is None:
+        some = "".join(f", as {name} ({reason})" for name, reason in list(decoded.unreadable.items())[:1])
+        raise UserError(f"None of the {source.size} images of {source.name} can be decoded{some}: check the files.")
+    if first.nbytes * source.size <= source.memory:
+        return decoded.images(np.stack([first, *decoded]))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making the same file: it is waited for
+            stored = _open(folder, fingerprint)
+            return stored if stored is not None else _write(folder, fingerprint, first, decoded)
+    except OSError as error:
+        gigabytes = first.nbytes * source.size / 1e9
+        raise UserError(
+            f"--cache-dir {folder.parent} cannot be written to ({error.strerror or error}): the decoded images of "
+            f"{source.name} need {gigabytes:.1f} GB there, so free the disk or give another folder."
+        ) from error
+
+
+class _Decoded:
+    """Iterates over the decoded images in order, and knows the labels and names of those so far."""
+
+    def __init__(self, source: Source, side: int | None):
+        self.unreadable: dict[str, str] = {}
+        self._examples: list[tuple[int, str | int | None]] = []
+        self._source, self._side, self._iterator = source, side, self._decode()
+
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+        return self._iterator
+
+    def images(self, images: np.ndarray) -> Images:
+        labels, ids = zip(*self._examples, strict=True)
+        names = None if None in ids else np.array(ids)
+        return Images(images, np.array(labels, np.int64).astype(np.int32), names, self.unreadable)
+
+    def _decode(self):
+        source, shapes, number = self._source, set(), 0
+        threads = os.cpu_count() or 1
+        chunks = grain.MapDataset.range(0, source.size, CHUNK).map(self._decode_chunk)
+        chunks = chunks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+        with image_progress(f"decoding {source.name}", source.size) as bar:
+            for chunk in chunks:
+                for example, image in chunk:
+                    number += 1
+                    if isinstance(image, UnreadableError):
+                        self._leave_out(number - 1 if example.id is None else example.id, image)
+                        continue
+                    shapes.add(image.shape)
+                    _check_shapes(shapes, source)
+                    self._examples.append((example.label, example.id))
+                    yield image
+                bar.update(len(chunk))
+
+    def _decode_chunk(self, start):
+        examples = self._source.read(range(start, min(start + CHUNK, self._source.size)))
+        return [(example, _decode_or_reason(example.image, self._side)) for example in examples]
+
+    def _leave_out(self, name, reason):
+        if self._source.strict:
+            where = f"Image {name} of {self._source.name}"
+            raise UserError(f"{where} cannot be decoded ({reason}): {self._source.remedy}.") from reason
+        self.unreadable[str(name)] = str(reason)
+
+
+def _decode_or_reason(encoded, side):
+    try:
+        return decode(encoded, side)
+    except UnreadableError as reason:
+        return reason
+
+
+def _check_shapes(shapes, source):
+    if len(shapes) > 1 or any(shape[0] != shape[1] for shape in shapes):
+        raise UserError(
+            f"{source.name} has images of shapes {sorted(shapes)}: they must be square and alike, so give "
+            "--image-size, the side in pixels to bring them to."
+        )
+
+
+def _entry(source: Source, side: int | None, cache_dir: str | None) -> Path:
+    """The folder of a split's decoded images, one for each size that it is stored at."""
+    root = Path(cache_dir) if cache_dir is not None else user_cache() / "images"
+    name = re.sub(r"[^\w.-]+", "-", source.name)[-80:].strip("-.")
+    return root / f"{name}-{hashlib.sha256(f'{source.place} {side}'.encode()).hexdigest()[:12]}"
+
+
+def _write(folder: Path, fingerprint: str, first: np.ndarray, decoded: _Decoded) -> Images:
+    """Writes the file, then its index, which says that it is whole."""
+    path = folder / "images"
+    try:
+        with replacing(path) as file:
+            file.write(first.data)
+            for image in decoded:
+                file.write(np.ascontiguousarray(image).data)
+    finally:  # what was written before the disk was full would keep it full
+        path.with_name("images.tmp").unlink(missing_ok=True)
+    done = decoded.images(np.empty((0, *first.shape), np.uint8))
+    index = {
+        "fingerprint": fingerprint,
+        "shape": [len(done.labels), *first.shape],
+        "labels": done.labels.tolist(),
+        "ids": None if done.ids is None else done.ids.tolist(),
+        "unreadable": done.unreadable,
+    }
+    with replacing(folder / "index.json") as file:
+        file.write(json.dumps(index).encode())
+    stored = _open(folder, fingerprint)
+    if stored is None:
+        raise UserError(f"--cache-dir {folder.parent} does not keep what is written to it: give another folder.")
+    return stored
+
+
+def _open(folder: Path, fingerprint: str) -> Images | None:
+    """The images of a file that is there, whole, and of the same source; else None."""
+    try:
+        index = json.loads((folder / "index.json").read_bytes())
+        shape = tuple(index["shape"])
+        if index["fingerprint"] != fingerprint or (folder / "images").stat().st_size != math.prod(shape):
+            return None
+        mapped = np.memmap(folder / "images", np.uint8, "r", shape=shape)
+        ids = None if index["ids"] is None else np.array(index["ids"])
+        labels = np.array(index["labels"], np.int32)
+        return Images(np.asarray(mapped), labels, ids, dict(index["unreadable"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,159 @@
+"""Images of TFDS data sets, read and if need be prepared without TensorFlow."""
+
+import functools
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import tensorflow_datasets as tfds
+
+from empssl_jax.config import DataConfig
+from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.data.decoded_images import NO_LABEL, Example, Images, Source, load_images
+from empssl_jax.runtime.distributed import first_process_first
+
+MEMORY = 2**30  # bytes: the decoded images of larger splits are kept on disk
+
+
+def load_tfds(
+    config: DataConfig, split: str, data_dir: str | None, cache_dir: str | None
+) -> tuple[Images, tuple[str, ...]]:
+    """The images of a split and the names of the classes, none if the data set has no label for an image.
+
+    Args:
+        config: which data set, and at what size.
+        split: TFDS's name of the split, or a slice of one as train[:90%].
+        data_dir: where TFDS looks, and downloads to; None leaves it to TFDS.
+        cache_dir: see `load_images`.
+
+    Raises:
+        UserError: the data set is unknown, cannot be had, is damaged, or is not of 8-bit images.
+    """
+    name = config.dataset
+    with first_process_first():
+        builder = _prepared_builder(name, data_dir)
+    size = _count(builder.info, name, split)
+    class_names = _class_names(builder.info)
+    source = Source(
+        name=f"{name} {split}",
+        place=f"{builder.data_dir} {split}",
+        fingerprint=builder.info.as_json,
+        size=size,
+        read=_reader(builder, name, split),
+        strict=True,
+        remedy="prepare the data set anew, or choose another",
+        memory=MEMORY,
+    )
+    images = load_images(source, config.image_size, cache_dir)
+    if images.labels.min() < NO_LABEL or images.labels.max() >= len(class_names) > 0:
+        raise UserError(
+            f"--dataset {name!r} has {split} labels from {images.labels.min()} to {images.labels.max()}, and "
+            f"{len(class_names)} classes from 0: prepare the data set anew, or choose another."
+        )
+    return images, class_names
+
+
+def find_test_split(config: DataConfig, data_dir: str | None) -> str:
+    """The split that is tested on: the one that is asked for, else test, else validation."""
+    if config.test_split is not None:
+        return config.test_split
+    with first_process_first():
+        splits = _prepared_builder(config.dataset, data_dir).info.splits
+    return "validation" if "test" not in splits and "validation" in splits else "test"
+
+
+def _count(info: tfds.core.DatasetInfo, name: str, split: str) -> int:
+    """Number of images in a split; refuses what is no split of 8-bit images."""
+    try:
+        size = info.splits[split].num_examples
+    except Exception as error:  # TFDS parses names of splits in its own ways
+        there = ", ".join(info.splits)
+        raise UserError(
+            f"--dataset {name!r} has no {split} split but {there}: choose by --train-split and --test-split, also a "
+            "slice as train[:90%]."
+        ) from error
+    image = dict(info.features).get("image")
+    if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
+        raise UserError(f"--dataset {name!r} has images of type {image}: choose a data set of 8-bit images.")
+    if size == 0:
+        raise UserError(f"--dataset {name!r} has no images in its {split} split: choose another data set.")
+    return size
+
+
+def _class_names(info: tfds.core.DatasetInfo) -> tuple[str, ...]:
+    label = dict(info.features).get("label")
+    return tuple(label.names) if isinstance(label, tfds.features.ClassLabel) and label.num_classes else ()
+
+
+def _reader(builder: tfds.core.DatasetBuilder, name: str, split: str):
+    """What reads a range of a split's examples; on damaged files it raises UserError."""
+    is_labelled = bool(_class_names(builder.info))
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    source = functools.cache(lambda: builder.as_data_source(split, decoders=decoders))
+
+    def example(features) -> Example:
+        given = features.get("id")
+        label = int(features["label"]) if is_labelled else NO_LABEL
+        return Example(features["image"], label, given.decode() if isinstance(given, bytes) else given)
+
+    def read(numbers: range) -> list[Example]:
+        try:
+            return [example(features) for features in source().__getitems__(numbers)]
+        except Exception as error:  # TFDS, array_record and protobuf fail each in their own ways on damaged files
+            raise UserError(
+                f"{name} in {builder.data_dir} cannot be read ({type(error).__name__}: {one_line(error)}): delete that "
+                "folder to prepare it anew, or give another --data-dir."
+            ) from error
+
+    return read
+
+
+def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    """TFDS's builder of a data set that is on disk, downloaded if need be."""
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise UserError(f"--dataset {name!r} is not known to TFDS: see tensorflow.org/datasets for names.") from error
+    except Exception as error:  # a malformed name, a version or config that is not there, damaged files
+        reason, remedy = f"{type(error).__name__}: {one_line(error)}", "check the name and --data-dir"
+        if "tfrecord" in str(error).lower():
+            remedy = "its files are for TensorFlow, so give another --data-dir to prepare it there anew"
+        raise UserError(f"--dataset {name!r} cannot be opened ({reason}): {remedy}.") from error
+    if builder.is_prepared():
+        return builder
+    folder = builder.data_dir
+    print(
+        f"{name} is not in {folder}: TFDS downloads it there. With {name} elsewhere on disk, stop and give --data-dir."
+    )
+    _without_tensorflow(builder)
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # TFDS, requests, archives and file systems fail each in their own ways
+        raise UserError(
+            f"{name} is not in {folder} and cannot be downloaded ({type(error).__name__}): give the folder that has it "
+            "as --data-dir or $TFDS_DATA_DIR, or try the built-in data with --config configs/digits.py."
+        ) from error
+    return builder
+
+
+def _without_tensorflow(builder: tfds.core.DatasetBuilder) -> None:
+    """Readies a builder of TFDS for preparing its data where TensorFlow would be imported, as CIFAR-10's would.
+
+    Its module opens files by `tf.io.gfile.GFile`, in place of which it gets Python's `open`; and it gives images as
+    arrays, which PIL then encodes.
+    """
+    module = sys.modules[type(builder).__module__]
+    if hasattr(module, "tf"):
+        vars(module)["tf"] = SimpleNamespace(io=SimpleNamespace(gfile=SimpleNamespace(GFile=open)))
+    image = dict(builder.info.features).get("image")
+    if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
+        return
+    encode = image.encode_example
+
+    def encode_array(example):
+        if isinstance(example, np.ndarray):
+            example = PIL.Image.fromarray(example[..., 0] if example.shape[-1] == 1 else example)
+        return encode(example)
+
+    image.encode_example = encode_array

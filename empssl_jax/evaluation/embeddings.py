@@ -1,0 +1,229 @@
+"""Bag-of-features embeddings: the mean features of an image's patches (section 3.2 of the paper)."""
+
+import functools
+import math
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8
+
+from empssl_jax.config import Config, EvaluationConfig
+from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.data.datasets import ImageDataset, fetch, own_rows, place_rows, replicated, split_images
+from empssl_jax.method.encoder import EncoderState, encoder_graph
+from empssl_jax.method.patches import grid_patch, multi_patch
+from empssl_jax.method.random_keys import embedding_patches_key
+from empssl_jax.method.resnet import stage_dims
+from empssl_jax.run_folder.metrics import image_progress
+from empssl_jax.run_folder.workdir import replacing
+
+MAX_CLASSES = 100_000  # memory grows with it
+MAX_COMPRESSION = 200  # deflate packs zeros 1000 times: a small file must not fill the memory
+REMEDY = "give a folder with train.npz and test.npz, or leave --embeddings out to compute them"
+
+
+class LabelledEmbeddings(NamedTuple):
+    """Embeddings of a split and the classes of its images, -1 for those without one."""
+
+    embeddings: Float32[np.ndarray, "N E"]
+    labels: Int32[np.ndarray, " N"]
+    class_names: tuple[str, ...]
+    names: Shaped[np.ndarray, " N"] | None = None  # of the images' files, if they are files of the user's
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, also such as no image is in."""
+        return len(self.class_names)
+
+
+def labelled(split: LabelledEmbeddings) -> LabelledEmbeddings:
+    """The embeddings of the images that have a label."""
+    has_label = split.labels >= 0
+    if has_label.all():
+        return split
+    names = None if split.names is None else split.names[has_label]
+    return LabelledEmbeddings(split.embeddings[has_label], split.labels[has_label], split.class_names, names)
+
+
+Embed = Callable[[EncoderState, UInt8[Array, "B H W 3"], Int[Array, " B"]], Float[Array, "B E"]]
+
+
+@functools.cache
+def make_embed(config: Config, mesh: Mesh) -> Embed:
+    """A compiled function (encoder_state, images, indices) -> embeddings of `valid_patches` patches an image.
+
+    It passes over the patches one by one, so that its memory does not grow with their number. Images are split over
+    the devices of the mesh.
+    """
+    graph, evaluation = encoder_graph(config.model), config.evaluation
+    num_patches, num_cells = evaluation.valid_patches, evaluation.cells**2
+
+    def embed(encoder_state, images, indices):
+        encoder = nnx.merge(graph, *encoder_state)
+        encoder.eval()
+        features_of = encoder.embed if evaluation.embedded_layer == "hidden" else encoder.embed_stages
+        make_patch = _patch_maker(config)
+
+        def add_patch(number, totals):
+            features = features_of(make_patch(images, indices, number)).astype(jnp.float32)
+            return totals.at[:, _cell(number, evaluation)].add(features)
+
+        zeros = jnp.zeros((len(images), num_cells, embedding_dim(config) // num_cells), jnp.float32)
+        totals = jax.lax.fori_loop(0, num_patches, add_patch, zeros)
+        return totals.reshape(len(images), -1) / (num_patches // num_cells)
+
+    whole, split = replicated(mesh), split_images(mesh)
+    return jax.jit(embed, in_shardings=(whole, split, split), out_shardings=split)
+
+
+def _cell(number, config: EvaluationConfig):
+    """The cell that the patch of a number lies in, row by row."""
+    if config.cells == 1:
+        return 0
+    grid_side = config.grid_side
+    row, column = (i * config.cells // grid_side for i in (number // grid_side, number % grid_side))
+    return row * config.cells + column
+
+
+def embedding_dim(config: Config) -> int:
+    """E, the dimension of embeddings."""
+    is_hidden = config.evaluation.embedded_layer == "hidden"
+    return config.evaluation.cells**2 * (config.model.hidden_dim if is_hidden else sum(stage_dims(config.model)))
+
+
+def _patch_maker(config: Config) -> Callable[..., Float[Array, "B size size 3"]]:
+    """A function (images, indices, number) -> the patch of that number of each image."""
+    crops, key = config.patches.crops, embedding_patches_key(config.training.seed)
+    grid_side = config.evaluation.grid_side
+
+    def random_patch(images, indices, number):
+        return multi_patch(key, images, 1, indices=indices, first_patch=number, **crops)[:, 0]
+
+    def crop_of_grid(images, indices, number):
+        plain = {name: crops[name] for name in ("patch_area", "patch_size", "interpolation")}
+        return grid_patch(images, number, grid_side, **plain)
+
+    return random_patch if config.evaluation.valid_crops == "random" else crop_of_grid
+
+
+def embed_dataset(
+    embed: Embed, encoder_state: EncoderState, dataset: ImageDataset, batch_size: int, mesh: Mesh, name: str
+) -> LabelledEmbeddings:
+    """Embeddings of all images, on each process, with a progress bar.
+
+    Raises:
+        UserError: an embedding is not finite, which says that training went wrong.
+    """
+    indices = np.arange(len(dataset.images), dtype=np.int32)
+    with image_progress(f"embedding {name}", len(indices)) as bar:
+        embeddings = embed_images(
+            embed, encoder_state, dataset.images.__getitem__, indices, batch_size, mesh, bar.update
+        )
+    if not np.isfinite(embeddings).all():
+        raise UserError(
+            f"The {name} embeddings are not all finite: train again, or evaluate an earlier checkpoint by --step."
+        )
+    return LabelledEmbeddings(embeddings, dataset.labels, dataset.class_names, dataset.names)
+
+
+def embed_images(
+    embed: Embed,
+    encoder_state: EncoderState,
+    images_at: Callable[[Int[np.ndarray, " K"]], UInt8[np.ndarray, "K H W 3"]],
+    indices: Int32[np.ndarray, " N"],
+    batch_size: int,
+    mesh: Mesh,
+    progress: Callable[[int], object] | None = None,
+) -> Float32[np.ndarray, "N E"]:
+    """Embeddings of images, on each process; the last batch is filled up and cut again.
+
+    Fewer images than a batch are filled up to a power of two, so that few sizes need compiling.
+
+    Args:
+        embed: see `make_embed`.
+        encoder_state: what embeds.
+        images_at: gives the images at positions from 0 to N-1.
+        indices: numbers that the images' patches are drawn by.
+        batch_size: images at a time, over all devices.
+        mesh: the devices.
+        progress: called with the number of images done since the last call.
+    """
+    size, parts = len(indices), []
+    batch_size = -(-min(batch_size, 1 << (size - 1).bit_length()) // mesh.size) * mesh.size
+    rows = own_rows(mesh, batch_size)
+    for start in range(0, size, batch_size):
+        positions, kept = (start + rows) % size, min(batch_size, size - start)
+        batch = (place_rows(own, mesh, batch_size) for own in (images_at(positions), indices[positions]))
+        parts.append(fetch(embed(encoder_state, *batch))[:kept])
+        if progress is not None:
+            progress(kept)
+    return np.concatenate(parts)
+
+
+def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:
+    """Writes an .npz with `embeddings` (N, E) float32, `labels` (N,) int32 and `class_names` (C,), whole or not at all.
+
+    Where the images are files it also has their `names` (N,).
+    """
+    arrays: dict[str, Any] = split._asdict() | {"class_names": np.array(split.class_names, np.str_)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def load_embeddings(path: Path) -> LabelledEmbeddings:
+    """Reads what `save_embeddings` wrote; raises UserError if the file is missing, damaged or of something else.
+
+    Nothing is unpickled, and nothing is read before its header says that it fits. Classes that the file has no
+    name for are called by their numbers; `names` are not read.
+    """
+    if not path.is_file():
+        raise UserError(f"--embeddings: there is no {path}: {REMEDY}.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            embeddings = _read_array(archive, "embeddings", dim=2, kinds="fiu")
+            labels = _read_array(archive, "labels", dim=1, kinds="iu")
+            class_names: list[str] = []
+            if "class_names.npy" in archive.namelist():
+                class_names = _read_array(archive, "class_names", dim=1, kinds="U")[: MAX_CLASSES + 1].tolist()
+    except Exception as error:  # numpy, zipfile and zlib fail each in their own ways on damaged files
+        raise UserError(f"--embeddings: {path} cannot be read ({one_line(error) or 'damaged'}): {REMEDY}.") from error
+    if not (embeddings.size > 0 and labels.shape == embeddings.shape[:1]):
+        raise UserError(f"--embeddings: {path} has embeddings {embeddings.shape} and labels {labels.shape}: {REMEDY}.")
+    lowest, highest = int(labels.min()), max(int(labels.max()), len(class_names) - 1)
+    if not (lowest >= -1 and highest < MAX_CLASSES):
+        raise UserError(
+            f"--embeddings: {path} has labels from {lowest} to {highest}: number the classes from 0 to at most "
+            f"{MAX_CLASSES - 1}, and -1 for no label."
+        )
+    with np.errstate(over="ignore"):
+        embeddings = embeddings.astype(np.float32)
+        if not np.isfinite(np.einsum("ne,ne->n", embeddings, embeddings)).all():
+            raise UserError(
+                f"--embeddings: {path} holds values that are not finite, or too large for float32: {REMEDY}."
+            )
+    numbers = map(str, range(len(class_names), highest + 1))
+    return LabelledEmbeddings(embeddings, labels.astype(np.int32), (*class_names, *numbers))
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, dim: int, kinds: str) -> np.ndarray:
+    """An array of an .npz; raises ValueError unless it is what was announced, before memory is taken for it."""
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.file_size > MAX_COMPRESSION * (entry.compress_size + 1000):
+        raise ValueError(f"{name} unpacks to more than {MAX_COMPRESSION} times its size")
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        expected = dtype.itemsize * math.prod(shape)
+        if len(shape) != dim or dtype.kind not in kinds or expected != entry.file_size - file.tell():
+            raise ValueError(f"{name} has shape {shape}, type {dtype} and {entry.file_size - file.tell()} bytes")
+    with archive.open(entry) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)

@@ -1,0 +1,192 @@
+"""Embeddings of image files.
+
+    python -m empssl_jax.embed --workdir runs/cifar10 --images photos --output photos.npz
+
+Folders are worked off in parts, kept in OUTPUT.parts until all are done: the same command goes on where it was stopped,
+to the same embeddings bit for bit. What is not given of how images are embedded is as in the evaluation of the run.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import tyro
+from jaxtyping import Float32, UInt8
+
+from empssl_jax.command_line import first_options, run_defaults, user_errors_exit
+from empssl_jax.config import EmbeddingConfig, RunConfig
+from empssl_jax.config.errors import UserError
+from empssl_jax.data.decoding import UnreadableError, decode
+from empssl_jax.data.folder_images import Files, list_images, look_at
+from empssl_jax.inference.image_encoder import ImageEncoder, load
+from empssl_jax.run_folder.checkpoints import Which
+from empssl_jax.run_folder.digests import array_digests
+from empssl_jax.run_folder.metrics import image_progress
+from empssl_jax.run_folder.workdir import claimed, replacing
+from empssl_jax.runtime.compilation import keep_compiled_programs
+
+BATCHES = 4  # in a part: what an interruption costs at most
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """What to embed and by which encoder."""
+
+    images: str
+    """Folder of images, with all folders below it, or one image."""
+    workdir: str = RunConfig.workdir
+    """Folder of a run."""
+    output: str = "embeddings.npz"
+    """File to write: `embeddings` (N, E) float32, `files`, the N names below the folder, and `unreadable`, the names of
+    those that were skipped."""
+    step: Which = "latest"
+    """Checkpoint to use: its step, or the newest, or the one with the lowest loss."""
+    embedding: Annotated[EmbeddingConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EmbeddingConfig)
+
+
+@dataclass(frozen=True)
+class _Source:
+    workdir: str = EmbedOptions.workdir
+
+
+def parse_embed_options(arguments: Sequence[str]) -> EmbedOptions:
+    """The options of this command; the embedding is as in the evaluation of the run, where they say nothing else."""
+    source, _ = first_options(_Source, arguments)
+    evaluation = run_defaults(source.workdir, arguments).evaluation
+    run = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(EmbeddingConfig)}
+    default = EmbedOptions(images=tyro.MISSING, embedding=EmbeddingConfig(**run))
+    return tyro.cli(EmbedOptions, args=list(arguments), default=default, description=__doc__)
+
+
+class Part(NamedTuple):
+    """Some files in a row: the embeddings of those that could be read, and for each file the reason or nothing."""
+
+    embeddings: Float32[np.ndarray, "K E"]
+    reasons: Sequence[str]
+
+
+def embed_files(options: EmbedOptions) -> None:
+    """Embeds all images below a folder, in the order of their names, and writes one .npz, whole or not at all.
+
+    The number of a file in that order decides its random patches. Files that cannot be read are listed and left out.
+
+    Raises:
+        UserError: there is no such run, checkpoint or folder, it holds no image that can be read, or the parts in the
+            way are of something else.
+    """
+    root, output = Path(options.images), Path(options.output)
+    files = _find_images(root)
+    encoder = load(options.workdir, options.step, **dataclasses.asdict(options.embedding))
+    encoder.embed([])  # refuses to embed no patches before anything is written
+    folder = output.with_name(output.name + ".parts")
+    names = [file.name for file in files]
+    with claimed(folder, "output"):
+        _begin(folder, encoder, options.embedding, files)
+        parts = _embed_parts(encoder, files, folder, f"embedding {root}")
+        embeddings = np.concatenate([part.embeddings for part in parts])
+        reasons = [reason for part in parts for reason in part.reasons]
+        _tell_unreadable(names, reasons, root)
+        kept = [name for name, reason in zip(names, reasons, strict=True) if not reason]
+        unreadable = [name for name, reason in zip(names, reasons, strict=True) if reason]
+        with replacing(output) as file:
+            np.savez(file, files=np.array(kept), embeddings=embeddings, unreadable=np.array(unreadable, dtype=np.str_))
+        shutil.rmtree(folder)
+    print(f"embeddings of {len(kept)} images: {output}")
+
+
+def _find_images(root: Path) -> Files:
+    """The image files below a folder; a file is taken as it is."""
+    if root.is_file():
+        return [look_at(root.parent, root)]
+    files = list_images(root, "images") if root.is_dir() else []
+    if not files:
+        raise UserError(f"--images {root} holds no image: give a folder of images, or one image.")
+    return files
+
+
+def _begin(folder: Path, encoder: ImageEncoder, embedding: EmbeddingConfig, files: Files) -> None:
+    """Writes down what the parts are of; refuses parts of something else."""
+    config = encoder.config
+    plan = {
+        "encoder": array_digests(encoder.state),
+        "image_size": encoder.image_size,
+        "seed": config.training.seed,
+        "patch": repr(config.patches),
+        "embedding": dataclasses.asdict(embedding),
+        "files": [[file.name, file.size] for file in files],
+    }
+    digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    path = folder / "plan"
+    if not path.exists():
+        with replacing(path) as file:
+            file.write(digest.encode())
+    elif path.read_bytes() != digest.encode():
+        raise UserError(
+            f"{folder} holds parts of other images, or by another encoder: give that command again, another --output, "
+            "or delete that folder."
+        )
+
+
+def _embed_parts(encoder: ImageEncoder, files: Files, folder: Path, title: str) -> list[Part]:
+    """Each part, from the folder if it is there, else computed and left in it."""
+    size, parts = BATCHES * encoder.config.evaluation.embedding_batch_size, []
+    with image_progress(title, len(files)) as bar, ThreadPoolExecutor() as threads:
+        for start in range(0, len(files), size):
+            path = folder / f"{start}.npz"
+            part = _load_part(path)
+            if part is None:
+                chosen = files[start : start + size]
+                read = list(threads.map(lambda file: _read(file.path, encoder.image_size), chosen))
+                part = _embed_part(encoder, read, start)
+                with replacing(path) as file:
+                    np.savez(file, embeddings=part.embeddings, reasons=np.array(part.reasons))
+            parts.append(part)
+            bar.update(len(part.reasons))
+    return parts
+
+
+def _embed_part(encoder: ImageEncoder, read: list[UInt8[np.ndarray, "S S 3"] | UnreadableError], start: int) -> Part:
+    images = {start + number: image for number, image in enumerate(read) if not isinstance(image, UnreadableError)}
+    embeddings = encoder.embed(list(images.values()), indices=np.array(list(images), np.int32))
+    return Part(embeddings, [str(image) if isinstance(image, UnreadableError) else "" for image in read])
+
+
+def _read(file: Path, side: int) -> UInt8[np.ndarray, "S S 3"] | UnreadableError:
+    try:
+        return decode(file, side)
+    except UnreadableError as error:
+        return error
+
+
+def _load_part(path: Path) -> Part | None:
+    """A part that is there; nothing if there is none or it is damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return Part(arrays["embeddings"], arrays["reasons"].tolist())
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _tell_unreadable(names: list[str], reasons: list[str], root: Path) -> None:
+    skipped = [f"{name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
+    if len(skipped) == len(names):
+        raise UserError(f"--images {root}: none of {len(names)} files can be read ({skipped[0]}): give other images.")
+    if skipped:
+        print(
+            f"skipped {len(skipped)} of {len(names)} files, which cannot be read:", *skipped, sep="\n", file=sys.stderr
+        )
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        keep_compiled_programs()
+        embed_files(parse_embed_options(sys.argv[1:]))

@@ -1,0 +1,194 @@
+"""Trained encoders as files for PyTorch, and such files as runs.
+
+    python -m empssl_jax.weights export runs/cifar10 --format safetensors
+    python -m empssl_jax.weights import weights.safetensors --workdir runs/imported
+
+A .safetensors file needs nothing but this package, a .pt file needs PyTorch. Either holds a state dictionary, see
+torch_names.py, and metadata: strings that say how to build the encoder and what it takes.
+"""
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tyro
+
+from empssl_jax.command_line import load_config, user_errors_exit
+from empssl_jax.config import Config
+from empssl_jax.config.errors import UserError, one_line, require
+from empssl_jax.inference.image_encoder import ImageEncoder, load
+from empssl_jax.inference.torch_names import TorchWeights, from_torch, to_torch
+from empssl_jax.method.encoder import default_precision, init_encoder
+from empssl_jax.method.random_keys import parameters_key
+from empssl_jax.method.train_step import learning_rate_schedule, make_optimizer
+from empssl_jax.run_folder.checkpoints import Checkpoints, Which
+from empssl_jax.run_folder.saved_config import DEFAULT_IMAGE_SIZE, from_json, save_config, save_image_size, to_json
+from empssl_jax.run_folder.workdir import claimed, replacing, storage_errors
+
+SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt"}
+Metadata = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Export:
+    """Writes the encoder of a run into a file for PyTorch."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run."""
+    format: Literal["safetensors", "torch"] = "safetensors"
+    """A .safetensors file, or one for torch.load, which needs PyTorch."""
+    step: Which = "latest"
+    """Checkpoint to export: its step, or the newest, or the one with the lowest loss."""
+    output: str | None = None
+    """File to write; by default weights.safetensors or weights.pt in the run's folder."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """Makes a run of a file of `export` or a checkpoint of the authors' code; its step is 0, and it can be trained."""
+
+    file: tyro.conf.Positional[str]
+    """A .safetensors file, or one of torch.save (.pt, .pth), which needs PyTorch."""
+    workdir: str
+    """Folder of the new run."""
+    config: str | None = None
+    """Python file with the rest of the run's config, as configs/cifar10.py; by default what the exported run had, else
+    the defaults. The file of weights decides the encoder's sizes."""
+    fresh_heads: bool = False
+    """The file holds a ResNet alone, such as torchvision's: its classifier is left out, and the two heads are drawn by
+    the config's sizes and seed."""
+
+
+def export_weights(options: Export) -> Path:
+    """Writes the file, whole or not at all, and returns its path.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or PyTorch is needed and missing.
+        OSError: the file cannot be written.
+    """
+    if options.format == "torch":
+        _torch()  # refuses before the work
+    encoder = load(options.run, options.step)
+    weights = to_torch(encoder.state, encoder.config.model, encoder.step)
+    path = Path(options.output or Path(options.run) / f"weights{SUFFIXES[options.format]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, weights, _metadata(encoder), options.format)
+    print(f"exported step {encoder.step} of {options.run} to {path}")
+    return path
+
+
+def import_weights(options: Import) -> None:
+    """Makes the folder of a run with one checkpoint, of step 0, and a config.
+
+    Raises:
+        UserError: the file cannot be read or is of something else, or the folder holds a run.
+        StorageError: the folder cannot be written to.
+    """
+    weights, metadata = _read(Path(options.file))
+    config, workdir = _base_config(options, metadata), Path(options.workdir)
+    model, encoder = from_torch(_with_fresh_heads(weights, config) if options.fresh_heads else weights)
+    precision = default_precision() if config.model.precision == "auto" else config.model.precision
+    model = dataclasses.replace(model, precision=precision)
+    config = dataclasses.replace(config, model=model, run=dataclasses.replace(config.run, workdir=options.workdir))
+    optimizer = make_optimizer(config.training, learning_rate_schedule(config.training, 1))
+    encoder = jax.tree.map(jax.numpy.asarray, encoder)
+    with claimed(workdir), storage_errors(workdir), Checkpoints(workdir) as checkpoints:
+        held = checkpoints.latest_step()
+        require(held is None, "workdir", options.workdir, "that folder holds a run, so give another one")
+        save_config(workdir, config)
+        save_image_size(workdir, int(metadata.get("image_size", config.data.image_size or DEFAULT_IMAGE_SIZE)))
+        checkpoints.save(0, encoder, optimizer.init(encoder.params), loss=math.inf)
+        checkpoints.wait()
+    sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(model).items())
+    print(f"imported {options.file} into {options.workdir} ({sizes})")
+
+
+def _base_config(options: Import, metadata: Metadata) -> Config:
+    if options.config is not None:
+        return load_config(options.config)
+    return from_json(metadata["config"], options.file) if "config" in metadata else Config()
+
+
+def _with_fresh_heads(weights: TorchWeights, config: Config) -> TorchWeights:
+    """A ResNet's arrays beside heads as training would begin with."""
+    model = dataclasses.replace(config.model, precision="float32")
+    fresh = to_torch(init_encoder(model, parameters_key(config.training.seed)), model, 0)
+    heads = {name: array for name, array in fresh.items() if not name.startswith("backbone.")}
+    return heads | {f"backbone.{name}": array for name, array in weights.items() if not name.startswith("fc.")}
+
+
+def _metadata(encoder: ImageEncoder) -> Metadata:
+    """What a user of the file must know, as strings, and the run's config as JSON."""
+    config = encoder.config
+    model = {name: str(value) for name, value in dataclasses.asdict(config.model).items() if name != "precision"}
+    size = config.patches.patch_size
+    return model | {
+        "step": str(encoder.step),
+        "image_size": str(encoder.image_size),
+        "input": f"RGB patches (N, 3, {size}, {size}), pixels / 127.5 - 1",
+        "embedding": "relu(pre_feature(backbone(patch))), for an image the mean over its patches",
+        "config": to_json(config),
+    }
+
+
+def _write(path: Path, weights: TorchWeights, metadata: Metadata, kind: str) -> None:
+    with replacing(path) as file:
+        if kind == "safetensors":
+            file.write(safetensors.numpy.save(weights, metadata))
+        else:
+            torch = _torch()
+            tensors = {name: torch.tensor(array) for name, array in weights.items()}
+            torch.save({"state_dict": tensors, "metadata": metadata}, file)
+
+
+def _read(path: Path) -> tuple[TorchWeights, Metadata]:
+    """The arrays of a file, as float32, and its metadata if it has any; no code in it is run."""
+    if not path.is_file():
+        raise UserError(f"There is no file {path}: give one of `export` or of the authors' code.")
+    is_torch = path.suffix != SUFFIXES["safetensors"]
+    torch: Any = _torch() if is_torch else None
+    try:
+        if not is_torch:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                names = file.keys()
+                return {name: file.get_tensor(name).astype(np.float32) for name in names}, file.metadata() or {}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = content.get("state_dict", content)
+        return {name: tensor.float().numpy() for name, tensor in tensors.items()}, content.get("metadata", {})
+    except Exception as error:  # each library fails in its own ways on files of something else
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {one_line(error)}): give a .safetensors file, or a .pt or "
+            ".pth file that holds a state dictionary and nothing else."
+        ) from error
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            'Files for torch.load need PyTorch: pip install "empssl_jax[torch]", or use a .safetensors file.'
+        ) from error
+    return torch
+
+
+def main(arguments: list[str]) -> None:
+    """`export` or `import`."""
+    commands = (
+        Annotated[Export, tyro.conf.subcommand(name="export", prefix_name=False)]
+        | Annotated[Import, tyro.conf.subcommand(name="import", prefix_name=False)]
+    )
+    options = tyro.cli(commands, args=arguments, description=__doc__)  # type: ignore[call-overload]
+    export_weights(options) if isinstance(options, Export) else import_weights(options)
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        main(sys.argv[1:])

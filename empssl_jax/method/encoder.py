@@ -1,0 +1,124 @@
+"""The encoder of EMP-SSL: a ResNet, a hidden layer whose output is the embedding, and a projection."""
+
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Key, PyTree
+
+from empssl_jax.config import ModelConfig
+from empssl_jax.method.batch_norm import BatchNorm
+from empssl_jax.method.resnet import ZEROS, ResNet
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class EncoderState(NamedTuple):
+    """The arrays of an encoder, as nested dictionaries."""
+
+    params: PyTree[Float[Array, "..."]]
+    batch_stats: PyTree[Float[Array, "..."]]
+
+
+class Encoder(nnx.Module):
+    """Maps patches to embeddings (what is kept) and projections (what the loss sees).
+
+    Its kernels are zeros; `init_encoder` draws them.
+
+    Args:
+        config: the sizes, and the precision (not "auto") of activations and matrix products; parameters and BatchNorm
+            statistics are float32.
+        axis_name: the mesh axis over which BatchNorm shares its statistics, None outside `jax.shard_map`.
+        remat: compute the insides of the residual blocks again in the backward pass, in place of keeping them.
+    """
+
+    def __init__(self, config: ModelConfig, *, axis_name: str | None = None, remat: bool = False):
+        dtype = DTYPES[config.precision]
+
+        def linear(features_in, features_out, use_bias=False):
+            options = {"kernel_init": ZEROS, "use_bias": use_bias, "dtype": dtype, "rngs": nnx.Rngs(0)}
+            return nnx.Linear(features_in, features_out, **options)
+
+        self.backbone = ResNet(config, dtype=dtype, axis_name=axis_name, remat=remat)
+        self.hidden = linear(self.backbone.features_out, config.hidden_dim)
+        self.hidden_norm = BatchNorm(config.hidden_dim, axis_name)
+        self.projector = linear(config.hidden_dim, config.hidden_dim)
+        self.projector_norm = BatchNorm(config.hidden_dim, axis_name)
+        self.projection = linear(config.hidden_dim, config.projection_dim, use_bias=True)
+
+    def __call__(self, patches: Float[Array, "N H W 3"]) -> tuple[Float[Array, "N E"], Float[Array, "N D"]]:
+        """Embeddings and projections of N patches with values in [-1, 1], in float32; neither is normalised.
+
+        In training mode (`encoder.train()`) BatchNorm uses the batch's statistics and updates the running ones;
+        after `encoder.eval()` it uses the running ones.
+        """
+        embeddings = self.embed(patches)
+        hidden = nnx.relu(self.projector_norm(self.projector(embeddings)))
+        return embeddings.astype(jnp.float32), self.projection(hidden).astype(jnp.float32)
+
+    def embed(self, patches: Float[Array, "N H W 3"]) -> Float[Array, "N E"]:
+        """Embeddings alone, in the encoder's dtype."""
+        return nnx.relu(self.hidden_norm(self.hidden(self.backbone(patches))))
+
+    def embed_stages(self, patches: Float[Array, "N H W 3"]) -> Float[Array, "N S"]:
+        """The means of all stages' maps side by side, in the encoder's dtype."""
+        return jnp.concatenate(self.backbone.stage_means(patches), axis=1)
+
+
+def default_precision() -> Literal["float32", "bfloat16"]:
+    """What precision "auto" means here: bfloat16 where the hardware is made for it."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def encoder_graph(config: ModelConfig, axis_name: str | None = None, remat: bool = False) -> nnx.GraphDef:
+    """The encoder without its arrays: `nnx.merge(graph, *encoder_state)` makes it whole inside a jitted function."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Encoder(config, axis_name=axis_name, remat=remat)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_encoder(config: ModelConfig, key: Key[Array, ""]) -> EncoderState:
+    """Fresh parameters, as torch and torchvision draw them, and BatchNorm statistics.
+
+    All are cut from one draw: a draw for each array takes XLA 48 loops and seven times as long to compile.
+    """
+    params, batch_stats = encoder_state(Encoder(config))
+    nodes, structure = jax.tree.flatten(params, is_leaf=is_layer)
+    sizes = [sum(array.size for array in node.values()) if is_layer(node) else 0 for node in nodes]
+    # Both ends are open: a normal number of the quantile 0 would be infinite.
+    uniform = jax.random.uniform(key, (sum(sizes),), minval=np.nextafter(np.float32(-1), np.float32(0)))
+    draws = jnp.split(uniform, np.cumsum(sizes)[:-1])
+    nodes = [_init_layer(*pair) if is_layer(pair[0]) else pair[0] for pair in zip(nodes, draws, strict=True)]
+    return EncoderState(jax.tree.unflatten(structure, nodes), batch_stats)
+
+
+def is_layer(node: object) -> bool:
+    """Whether a node of the parameters' tree is a convolution or a linear layer, as opposed to BatchNorm's arrays."""
+    return isinstance(node, dict) and "kernel" in node
+
+
+def _init_layer(layer: dict[str, Array], uniform: Float[Array, " n"]) -> dict[str, Array]:
+    """A convolution's kernel is normal of variance 2 / fan out, a linear layer uniform within 1 / sqrt(fan in)."""
+    shape = layer["kernel"].shape
+
+    def draw(uniform):
+        if len(shape) == 4:
+            return jax.lax.erf_inv(uniform) * (2 / math.sqrt(math.prod(shape) // shape[2]))
+        return uniform / math.sqrt(shape[0])
+
+    pieces = jnp.split(uniform, np.cumsum([array.size for array in layer.values()])[:-1])
+    return {name: draw(u).reshape(array.shape) for (name, array), u in zip(layer.items(), pieces, strict=True)}
+
+
+def encoder_template(config: ModelConfig) -> EncoderState:
+    """The shapes and types of an encoder's arrays."""
+    return jax.eval_shape(lambda: init_encoder(config, jax.random.key(0)))
+
+
+def encoder_state(encoder: Encoder) -> EncoderState:
+    """The arrays of an encoder."""
+    params, batch_stats = (nnx.to_pure_dict(nnx.state(encoder, kind)) for kind in (nnx.Param, nnx.BatchStat))
+    return EncoderState(params, batch_stats)

@@ -1,0 +1,169 @@
+"""ResNets as torchvision lays them out, without their classifier."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from empssl_jax.config import ModelConfig
+from empssl_jax.method.batch_norm import BatchNorm
+
+ZEROS = jax.nn.initializers.zeros
+
+
+class Convolution(nnx.Conv):
+    """A convolution without bias, padded as torch pads it."""
+
+    def __init__(self, features_in: int, features_out: int, size: int, stride: int, dtype: DTypeLike):
+        super().__init__(
+            features_in,
+            features_out,
+            kernel_size=(size, size),
+            strides=stride,
+            padding=(size - 1) // 2,
+            use_bias=False,
+            dtype=dtype,
+            kernel_init=ZEROS,
+            rngs=nnx.Rngs(0),
+        )
+        self.stride = stride
+
+    def __call__(self, inputs, out_sharding=None):
+        if self.kernel_size == (3, 3) and inputs.shape[1:3] == (2 * self.stride, 2 * self.stride):
+            return self._to_2x2(inputs)
+        return super().__call__(inputs, out_sharding=out_sharding)
+
+    def _to_2x2(self, x):
+        """A padded 3x3 convolution whose result is a 2x2 map is a dense layer from all positions to these four.
+
+        XLA's CPU convolution takes 36 times as long on such maps (the last stage at a patch size of 16).
+        """
+        kernel, side = self.kernel[...].astype(self.dtype), x.shape[1]
+
+        def reach(position):
+            """How far the kernel lies from both edges at a position; where it is negative, it is cut."""
+            first = self.stride * position - 1
+            return first, side - first - 3, 0
+
+        whole = (0, 0, 0)
+        at = [
+            [jax.lax.pad(kernel, kernel.dtype.type(0), [reach(i), reach(j), whole, whole]) for j in (0, 1)]
+            for i in (0, 1)
+        ]
+        return jnp.einsum("nabc,ijabcd->nijd", x.astype(self.dtype), jnp.stack([jnp.stack(row) for row in at]))
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2015, figure 5, left); the first may halve the map."""
+
+    expansion = 1
+
+    def __init__(self, features_in: int, features_out: int, stride: int, *, dtype, axis_name):
+        self.conv1 = Convolution(features_in, features_out, 3, stride, dtype)
+        self.norm1 = BatchNorm(features_out, axis_name)
+        self.conv2 = Convolution(features_out, features_out, 3, 1, dtype)
+        self.norm2 = BatchNorm(features_out, axis_name)
+        self.shortcut = _shortcut(features_in, features_out, stride, dtype, axis_name)
+
+    def __call__(self, x):
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return nnx.relu(y + self.shortcut(x))
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut (He et al. 2015, figure 5, right).
+
+    The 3x3 convolution may halve the map, as in torchvision; in the paper it is the first one.
+    """
+
+    expansion = 4
+
+    def __init__(self, features_in: int, features_out: int, stride: int, *, dtype, axis_name):
+        features = features_out // self.expansion
+        self.conv1 = Convolution(features_in, features, 1, 1, dtype)
+        self.norm1 = BatchNorm(features, axis_name)
+        self.conv2 = Convolution(features, features, 3, stride, dtype)
+        self.norm2 = BatchNorm(features, axis_name)
+        self.conv3 = Convolution(features, features_out, 1, 1, dtype)
+        self.norm3 = BatchNorm(features_out, axis_name)
+        self.shortcut = _shortcut(features_in, features_out, stride, dtype, axis_name)
+
+    def __call__(self, x):
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = nnx.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        return nnx.relu(y + self.shortcut(x))
+
+
+def _shortcut(features_in: int, features_out: int, stride: int, dtype, axis_name):
+    if stride == 1 and features_in == features_out:
+        return nnx.identity
+    return nnx.Sequential(Convolution(features_in, features_out, 1, stride, dtype), BatchNorm(features_out, axis_name))
+
+
+class Backbone(NamedTuple):
+    """What makes one ResNet another."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    stage_sizes: tuple[int, int, int, int]  # blocks in each stage
+
+
+BACKBONES = {
+    "resnet18": Backbone(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Backbone(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Backbone(Bottleneck, (3, 4, 6, 3)),
+}
+
+
+def stage_dims(config: ModelConfig) -> list[int]:
+    """Channels of each stage's map."""
+    block, stage_sizes = BACKBONES[config.backbone]
+    return [block.expansion * config.width * 2**stage for stage in range(len(stage_sizes))]
+
+
+class ResNet(nnx.Module):
+    """A ResNet without its classifier, laid out as torchvision's; returns the global average of its last map.
+
+    The CIFAR stem is a 3x3 convolution of stride 1; the ImageNet stem, 7x7 of stride 2 and then max pooling, leaves a
+    sixteenth of the positions.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype, axis_name, remat: bool):
+        self.backbone, self.remat = config.backbone, remat
+        self.has_pooling = config.stem == "imagenet"
+        size, stride = (7, 2) if config.stem == "imagenet" else (3, 1)
+        self.stem = Convolution(3, config.width, size, stride, dtype)
+        self.norm = BatchNorm(config.width, axis_name)
+        block, stage_sizes = BACKBONES[config.backbone]
+        blocks, features_in = [], config.width
+        for stage, features_out in enumerate(stage_dims(config)):
+            for number in range(stage_sizes[stage]):
+                stride = 2 if stage > 0 and number == 0 else 1
+                blocks.append(block(features_in, features_out, stride, dtype=dtype, axis_name=axis_name))
+                features_in = features_out
+        self.blocks = nnx.List(blocks)
+        self.features_out = features_in
+
+    def __call__(self, x: Float[Array, "N H W 3"]) -> Float[Array, "N F"]:
+        return self.stage_means(x)[-1]
+
+    def stage_means(self, x: Float[Array, "N H W 3"]) -> list[Float[Array, "N _"]]:
+        """The global average of the last map of each stage."""
+        x = nnx.relu(self.norm(self.stem(x)))
+        if self.has_pooling:
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        kind = BACKBONES[self.backbone]
+        call: Callable = kind.block.__call__
+        apply = nnx.remat(call) if self.remat else call
+        blocks, means = iter(self.blocks), []
+        for stage_size in kind.stage_sizes:
+            for block in itertools.islice(blocks, stage_size):
+                x = apply(block, x)
+            means.append(jnp.mean(x, axis=(1, 2)))
+        return means

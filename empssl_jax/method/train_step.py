@@ -1,0 +1,109 @@
+"""The train state, and the train step that makes the next one of it and a batch."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Int
+
+from empssl_jax.config import Config, TrainingConfig
+from empssl_jax.data import datasets as data
+from empssl_jax.method.encoder import EncoderState, encoder_graph, encoder_state, init_encoder, is_layer
+from empssl_jax.method.lars import lars
+from empssl_jax.method.losses import emp_ssl_loss, normalise
+from empssl_jax.method.patches import multi_patch
+from empssl_jax.method.random_keys import parameters_key, training_patches_key
+from empssl_jax.method.xla_cpu import norm_pair
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes."""
+
+    step: Int[Array, ""]  # updates made so far
+    encoder: EncoderState
+    optimizer: optax.OptState
+
+
+TrainStep = Callable[[TrainState, data.Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
+    """From the learning rate to 0 along a half cosine over all steps, after a linear rise if there is a warm-up.
+
+    The rise begins above 0: there LARS's clipping would let the whole gradient into its momentum, and the next steps,
+    at a higher rate, would make the encoder collapse.
+    """
+    last_step = config.max_epochs * steps_per_epoch
+    warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), last_step - 1)
+    cosine_steps = last_step - warmup_steps
+    cosine = optax.cosine_decay_schedule(config.learning_rate, cosine_steps)
+    rise = optax.linear_schedule(config.learning_rate / (warmup_steps + 1), config.learning_rate, warmup_steps)
+    return optax.join_schedules([rise, cosine], [warmup_steps]) if warmup_steps else cosine
+
+
+def make_optimizer(config: TrainingConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """LARS as the config has it."""
+    return lars(schedule, config.weight_decay, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
+
+
+def create_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    encoder = init_encoder(config.model, parameters_key(config.training.seed))
+    return TrainState(jnp.zeros([], jnp.int32), encoder, optimizer.init(encoder.params))
+
+
+def make_train_step(
+    config: Config, optimizer: optax.GradientTransformation, schedule: optax.Schedule, steps_per_epoch: int, mesh: Mesh
+) -> TrainStep:
+    """The compiled step (state, batch) -> (state, metrics), data parallel over the devices of the mesh.
+
+    It is `jax.jit(jax.shard_map(...))`, which is what `jax.pmap` has become: each device augments and encodes its
+    share of the images; BatchNorm shares its statistics; the devices exchange projections, so that the coding rate and
+    its gradient are those of the whole batch. The result does not depend on the number of devices. The state is
+    donated: the caller's copy is gone.
+    """
+    graph = encoder_graph(config.model, data.DATA_AXIS, config.run.remat)
+
+    def summed_in_float32(node):
+        """Makes shard_map sum a layer's gradients over the devices here, not in the precision of the layer."""
+        return jax.lax.pcast(node, data.DATA_AXIS, to="varying") if is_layer(node) else node
+
+    def loss_fn(params, batch_stats, patches):
+        num_images, num_patches = patches.shape[:2]
+        encoder = nnx.merge(graph, jax.tree.map(summed_in_float32, params, is_leaf=is_layer), batch_stats)
+        encoder.train()
+        _, projections = encoder(patches.reshape(-1, *patches.shape[2:]))
+        by_patch = jnp.swapaxes(normalise(projections).reshape(num_images, num_patches, -1), 0, 1)
+        loss = emp_ssl_loss(
+            by_patch, config.training.invariance_coefficient, config.training.coding_rate_eps, data.DATA_AXIS
+        )
+        return loss.total, (loss, encoder_state(encoder).batch_stats)
+
+    def step(state: TrainState, batch: data.Batch) -> tuple[TrainState, dict[str, Array]]:
+        patches = multi_patch(
+            training_patches_key(config.training.seed, state.step // steps_per_epoch),
+            batch.images,
+            config.patches.train_patches,
+            indices=batch.indices,
+            **config.patches.crops,
+        )
+        gradients, (loss, batch_stats) = jax.grad(loss_fn, has_aux=True)(*state.encoder, patches)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.encoder.params)
+        encoder = EncoderState(optax.apply_updates(state.encoder.params, updates), batch_stats)
+        update_norm, parameter_norm = norm_pair(updates, encoder.params)
+        metrics = {
+            "loss": loss.total,
+            "coding_rate": loss.coding_rate,
+            "similarity": loss.similarity,
+            "learning_rate": schedule(state.step),
+            "update_norm": update_norm,
+            "parameter_norm": parameter_norm,
+        }
+        return TrainState(state.step + 1, encoder, optimizer_state), metrics
+
+    whole, split = PartitionSpec(), PartitionSpec(data.DATA_AXIS)
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, split), out_specs=whole), donate_argnums=0)

@@ -1,0 +1,242 @@
+"""Checkpoints of a run by Orbax, every array verified against a digest."""
+
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+
+from empssl_jax.config import RunConfig
+from empssl_jax.config.errors import UserError
+from empssl_jax.method.encoder import EncoderState
+from empssl_jax.run_folder.digests import array_digests, first_not_finite, is_sealed, seal
+from empssl_jax.run_folder.metrics import DivergenceError
+from empssl_jax.run_folder.workdir import StorageError
+from empssl_jax.runtime.distributed import first_process_first, is_first_process
+
+Which = int | Literal["latest", "best"]
+
+
+class _DamagedError(Exception):
+    """A checkpoint does not hold what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for the saves under way.
+
+    Each holds the encoder, the optimizer, and a record: the loss and a digest of every array. Neither Orbax nor the
+    file system notices flipped bits, and a missing chunk of an array reads as zeros: the digests tell.
+
+    Args:
+        workdir: folder of the run; gets checkpoints/.
+        max_to_keep: newest checkpoints to keep, besides the one with the lowest loss.
+        read_only: leave the folder as it is, so that another process may be using it.
+
+    Raises:
+        UserError: the folder cannot be used.
+    """
+
+    def __init__(self, workdir: Path, max_to_keep: int = RunConfig.max_to_keep, read_only: bool = False):
+        self._workdir = workdir
+        self._folder = workdir.absolute() / "checkpoints"
+        self._losses: dict[int, float] = {}
+        self._max_to_keep = max_to_keep
+        # Folders of saves that a killed process left unfinished go.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self, cleanup_tmp_directories=not read_only, create=not read_only
+        )
+        try:
+            if not read_only:
+                self._folder.mkdir(parents=True, exist_ok=True)  # Orbax would notice a file in its place when it saves
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self._folder} cannot be used as a folder of checkpoints ({_reason(error)}): give another --workdir."
+            ) from error
+        for step in self._manager.all_steps():
+            try:
+                self._losses[step] = self._read_record(step)["loss"]
+            except _DamagedError:
+                continue  # told when it is restored
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            with self._storage_errors():
+                self._manager.close()
+        except StorageError:
+            if exception[0] is None:  # what happened before matters more
+                raise
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        """Orbax's PreservationPolicy: keeps the newest and the best."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self._max_to_keep :], self._best(steps)}
+        return [step in kept for step in steps]
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, the oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, encoder: EncoderState, optimizer: Any, loss: float) -> None:
+        """Starts saving in the background.
+
+        Raises:
+            DivergenceError: an array is not finite.
+            StorageError: this save, or the one before, failed.
+        """
+        saved = self._manager.all_steps()
+        if step in saved:
+            return
+        items = {"encoder": encoder, "optimizer": optimizer}
+        if (path := first_not_finite(items)) is not None:
+            raise DivergenceError(
+                f"Step {step - 1} has made {path} not finite: the last checkpoint before it is kept; try a lower "
+                "--learning-rate."
+            )
+        self._losses = {step: loss} | {old: self._losses[old] for old in saved if old in self._losses}
+        record = seal({"loss": loss, "digests": array_digests(items)})
+        saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        if not self._folder.is_dir():
+            raise self._storage_error("the folder is gone")
+        gc.collect()  # Orbax leaves cycles behind that would keep the state of the save before in memory
+        with self._storage_errors():
+            self._manager.save(step, args=ocp.args.Composite(**saves, record=ocp.args.JsonSave(record)))
+
+    def check(self) -> None:
+        """Raises StorageError if a save has failed in the background; else it would come out at the next save."""
+        with self._storage_errors():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when all saves are on disk; raises StorageError if one failed."""
+        with self._storage_errors():
+            self._manager.wait_until_finished()
+
+    def restore_encoder(self, template: EncoderState, sharding: Sharding, which: Which) -> tuple[int, EncoderState]:
+        """The step and encoder of a checkpoint, see `restore`."""
+        step, items = self._restore(which, sharding, encoder=template)
+        return step, items["encoder"]
+
+    def restore(
+        self, encoder: EncoderState, optimizer: Any, sharding: Sharding, which: Which
+    ) -> tuple[int, EncoderState, Any]:
+        """The step, encoder and optimizer state of a checkpoint, as they were saved to the bit.
+
+        A damaged newest checkpoint is passed over, with a warning, for the one before.
+
+        Args:
+            encoder: shapes and types, as `jax.eval_shape` makes them.
+            optimizer: the same.
+            sharding: where the arrays go.
+            which: a step, or the newest, or the one with the lowest loss.
+
+        Raises:
+            UserError: there is no such checkpoint, or it is damaged or of another model.
+        """
+        step, items = self._restore(which, sharding, encoder=encoder, optimizer=optimizer)
+        return step, items["encoder"], items["optimizer"]
+
+    def set_aside_after(self, step: int) -> None:
+        """Moves newer checkpoints, which were passed over as damaged, to damaged/ of the workdir."""
+        with first_process_first():
+            for newer in [newer for newer in self._manager.all_steps() if newer > step]:
+                if is_first_process():
+                    self._set_aside(newer)
+                self._losses.pop(newer, None)
+        self._manager.reload()
+
+    def _set_aside(self, step: int) -> None:
+        place = self._workdir / "damaged" / str(step)
+        place.parent.mkdir(exist_ok=True)
+        while place.exists():
+            place = place.with_name(place.name + "+")
+        (self._folder / str(step)).rename(place)
+
+    def _restore(self, which: Which, sharding: Sharding, **templates: Any) -> tuple[int, dict[str, Any]]:
+        steps = self._find(which)
+        for step in steps:
+            try:
+                return step, self._read(step, sharding, templates)
+            except _DamagedError as error:
+                print(f"warning: checkpoint {step} in {self._folder} is damaged: {error}", file=sys.stderr)
+        passed_over = ", ".join(map(str, steps))
+        raise UserError(
+            f"No undamaged checkpoint is left in {self._folder} (tried {passed_over}): choose another by --step of "
+            "eval.py, or train anew in another --workdir."
+        )
+
+    def _read(self, step: int, sharding: Sharding, templates: dict[str, Any]) -> dict[str, Any]:
+        """The items of a checkpoint; raises _DamagedError unless they are what was saved."""
+        restores = {
+            name: ocp.args.StandardRestore(
+                jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), template)
+            )
+            for name, template in templates.items()
+        }
+        recorded = self._read_record(step)["digests"]
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**restores))
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+            raise _DamagedError(_reason(error)) from error
+        items = {name: restored[name] for name in templates}
+        for path, digest in array_digests(items).items():
+            if digest != recorded.get(path):
+                raise _DamagedError(f"{path} is not as it was saved")
+        return items
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        try:
+            record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        except Exception as error:  # Orbax, JSON and the file system each raise their own
+            raise _DamagedError(_reason(error)) from error
+        if not is_sealed(record):
+            raise _DamagedError("its record is not as it was saved")
+        return record
+
+    def _find(self, which: Which) -> list[int]:
+        """The steps to try, in this order."""
+        steps = self.steps()[::-1]
+        if not steps:
+            raise UserError(f"{self._folder} holds no checkpoint: train first, or give the --workdir of a trained run.")
+        if which == "latest":
+            return steps
+        if which == "best":
+            return [self._best(steps)]
+        if which not in steps:
+            raise UserError(f"--step is {which}: {self._folder} has {', '.join(map(str, reversed(steps)))}.")
+        return [which]
+
+    def _best(self, steps: Sequence[int]) -> int:
+        """The step with the lowest loss, the newest if no loss is known."""
+        return min(steps, key=lambda step: (self._losses.get(step, float("inf")), -step))
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+            raise self._storage_error(error) from error
+
+    def _storage_error(self, error: object) -> StorageError:
+        return StorageError(
+            f"A checkpoint could not be saved in {self._folder} ({_reason(error)}): those before it are kept, and the "
+            "same command resumes there once that is mended."
+        )
+
+
+def _reason(error: object) -> str:
+    """The first line of an error; of a long one its two ends, which name the kind and the cause."""
+    line = str(error).strip().split("\n")[0] or type(error).__name__
+    return line if len(line) <= 200 else f"{line[:80]} ... {line[-120:]}"

@@ -1,0 +1,55 @@
+"""What was measured of a run: results.json, accuracies by the name of the measure."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.run_folder.workdir import replacing
+from empssl_jax.runtime.distributed import is_first_process
+
+RESULTS_FILE = "results.json"
+Accuracy = dict[str, Any]  # "top1" and "top5", as fractions; of a run also "embeddings", in words how these were made
+
+
+def format_table(results: dict[str, Accuracy]) -> str:
+    """Accuracies in percent, a line each; of which embeddings, if not all are of the same."""
+    width = max(map(len, results))
+    differ = len({value.get("embeddings") for value in results.values()}) > 1
+    lines = [f"{'':{width}}   top-1   top-5"]
+    for name, value in results.items():
+        line = f"{name:{width}}  {100 * value['top1']:5.2f}%  {100 * value['top5']:5.2f}%"
+        lines.append(f"{line}  {value.get('embeddings', '')}".rstrip() if differ else line)
+    return "\n".join(lines)
+
+
+def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
+    """Writes results into the folder's results.json, beside those of other names that are there; returns all.
+
+    Args:
+        folder: of the run, or of the embeddings.
+        results: accuracies by the name of the measure.
+    """
+    together = load_results(folder) | results
+    if is_first_process():
+        with replacing(folder / RESULTS_FILE) as file:
+            file.write((json.dumps(together, indent=2) + "\n").encode())
+    return together
+
+
+def of_embeddings(made: str | None, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
+    """The results, each with how the embeddings were made that it is of; None if that is not known."""
+    return {name: accuracy | ({} if made is None else {"embeddings": made}) for name, accuracy in results.items()}
+
+
+def load_results(folder: Path) -> dict[str, Accuracy]:
+    """What results.json holds, nothing if there is none; raises UserError if it is anything else."""
+    path = folder / RESULTS_FILE
+    try:
+        results = dict(json.loads(path.read_bytes())) if path.exists() else {}
+        if results:
+            format_table(results)
+        return results
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{path} cannot be read ({reason}): delete it, or move it elsewhere to keep it.") from error

@@ -1,0 +1,64 @@
+"""What a run's folder says of the run: its config and the size of its images, as JSON."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from empssl_jax.config import Config
+from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.run_folder.workdir import replacing
+
+CONFIG_FILE = "config.json"
+IMAGES_FILE = "images.json"
+DEFAULT_IMAGE_SIZE = 32  # of runs that do not say
+
+
+def to_json(config: Config) -> str:
+    """The config as JSON, one object a group, without the processes, which are no part of the run."""
+    groups = {name: values for name, values in dataclasses.asdict(config).items() if name != "distributed"}
+    return json.dumps(groups, indent=2) + "\n"
+
+
+def from_json(text: str | bytes, source: object) -> Config:
+    """Reads `to_json`'s output back; raises UserError naming `source` if it is anything else."""
+    try:
+        groups = json.loads(text)
+        types = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+        return Config(**{name: types[name](**values) for name, values in groups.items()})  # type: ignore[operator]
+    except UserError as error:
+        raise UserError(f"{source} has a wrong value: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = one_line(error)
+        raise UserError(f"{source} is not a config of this version of empssl_jax ({reason}): train anew.") from error
+
+
+def save_config(workdir: Path, config: Config) -> None:
+    """Writes the config of a run into its folder."""
+    with replacing(workdir / CONFIG_FILE) as file:
+        file.write(to_json(config).encode())
+
+
+def load_config(workdir: Path) -> Config:
+    """The config of a run; raises UserError if the folder is not that of a run."""
+    path = workdir / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"--workdir {workdir} has no {CONFIG_FILE}: give the folder of a run of train.py.")
+    return from_json(path.read_bytes(), path)
+
+
+def save_image_size(workdir: Path, size: int) -> None:
+    """Writes down the side in pixels of the training images, which the config leaves to the data set."""
+    with replacing(workdir / IMAGES_FILE) as file:
+        file.write(json.dumps({"size": size}).encode())
+
+
+def load_image_size(workdir: Path) -> int:
+    """The side in pixels of a run's training images; raises UserError if the file is of something else."""
+    path = workdir / IMAGES_FILE
+    try:
+        size = json.loads(path.read_bytes())["size"] if path.exists() else DEFAULT_IMAGE_SIZE
+        if type(size) is not int or not 1 <= size <= 2**16:
+            raise ValueError(f"size {size!r}")
+        return size
+    except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): delete it for {DEFAULT_IMAGE_SIZE}.") from error

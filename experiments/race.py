@@ -1,0 +1,68 @@
+"""Seconds of training until kNN (k = 10, by cosine) reaches an accuracy, read off the checkpoints of a run.
+
+    python train.py --config configs/cifar10_best.py --max-epochs 10 --max-to-keep 10 --workdir RUN
+    python -m experiments.race --workdir RUN [--accuracy 0.9]
+
+Each checkpoint is measured on the whole test set, the oldest first, until one is good enough. The seconds are those of
+the training loop, compilation included, embedding and kNN not. RUN/race.jsonl keeps what was measured, and the same
+command goes on from there. The length of the run must have been chosen beforehand, since the learning rate's schedule
+depends on it.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from benchmarks.measure import append_line, checkpoint_embeddings
+from empssl_jax.command_line import user_errors_exit
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.run_folder.checkpoints import Checkpoints
+from empssl_jax.run_folder.saved_config import load_config
+from empssl_jax.run_folder.step_files import read_steps
+from empssl_jax.run_folder.timing import TIMING_FILE
+from empssl_jax.runtime.compilation import keep_compiled_programs
+
+NUM_NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which run, and how good is enough."""
+
+    workdir: str
+    """Folder of a run of train.py that kept its checkpoints."""
+    accuracy: float = 0.9
+    """KNN top-1 accuracy to reach, from 0 to 1."""
+
+
+def main(options: Options) -> None:
+    """Measures checkpoints until one is good enough, and says when it was there."""
+    workdir = Path(options.workdir)
+    seconds = {line["step"] + 1: line["seconds"] for line in read_steps(workdir / TIMING_FILE)}
+    with Checkpoints(workdir, read_only=True) as store:
+        steps = store.steps()
+    config = load_config(workdir)
+    datasets = evaluation.load_datasets(config)
+    measure = dataclasses.replace(config.evaluation, num_neighbours=NUM_NEIGHBOURS)
+    results = workdir / "race.jsonl"
+    done = {line["step"]: line for line in read_steps(results)}
+    for step in steps:
+        if step not in done:
+            embeddings = checkpoint_embeddings(workdir, measure, datasets, step)
+            accuracy = evaluation.measure_knn(embeddings, measure, data.device_mesh())
+            done[step] = {"step": step, "seconds": seconds[step]} | accuracy
+            append_line(results, done[step])
+        print(f"step {step}, {done[step]['seconds']:.0f} s of training: kNN {100 * done[step]['top1']:.2f} %")
+        if done[step]["top1"] >= options.accuracy:
+            print(f"reached {100 * options.accuracy:.1f} % after {done[step]['seconds']:.0f} s")
+            return
+    print(f"never reached {100 * options.accuracy:.1f} %")
+
+
+if __name__ == "__main__":
+    with user_errors_exit():
+        keep_compiled_programs()
+        main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,261 @@
+"""Random input of every kind that a user hands over, most of it bad, as hypothesis's strategies."""
+
+import dataclasses
+import io
+import json
+import math
+import sys
+import typing
+import zipfile
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from hypothesis import strategies as st
+
+from empssl_jax import config
+from empssl_jax.config import Config
+from empssl_jax.config import errors as checks
+from empssl_jax.run_folder import saved_config
+
+GROUPS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+OPTIONS = {name: [field.name for field in dataclasses.fields(group)] for name, group in GROUPS.items()}
+NUMBERS = st.integers() | st.floats() | st.sampled_from([-(2**63), 2**31, 1e-320, 1e308, 0, -0.0, 1])
+NUMBERS |= st.builds(pow, st.just(10), st.just(5000))  # more digits than Python prints
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=5),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=5,
+)
+OTHER_VALUES = [b"", object(), 1j, (), {1}, "\0", "\ud800", "x" * 10**5, "a\nb", type, np.float32(0.1), np.int64(3)]
+OTHER_VALUES += [np.zeros(3), float("nan"), float("inf"), np.float64("nan"), range(3), Config, lambda: 0]
+VALUES = JSON_VALUES | st.sampled_from(OTHER_VALUES)
+
+
+@st.composite
+def damaged(draw, whole: st.SearchStrategy[bytes]) -> bytes:
+    """Bytes that were flipped, cut, filled with zeros or doubled in up to three places."""
+    content = bytearray(draw(whole))
+    for _ in range(draw(st.integers(0, 3))):
+        start = draw(st.integers(0, len(content)))
+        stop = min(len(content), start + draw(st.sampled_from([1, 4, 50])))
+        piece = content[start:stop]
+        changed = [
+            bytes(b ^ 1 << draw(st.integers(0, 7)) for b in piece[:1]) + piece[1:],
+            b"",
+            bytes(len(piece)),
+            piece * 2,
+        ]
+        content[start:stop] = draw(st.sampled_from(changed))
+        if draw(st.integers(0, 9)) == 0:
+            del content[start:]
+    return bytes(content)
+
+
+def as_json(value: object) -> bytes:
+    """JSON, of integers with thousands of digits too."""
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        return json.dumps(value).encode()
+    finally:
+        sys.set_int_max_str_digits(limit)
+
+
+# --- Options ---
+
+
+def some_options(name: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Any values for a few options of a group, and a right one now and then."""
+    fields = {field.name: VALUES | st.just(field.default) for field in dataclasses.fields(GROUPS[name])}
+    return st.fixed_dictionaries({}, optional=fields).map(lambda values: dict(list(values.items())[:4]))
+
+
+ANY_OPTIONS = st.fixed_dictionaries({}, optional={name: some_options(name) | VALUES for name in GROUPS})
+
+
+CONFIG_JSON = (
+    damaged(st.just(saved_config.to_json(Config()).encode())) | JSON_VALUES.map(as_json) | st.binary(max_size=50)
+)
+CONFIG_JSON |= st.fixed_dictionaries({"model": st.dictionaries(st.sampled_from(OPTIONS["model"]), JSON_VALUES)}).map(
+    as_json
+)
+
+STATEMENTS = [
+    *("config = Config()", "config = Config", "config = None", "config = Config(data=3)", "config = (Config(),)"),
+    *("config = Config(training=TrainingConfig(seed=1))", "TrainingConfig(learning_rate=-1)", "config.data = 3"),
+    *("raise SystemExit(3)", "exit()", "import sys; sys.exit('bye')", "import nothing_there", "def", "x = (", "\0"),
+    *("raise Exception('a\\nb')", "raise UserError('No.')", "def f(): f()\nf()", "assert False", "raise KeyError"),
+    *("raise StopIteration", "raise MemoryError", "raise Exception('x' * 10**5)", "x = '\ud800'", "print('\u2028')"),
+    *("1/0", "del config", "\tx = 1", "x = 1", "import math"),
+]
+CONFIG_FILES = st.lists(st.sampled_from(STATEMENTS), max_size=2).map(
+    lambda lines: "\n".join(["from empssl_jax.config import *", "config = Config()", *lines]).encode(
+        "utf-8", "surrogatepass"
+    )
+)
+
+
+def npz(savez=np.savez, **arrays) -> bytes:
+    """An .npz in memory."""
+    file = io.BytesIO()
+    savez(file, **arrays)
+    return file.getvalue()
+
+
+GOOD_ARRAYS = {
+    "embeddings": np.arange(12, dtype=np.float32).reshape(4, 3),
+    "labels": np.array([0, 1, 2, 1]),
+    "class_names": np.array(["cat", "dog", "ox"]),
+}
+GOOD_NPZ = st.sampled_from([npz(savez, **GOOD_ARRAYS) for savez in (np.savez, np.savez_compressed)])
+TYPES = ["<f4", "<f8", "<f2", "<i8", "<i4", "<u8", "|b1", "<c8", "|O", "|S3", "<U2", "<M8[s]", "|V4", "nonsense"]
+SIZES = st.sampled_from([0, 1, 2, 4, 2**20, 2**31, 2**62, -1])
+
+
+@st.composite
+def announced_npz(draw) -> bytes:
+    """An .npz whose headers announce any shapes and types, followed by a few bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in draw(st.lists(st.sampled_from(["embeddings", "labels", "class_names", "x"]), unique=True)):
+            shape, descr = tuple(draw(st.lists(SIZES, max_size=3))), draw(st.sampled_from(TYPES))
+            header = repr({"descr": descr, "fortran_order": draw(st.booleans()), "shape": shape}).encode() + b"\n"
+            start = b"\x93NUMPY" + bytes([draw(st.sampled_from([1, 2, 3, 9])), 0])
+            archive.writestr(
+                f"{name}.npy", start + len(header).to_bytes(2, "little") + header + draw(st.binary(max_size=64))
+            )
+    return file.getvalue()
+
+
+ARRAYS = st.sampled_from(
+    [np.eye(4, 3), np.eye(4, dtype=bool), np.full((4, 3), 1e300), np.eye(4) * 1j, np.float32(3), np.zeros((4, 0))]
+)
+ARRAYS |= st.sampled_from(
+    [np.full((4, 3), np.nan), np.full((4, 3), "1"), np.eye(4, dtype=np.float16), np.full((4, 3), 1e30)]
+)
+LABELS = st.lists(NUMBERS, min_size=1, max_size=5).filter(lambda x: np.array(x).dtype != object).map(np.array)
+LABELS |= st.lists(st.integers(-1, 9) | st.just(2**40), min_size=4, max_size=4).map(np.array)
+TEXTS = st.lists(st.text(max_size=5), max_size=9).map(lambda names: np.array(names, np.str_))
+OTHER_NPZ = st.fixed_dictionaries({"embeddings": ARRAYS, "labels": LABELS}, optional={"class_names": LABELS | TEXTS})
+EMBEDDINGS = damaged(GOOD_NPZ) | announced_npz() | OTHER_NPZ.map(lambda arrays: npz(**arrays)) | st.binary(max_size=100)
+
+
+ACCURACIES = st.fixed_dictionaries(
+    {"top1": NUMBERS | JSON_VALUES, "top5": st.floats(0, 1)}, optional={"x": JSON_VALUES}
+)
+RESULTS = (JSON_VALUES | st.dictionaries(st.text(max_size=5), ACCURACIES, max_size=3)).map(as_json) | st.binary(
+    max_size=50
+)
+RESULTS |= damaged(st.just(as_json({"kNN": {"top1": 0.5, "top5": 0.9}}))) | st.just(b"[" * 10**5)
+
+
+STEPS = st.integers(0, 9).map(lambda step: (step, b'{"step": %d, "loss": 1.0}' % step))
+NO_STEPS = [
+    b'{"step": "3"}',
+    b'{"step": null}',
+    b'{"step": NaN}',
+    b'{"step": true}',
+    b'{"step": 1.5}',
+    b'{"step": -1}',
+    b"[1]",
+]
+NO_STEPS += [
+    b'{"step": 3, "lo',
+    b'{"loss": 1.0}',
+    b"\0\0\0",
+    b"\xff\xfe",
+    b"[" * 10**5,
+    b'{"step": ' + b"9" * 5000 + b"}",
+    b"",
+    b"3",
+]
+METRICS = st.lists(STEPS | st.sampled_from(NO_STEPS).map(lambda line: (None, line)), max_size=8)
+
+
+def encoded(mode: str, kind: str) -> bytes:
+    """A small picture."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+MODES = [("RGB", "png"), ("RGB", "jpeg"), ("L", "jpeg"), ("P", "png"), ("P", "gif"), ("RGBA", "png"), ("CMYK", "jpeg")]
+MODES += [("1", "png"), ("I;16", "png"), ("F", "tiff"), ("LA", "png"), ("RGB", "bmp"), ("RGB", "webp")]
+PICTURES = damaged(st.sampled_from([encoded(*mode) for mode in MODES])) | st.binary(max_size=50)
+
+
+TINY = {"train_patches": 3, "patch_size": 40, "width": 3, "hidden_dim": 6, "projection_dim": 6, "batch_size": 5}
+TINY |= {"max_epochs": 3, "warmup_epochs": 3.0, "valid_patches": 3, "num_neighbours": 5, "linear_epochs": 3}
+
+
+def valid_values(field: dataclasses.Field, annotation: object) -> st.SearchStrategy:
+    """Values that an option takes, small where they are sizes, its lowest and highest often."""
+    allowed = checks._allowed(field, annotation)
+    if isinstance(allowed, checks.Choice):
+        return st.sampled_from(allowed.values)
+    if not isinstance(allowed, checks.Range):
+        return st.just(field.default)
+    high = min(allowed.high, TINY.get(field.name, allowed.high))
+    inside = st.integers(allowed.low, high) if allowed.whole else st.floats(allowed.low, high)
+    return st.sampled_from([allowed.low, high]) | inside
+
+
+FLAGS = [checks.flag(option) for options in OPTIONS.values() for option in options]
+WORDS = [
+    "",
+    "-1",
+    "0",
+    "1",
+    "nan",
+    "inf",
+    "1e400",
+    "None",
+    "True",
+    "1e3",
+    "9" * 5000,
+    "\ud800",
+    "x" * 2000,
+    "a b",
+    "\n",
+]
+WORDS += [
+    "auto",
+    "digits",
+    "configs/digits.py",
+    "/dev/null",
+    "configs",
+    "-",
+    "--",
+    "--help",
+    "--config",
+    "--model.width",
+]
+WORDS += ["--no-remat", "--x"]
+ARGUMENTS = st.lists(
+    st.sampled_from(FLAGS + WORDS) | st.tuples(st.sampled_from(FLAGS), st.sampled_from(WORDS)).map("=".join), max_size=4
+)
+
+SCALES = st.sampled_from([0, 1e-30, 1e-10, 1e-3, 1.0, 1e3, 1e10, 1e17])
+
+
+@st.composite
+def tiny_configs(draw) -> Config:
+    """Any config whose sizes are tiny."""
+    groups = {}
+    for name, group in GROUPS.items():
+        hints = typing.get_type_hints(group)
+        values = {field.name: draw(valid_values(field, hints[field.name])) for field in dataclasses.fields(group)}
+        if name == "distributed":
+            values = {}  # one process
+        if name == "training":
+            values["warmup_epochs"] = min(values["warmup_epochs"], np.nextafter(values["max_epochs"], 0).item())
+            smallest = config.SMALLEST_EPS * groups["model"].projection_dim
+            values["coding_rate_eps"] = max(values["coding_rate_eps"], smallest)
+        if name == "evaluation" and values["valid_crops"] == "random":
+            values["cells"] = 1
+        elif name == "evaluation":
+            side = math.isqrt(values["valid_patches"])
+            values |= {"valid_patches": side**2, "cells": math.gcd(values["cells"], side) if side else 1}
+        groups[name] = group(**values)
+    return Config(**groups)

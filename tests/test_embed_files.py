@@ -1,0 +1,133 @@
+"""python -m empssl_jax.embed: folders of files to embeddings, also interrupted ones, with files that are no images."""
+
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import empssl_jax
+from empssl_jax.config.errors import UserError
+from empssl_jax.inference import embed_files as embed
+from empssl_jax.inference.image_encoder import ImageEncoder
+
+GRID = {"valid-crops": "grid", "valid-patches": 16, "embedded-layer": "stages"}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """150 pictures, more than the 128 of a part, two files that are none, and one that is not looked at."""
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.RandomState(0)
+    for number in range(150):
+        path = folder / f"{'ab'[number % 2]}" / f"{number:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(random.randint(0, 256, (40, 32 + number % 3, 3)).astype(np.uint8)).save(path)
+    (folder / "a" / "017.png").write_bytes(b"no picture")
+    (folder / "b" / "100.jpg").write_bytes(b"")
+    (folder / "notes.txt").write_text("no picture either")
+    return folder
+
+
+def run(photos, workdir, output, **options):
+    words = {"images": photos, "workdir": workdir, "output": output, "valid-patches": 1} | options
+    embed.embed_files(embed.parse_embed_options([f"--{name}={value}" for name, value in words.items()]))
+    with np.load(output, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tiny_run, tmp_path_factory):
+    return run(photos, tiny_run, tmp_path_factory.mktemp("whole") / "out.npz")
+
+
+def test_embeddings_are_those_of_the_pictures_in_the_order_of_their_names(photos, tiny_run, whole):
+    bad = {"a/017.png", "b/100.jpg"}
+    names = sorted([f"{'ab'[number % 2]}/{number:03}.png" for number in range(150)] + list(bad))
+    assert whole["files"].tolist() == [name for name in names if name not in bad]
+    assert whole["unreadable"].tolist() == sorted(bad)
+    images = [PIL.Image.open(photos / name) for name in whole["files"]]
+    indices = np.array([number for number, name in enumerate(names) if name not in bad])
+    expected = empssl_jax.load(tiny_run).embed(images, patches=1, indices=indices)
+    np.testing.assert_allclose(whole["embeddings"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_are_made_as_the_options_say_and_else_as_in_the_run_s_evaluation(photos, tiny_run, tmp_path):
+    image = photos / "a" / "002.png"
+    made = run(image, tiny_run, tmp_path / "a.npz", **GRID, cells=2)["embeddings"]
+    encoder = empssl_jax.load(tiny_run, valid_crops="grid", valid_patches=16, embedded_layer="stages", cells=2)
+    np.testing.assert_allclose(made, encoder.embed([PIL.Image.open(image)]), rtol=1e-4, atol=1e-5)
+    embed.embed_files(
+        embed.parse_embed_options([f"--images={image}", f"--workdir={tiny_run}", f"--output={tmp_path / 'b.npz'}"])
+    )
+    with np.load(tmp_path / "b.npz") as arrays:
+        expected = empssl_jax.load(tiny_run).embed([PIL.Image.open(image)])
+        np.testing.assert_allclose(arrays["embeddings"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_other_embeddings_are_refused(photos, tiny_run, tmp_path, monkeypatch):
+    image = photos / "a" / "002.png"
+    monkeypatch.setattr(embed.shutil, "rmtree", lambda path: None)
+    run(image, tiny_run, tmp_path / "out.npz", **GRID)
+    with pytest.raises(UserError, match="holds parts of other images"):
+        run(image, tiny_run, tmp_path / "out.npz", **GRID, cells=2)
+
+
+def test_an_interrupted_command_goes_on_to_the_same_bits(photos, tiny_run, whole, tmp_path, monkeypatch):
+    calls, original = [], ImageEncoder.embed
+
+    def interrupted(self, images, *arguments, **options):
+        if images:
+            calls.append(len(images))
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+        return original(self, images, *arguments, **options)
+
+    monkeypatch.setattr(ImageEncoder, "embed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tiny_run, tmp_path / "out.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz.parts"]
+    resumed = run(photos, tiny_run, tmp_path / "out.npz")
+    assert calls == [126, 24, 24]
+    assert resumed.keys() == whole.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(resumed[name], array)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+
+
+def test_a_wrong_number_of_patches_leaves_nothing_behind(photos, tiny_run, tmp_path):
+    with pytest.raises(UserError, match="--valid-patches is 0"):
+        run(photos, tiny_run, tmp_path / "out.npz", **{"valid-patches": 0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_part_is_made_again_and_other_parts_are_refused(photos, tiny_run, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(embed.shutil, "rmtree", lambda path: None)
+        run(photos, tiny_run, tmp_path / "out.npz")
+    part = tmp_path / "out.npz.parts" / "0.npz"
+    part.write_bytes(part.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="holds parts of other images, or by another encoder"):
+        run(photos, tiny_run, tmp_path / "out.npz", step=1)
+    np.testing.assert_array_equal(run(photos, tiny_run, tmp_path / "out.npz")["embeddings"], whole["embeddings"])
+
+
+def test_unreadable_files_are_listed_with_their_number(photos, tiny_run, tmp_path, capsys):
+    for name in ("a/017.png", "a/000.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / name, tmp_path / "in" / name)
+    arrays = run(tmp_path / "in", tiny_run, tmp_path / "out.npz")
+    assert arrays["files"].tolist() == ["a/000.png"]
+    assert "skipped 1 of 2 files, which cannot be read:\na/017.png: no known format" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kept", "message"), [("a/017.png", "none of 1 files can be read"), ("notes.txt", "no image")])
+def test_folders_without_pictures_are_refused(photos, tiny_run, tmp_path, kept, message):
+    (tmp_path / "in").mkdir()
+    shutil.copy(photos / kept, tmp_path / "in")
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "in", tiny_run, tmp_path / "out.npz")
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_one_file(photos, tiny_run, tmp_path):
+    assert run(photos / "a" / "002.png", tiny_run, tmp_path / "out.npz")["files"].tolist() == ["002.png"]

@@ -1,0 +1,140 @@
+"""The online probe: it measures what it says, and training is the same to the bit with it and across a restart."""
+
+import contextlib
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from synthetic_run import knn_by_numpy
+from test_end_to_end import checkpoint_arrays
+
+from empssl_jax import training
+from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
+from empssl_jax.data import datasets as data
+from empssl_jax.evaluation import online_probe as probe
+from empssl_jax.method.encoder import encoder_graph, init_encoder
+from empssl_jax.method.patches import multi_patch
+from empssl_jax.method.random_keys import embedding_patches_key, parameters_key
+from empssl_jax.run_folder import timing
+from empssl_jax.run_folder.checkpoints import Checkpoints
+from empssl_jax.runtime import interruption
+
+CONFIG = Config(
+    data=DataConfig(dataset="digits", images_per_class=20, test_images_per_class=10),
+    patches=PatchConfig(train_patches=2, patch_size=16),
+    model=ModelConfig(width=2, hidden_dim=16, projection_dim=8, precision="float32"),
+    training=TrainingConfig(batch_size=40, max_epochs=2),
+    evaluation=EvaluationConfig(valid_patches=0, num_neighbours=7, embedding_batch_size=64),
+)
+
+
+def config_in(folder, **options):
+    report = dataclasses.replace(CONFIG.evaluation, report=False)
+    return dataclasses.replace(CONFIG, evaluation=report, run=RunConfig(workdir=str(folder), **options))
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run without a probe; one with it; one with it that is stopped after step 5 and resumed."""
+    folder = tmp_path_factory.mktemp("runs")
+    training.train(config_in(folder / "without"))
+    training.train(config_in(folder / "probed", probe_every=3))
+    stopped = config_in(folder / "stopped", probe_every=3)
+    with pytest.MonkeyPatch.context() as patch:
+        stop = contextlib.nullcontext(lambda steps_done: 15 if steps_done == 5 else None)
+        patch.setattr(interruption, "stop_requests", lambda: stop)
+        with pytest.raises(SystemExit) as ended:
+            training.train(stopped)
+    assert ended.value.code == 128 + 15
+    assert [line["step"] for line in lines_of(folder / "stopped" / "probe.jsonl")] == [3]
+    with (folder / "stopped" / "probe.jsonl").open("a") as file:
+        file.write('{"step": 6, "seconds": 1e9, "top1": 0.5}\n{"step": 9')  # of steps that are made again, and cut
+    training.train(stopped)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["probed", "stopped"])
+@pytest.mark.long
+def test_training_is_the_same_to_the_bit(runs, name):
+    assert (runs / name / "metrics.jsonl").read_bytes() == (runs / "without" / "metrics.jsonl").read_bytes()
+    for ours, theirs in zip(checkpoint_arrays(runs / name, 10), checkpoint_arrays(runs / "without", 10), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not (runs / "without" / "probe.jsonl").exists()
+
+
+@pytest.mark.long
+def test_it_measures_every_so_many_steps_and_at_the_end_also_across_a_restart(runs):
+    probed, stopped = (lines_of(runs / name / "probe.jsonl") for name in ("probed", "stopped"))
+    assert [line["step"] for line in probed] == [line["step"] for line in stopped] == [3, 6, 9, 10]
+    assert [line["top1"] for line in probed] == [line["top1"] for line in stopped]
+    for lines in (probed, stopped):
+        seconds = [line["seconds"] for line in lines]
+        assert seconds == sorted(seconds)
+    times = lines_of(runs / "stopped" / "timing.jsonl")
+    assert [line["step"] for line in times] == list(range(10))
+    seconds = [line["seconds"] for line in times]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] < 1e6
+
+
+@pytest.mark.long
+def test_it_is_knn_on_sixteen_patches_of_the_first_images(runs):
+    template = jax.eval_shape(lambda: init_encoder(CONFIG.model, parameters_key(0)))
+    with Checkpoints(runs / "probed") as store:
+        _, state = store.restore_encoder(template, data.replicated(data.device_mesh(1)), "latest")
+    embeddings, labels = {}, {}
+    for split in ("train", "test"):
+        dataset = data.load(CONFIG.data, split, None)
+        key = embedding_patches_key(CONFIG.training.seed)
+        patches = multi_patch(key, dataset.images, 16, patch_size=16)
+        encoder = nnx.merge(encoder_graph(CONFIG.model), *state)
+        encoder.eval()
+        embedded = encoder.embed(patches.reshape(-1, 16, 16, 3)).reshape(len(dataset.labels), 16, -1)
+        embeddings[split], labels[split] = np.asarray(embedded.mean(axis=1)), dataset.labels
+    predicted = knn_by_numpy(embeddings["test"], embeddings["train"], labels["train"], 7, CONFIG.evaluation.temperature)
+    assert lines_of(runs / "probed" / "probe.jsonl")[-1]["top1"] == pytest.approx(
+        np.mean(predicted == labels["test"]), abs=0.011
+    )
+
+
+def test_it_takes_as_many_images_of_each_class():
+    labels = np.repeat(np.arange(4), [1, 5, 3, 9]).astype(np.int32)
+    dataset = data.ImageDataset(np.zeros((18, 4, 4, 3), np.uint8), labels, tuple("abcd"))
+    assert np.bincount(probe._first_images(dataset, 12).labels).tolist() == [1, 3, 3, 3]
+    assert np.bincount(probe._first_images(dataset, 2).labels).tolist() == [1, 1, 1, 1]
+
+
+def test_the_clock_stands_still_while_something_else_is_measured(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    clock = timing.TrainingClock(start=7.0)
+    now[0] += 2
+    with clock.paused():
+        now[0] += 50
+    now[0] += 3
+    assert clock.seconds() == 12.0
+
+
+def test_seconds_go_on_after_the_steps_that_are_kept(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    file = timing.TimingFile(tmp_path, 0)
+    for step in range(4):
+        now[0] += 10
+        file.add(step)
+    file.close()
+    now[0] += 1000
+    file = timing.TimingFile(tmp_path, 2)
+    now[0] += 5
+    file.add(2)
+    file.close()
+    assert [line["seconds"] for line in lines_of(tmp_path / "timing.jsonl")] == [10, 20, 25]
+    assert jnp.isfinite(timing.seconds_so_far(tmp_path))
