@@ -24,8 +24,8 @@ import tyro
 from benchmarks import limits, measure, ours, sizes
 from benchmarks.measure import HAS_TORCH, RESULTS, Row, Work
 from benchmarks.sizes import Sizes
-from empssl_jax.command_line import user_errors_exit
 from empssl_jax.config.errors import require
+from empssl_jax.runtime.user_errors import user_errors_exit
 
 if HAS_TORCH:
     from benchmarks import theirs

@@ -17,11 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-from empssl_jax.command_line import parse_train_options, user_errors_exit
 from empssl_jax.config import Config
-from empssl_jax.data import datasets as data
-from empssl_jax.evaluation import evaluate as evaluation
-from empssl_jax.run_folder.timing import seconds_so_far
+from empssl_jax.config.config_files import parse_train_options
+from empssl_jax.data.datasets import SPLITS, load_datasets
+from empssl_jax.run_folder.results import load_results
+from empssl_jax.run_folder.step_files import seconds_so_far
+from empssl_jax.runtime.user_errors import user_errors_exit
 
 START = time.perf_counter()
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ def ours(config: Config, arguments: list[str]) -> dict[str, float]:
     for command in (["train.py", *arguments, "--no-report"], ["eval.py", "--workdir", config.run.workdir]):
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     workdir = Path(config.run.workdir)
-    results = evaluation.load_results(workdir)
+    results = load_results(workdir)
     accuracies = {"kNN": results["kNN"]["top1"], "linear": results["linear"]["top1"]}
     return accuracies | {"training_seconds": seconds_so_far(workdir)}
 
@@ -48,10 +49,10 @@ def theirs(config: Config) -> dict[str, float]:
     workers = len(os.sched_getaffinity(0))
     model = baseline.Encoder(config.model.width, config.model.hidden_dim, config.model.projection_dim)
     model = model.to(device, memory_format=torch.channels_last)
-    datasets = evaluation.load_datasets(config)
+    datasets = load_datasets(config)
 
     def loader(split: str, num_patches: int, batch_size: int, train: bool):
-        images, labels = datasets[split][:2]
+        images, labels = getattr(datasets, split)[:2]
         dataset = baseline.PatchDataset(images, labels, num_patches, config.patches.patch_size)
         return baseline.loader(dataset, batch_size, workers, train)
 
@@ -61,7 +62,7 @@ def theirs(config: Config) -> dict[str, float]:
         if step % 50 == 0:
             print(f"step {step}: loss {loss:.2f}, {time.perf_counter() - START:.0f} s", flush=True)
     patches = config.evaluation.valid_patches
-    embedded = {split: baseline.embed(model, loader(split, patches, 50, False), device) for split in data.SPLITS}
+    embedded = {split: baseline.embed(model, loader(split, patches, 50, False), device) for split in SPLITS}
     train, test = embedded["train"], embedded["test"]
     options = config.evaluation
     scores = baseline.knn_scores(test[0], *train, 10, options.num_neighbours, options.temperature)
@@ -71,7 +72,7 @@ def theirs(config: Config) -> dict[str, float]:
 
 def main(side: str, arguments: list[str]) -> None:
     """Runs a side and writes what it took."""
-    config = parse_train_options(arguments, ROOT / "configs" / "cifar10.py")
+    config = parse_train_options(arguments)
     workdir = Path(config.run.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     accuracies = ours(config, arguments) if side == "ours" else theirs(config)

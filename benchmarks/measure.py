@@ -17,11 +17,11 @@ from typing import Any, TypedDict
 import jax
 
 from empssl_jax.config import EvaluationConfig
-from empssl_jax.data import datasets as data
-from empssl_jax.evaluation import evaluate as evaluation
-from empssl_jax.evaluation.evaluate import Datasets, Embeddings
+from empssl_jax.config.command_options import CheckpointChoice
+from empssl_jax.data.datasets import Datasets
+from empssl_jax.evaluation.embeddings import Embeddings, embed_datasets
 from empssl_jax.inference.image_encoder import load
-from empssl_jax.run_folder.checkpoints import Which
+from empssl_jax.runtime.devices import device_mesh
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -171,9 +171,9 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def checkpoint_embeddings(
-    workdir: Path, options: EvaluationConfig, datasets: Datasets, step: Which = "latest"
+    workdir: Path, options: EvaluationConfig, datasets: Datasets, step: CheckpointChoice = "latest"
 ) -> Embeddings:
     """Embeddings of a run's checkpoint, made as the options say."""
     encoder = load(workdir, step)
     config = dataclasses.replace(encoder.config, evaluation=options)
-    return evaluation.embed_splits(config, encoder.state, datasets, data.device_mesh())
+    return embed_datasets(config, encoder.state, datasets, device_mesh())

@@ -11,12 +11,14 @@ from flax import nnx
 from benchmarks.measure import Work
 from benchmarks.sizes import Sizes, random_images, random_labels, random_vectors
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
-from empssl_jax.data import datasets as data
+from empssl_jax.data.batches import Batch
+from empssl_jax.data.datasets import ImageDataset
 from empssl_jax.evaluation import embeddings, knn, linear
 from empssl_jax.method import encoder as models
 from empssl_jax.method import losses, patches
 from empssl_jax.method import random_keys as keys
 from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
+from empssl_jax.runtime.devices import device_mesh, replicated, split_images
 
 CLASSES = tuple("0123456789")
 
@@ -37,13 +39,13 @@ def make_config(sizes: Sizes, patch_size: int) -> Config:
 
 def traced_step(config: Config, num_devices: int = 1):
     """The train step, traced but not compiled, a state and a batch on the devices."""
-    mesh, steps_per_epoch = data.device_mesh(num_devices), 500
+    mesh, steps_per_epoch = device_mesh(num_devices), 500
     schedule = learning_rate_schedule(config.training, steps_per_epoch)
     optimizer = make_optimizer(config.training, schedule)
-    state = jax.device_put(create_state(config, optimizer), data.replicated(mesh))
+    state = jax.device_put(create_state(config, optimizer), replicated(mesh))
     size = config.training.batch_size
-    batch = data.Batch(random_images(size), np.arange(size, dtype=np.int32))
-    batch = jax.device_put(batch, data.split_images(mesh))
+    batch = Batch(random_images(size), np.arange(size, dtype=np.int32))
+    batch = jax.device_put(batch, split_images(mesh))
     step = make_train_step(config, optimizer, schedule, steps_per_epoch, mesh)
     return step.trace(state, batch), state, batch
 
@@ -121,10 +123,10 @@ def train_step(sizes: Sizes, patch_size: int) -> Work:
 def embedding(sizes: Sizes) -> Work:
     """Bag-of-features embeddings of images."""
     config = make_config(sizes, sizes.patch_size)
-    mesh = data.device_mesh(1)
+    mesh = device_mesh(1)
     embed = embeddings.make_embed(config, mesh)
     state = models.init_encoder(config.model, jax.random.key(0))
-    dataset = data.ImageDataset(random_images(sizes.embedded_images), random_labels(sizes.embedded_images), CLASSES)
+    dataset = ImageDataset(random_images(sizes.embedded_images), random_labels(sizes.embedded_images), CLASSES)
     return lambda: embeddings.embed_dataset(embed, state, dataset, 250, mesh, "images")
 
 
@@ -144,6 +146,4 @@ def linear_probe(sizes: Sizes) -> Work:
     vectors, labels = random_vectors(sizes.linear_images, sizes.dim), random_labels(sizes.linear_images)
     split = embeddings.LabelledEmbeddings(vectors, labels.astype(np.int32), CLASSES)
     config = EvaluationConfig(linear_epochs=sizes.linear_epochs)
-    return _until_done(
-        lambda: linear.linear_accuracy(keys.classifier_key(0), split, split, config, data.device_mesh(1))
-    )
+    return _until_done(lambda: linear.linear_accuracy(keys.classifier_key(0), split, split, config, device_mesh(1)))

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from empssl_jax.runtime.devices import device_mesh
+
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
@@ -27,7 +29,6 @@ import tyro
 from benchmarks import measure, ours
 from benchmarks.measure import RESULTS
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
-from empssl_jax.data import datasets as data
 from empssl_jax.evaluation import embeddings, knn
 from empssl_jax.method import encoder as models
 
@@ -101,7 +102,7 @@ def embedding_memory(config: Config, num_patches: int) -> int:
     state = jax.eval_shape(lambda: models.init_encoder(config.model, jax.random.key(0)))
     images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.uint8)
     indices = jax.ShapeDtypeStruct((16,), jnp.int32)
-    embed = embeddings.make_embed(config, data.device_mesh(1))
+    embed = embeddings.make_embed(config, device_mesh(1))
     return embed.lower(state, images, indices).compile().memory_analysis().temp_size_in_bytes
 
 

@@ -30,11 +30,12 @@ import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from empssl_jax.command_line import user_errors_exit
 from empssl_jax.config import Config, ModelConfig, PatchConfig, TrainingConfig
 from empssl_jax.config.errors import UserError, require
-from empssl_jax.data import datasets as data
+from empssl_jax.data.batches import Batch
 from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
+from empssl_jax.runtime.devices import DATA_AXIS, replicated, split_images
+from empssl_jax.runtime.user_errors import user_errors_exit
 
 IMAGE_SIDE = 32  # of CIFAR-10
 STEPS_PER_EPOCH = 100  # a constant of the program, of no effect on its size
@@ -91,7 +92,7 @@ def tpu_mesh(topology: str) -> Mesh:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"--topology {topology!r} is refused by libtpu ({reason}): give one like v5e:2x4.") from error
-    return jax.make_mesh((len(devices),), (data.DATA_AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)
+    return jax.make_mesh((len(devices),), (DATA_AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> Any:
@@ -101,8 +102,8 @@ def compile_train_step(config: Config, mesh: Mesh) -> Any:
     step: Any = make_train_step(config, optimizer, schedule, STEPS_PER_EPOCH, mesh)
     state = jax.eval_shape(functools.partial(create_state, config, optimizer))
     size = config.training.batch_size
-    batch = data.Batch(np.empty((size, IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8), np.empty(size, np.int32))
-    return step.lower(_placed(state, data.replicated(mesh)), _placed(batch, data.split_images(mesh))).compile()
+    batch = Batch(np.empty((size, IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8), np.empty(size, np.int32))
+    return step.lower(_placed(state, replicated(mesh)), _placed(batch, split_images(mesh))).compile()
 
 
 def _placed(arrays, sharding: NamedSharding):

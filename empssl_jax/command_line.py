@@ -1,60 +1,207 @@
-"""The command line: files of configs, options, and what a user sees of an error."""
+"""The command `empssl` and its subcommands: parse the options, import what the command needs, run it.
 
-import contextlib
-import logging
-import re
-import runpy
+Nothing here imports JAX before the options are parsed, which keeps `--help` and the refusal of wrong options fast.
+"""
+
+import dataclasses
+import itertools
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 import tyro
 
-from empssl_jax.config import Config
+from empssl_jax.config import Config, EmbeddingConfig
+from empssl_jax.config.command_options import (
+    EmbedOptions,
+    EvaluateOptions,
+    ExportOptions,
+    ImportOptions,
+    ReportOptions,
+)
+from empssl_jax.config.config_files import first_options, parse_train_options
 from empssl_jax.config.errors import UserError, one_line
-from empssl_jax.run_folder import saved_config
+from empssl_jax.run_folder.saved_config import CONFIG_FILE, load_config
+from empssl_jax.runtime.user_errors import user_errors_exit
 
-Options = TypeVar("Options")
+HELP = ("-h", "--help")
 
 
-def load_config(path: str | Path) -> Config:
-    """Runs a Python file and returns what it calls `config`.
+def main(arguments: Sequence[str] | None = None, prog: str = "empssl") -> None:
+    """Runs `empssl COMMAND [options]`; errors that the user can fix end the process with one sentence.
 
-    Raises UserError if the file cannot be read or run, or has no such Config.
+    Args:
+        arguments: the command and its options; those of this process if not given.
+        prog: the program's name in --help.
     """
-    try:
-        config = runpy.run_path(str(path)).get("config")
-    except UserError as error:
-        raise UserError(f"--config {path} has a wrong value: {error}") from error
-    except (Exception, SystemExit) as error:  # whatever a file of the user's raises
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"--config {path} cannot be used ({reason}): see configs/cifar10.py.") from error
-    if not isinstance(config, Config):
-        raise UserError(f"--config {path} defines no `config = Config(...)`: see configs/cifar10.py.")
-    return config
+    name, *options = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
+    with user_errors_exit():
+        if name in HELP:
+            print(_overview(prog))
+        elif name not in COMMANDS:
+            raise UserError(f"{prog} has no command {one_line(name)}: give one of {', '.join(COMMANDS)}.")
+        else:
+            COMMANDS[name].run(options, f"{prog} {name}")
+
+
+def _overview(prog: str) -> str:
+    rows = "\n".join(f"  {name:9}{command.does}" for name, command in COMMANDS.items())
+    return f"usage: {prog} COMMAND [options]\n\ncommands:\n{rows}\n\n{prog} COMMAND --help lists a command's options."
+
+
+def train(arguments: Sequence[str], prog: str) -> None:
+    """Trains a run, or resumes it."""
+    config = parse_train_options(arguments, prog)
+    from empssl_jax import training
+    from empssl_jax.runtime import compilation, distributed
+
+    compilation.keep_compiled_programs()
+    with distributed.processes(config.distributed):
+        training.train(config)
+
+
+def evaluate(arguments: Sequence[str], prog: str) -> None:
+    """Measures one run; compares several."""
+    options = parse_evaluations(arguments, prog)
+    from empssl_jax.evaluation import comparison
+    from empssl_jax.report.write_report import try_to_report
+    from empssl_jax.runtime import compilation, distributed, interruption
+
+    compilation.keep_compiled_programs()
+    with distributed.processes(options[0].distributed):
+        interruption.end_at_sigterm()
+        comparison.evaluate_all(options, try_to_report)
+
+
+def compare(arguments: Sequence[str], prog: str) -> None:
+    """`evaluate` with the runs as positional arguments."""
+    runs = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    if not (runs or asks_for_help(arguments)):
+        raise UserError(f"{prog} names no run: give folders, as {prog} runs/a runs/b.")
+    evaluate(["--workdir", *arguments] if runs else arguments, prog)
+
+
+def embed(arguments: Sequence[str], prog: str) -> None:
+    """Embeds a folder of image files."""
+    options = parse_embed_options(arguments, prog)
+    from empssl_jax.inference import embed_files
+    from empssl_jax.runtime import compilation
+
+    compilation.keep_compiled_programs()
+    embed_files.embed_files(options)
+
+
+def export_weights(arguments: Sequence[str], prog: str) -> None:
+    """Writes a run's encoder into a file for PyTorch."""
+    description = "Writes the encoder of a run to a file for PyTorch.\n\nExample: empssl export runs/cifar10"
+    options = tyro.cli(ExportOptions, args=list(arguments), description=description, prog=prog)
+    from empssl_jax.inference import weights
+
+    weights.export_weights(options)
+
+
+def import_weights(arguments: Sequence[str], prog: str) -> None:
+    """Makes a run from a file of weights."""
+    description = (
+        "Makes a run from a file of `export` or a checkpoint of the authors' code. Its step is 0; it can be trained "
+        "further.\n\nExample: empssl import weights.safetensors --workdir runs/imported"
+    )
+    options = tyro.cli(ImportOptions, args=list(arguments), description=description, prog=prog)
+    from empssl_jax.inference import weights
+
+    weights.import_weights(options)
+
+
+def report(arguments: Sequence[str], prog: str) -> None:
+    """Writes a run's report."""
+    description = "Writes RUN/report.html, a page of figures and explanations.\n\nExample: empssl report runs/cifar10"
+    options = tyro.cli(ReportOptions, args=list(arguments), description=description, prog=prog)
+    from empssl_jax.report.write_report import report_run
+
+    report_run(options)
+
+
+class Command(NamedTuple):
+    """A subcommand."""
+
+    run: Callable[[Sequence[str], str], None]  # takes the options and the program's name
+    does: str
+
+
+COMMANDS = {
+    "train": Command(train, "train an encoder, or resume its training"),
+    "eval": Command(evaluate, "measure a trained encoder by kNN and a linear classifier"),
+    "embed": Command(embed, "embed image files with a trained encoder"),
+    "export": Command(export_weights, "write a trained encoder to a file for PyTorch"),
+    "import": Command(import_weights, "make a run from a file of weights"),
+    "report": Command(report, "write a run's report, an HTML page"),
+    "compare": Command(compare, "measure and compare several runs"),
+}
 
 
 @dataclass(frozen=True)
-class _ConfigOption:
-    config: str
+class _Workdir:
+    workdir: str = EvaluateOptions.workdir
+    embeddings: str | None = None
 
 
-def first_options(kind: type[Options], arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """The options that decide what the defaults of the others are, and the arguments that are left."""
-    return tyro.cli(kind, args=list(arguments), return_unknown_args=True, add_help=False)
+@dataclass(frozen=True)
+class _Workdirs:
+    workdir: tuple[str, ...] = (EvaluateOptions.workdir,)
 
 
-def run_defaults(workdir: str, arguments: Sequence[str]) -> Config:
-    """The config of a run, for what the arguments do not say; if they ask for help, there need not be a run.
+def parse_evaluate_options(arguments: Sequence[str], prog: str | None = None) -> EvaluateOptions:
+    """The options of `eval` for one run. Options that are not given have the values of the run in --workdir."""
+    source, _ = first_options(_Workdir, arguments)
+    config = _run_defaults(source.workdir, arguments) if source.embeddings is None else Config()
+    run = config.run
+    default = EvaluateOptions(data_dir=run.data_dir, cache_dir=run.cache_dir, evaluation=config.evaluation)
+    description = (
+        "Measures the embeddings of a trained encoder by kNN and a linear classifier. Defaults are those of the run."
+        "\n\nExample: empssl eval --workdir runs/cifar10"
+    )
+    return tyro.cli(EvaluateOptions, args=list(arguments), default=default, description=description, prog=prog)
+
+
+def parse_evaluations(arguments: Sequence[str], prog: str | None = None) -> list[EvaluateOptions]:
+    """The options of `eval --workdir RUN [RUN ...] [options]`, for each run.
+
+    Among several folders, those without a config.json (runs/* may match some) are skipped with a message.
 
     Raises:
-        UserError: the folder is not that of a run.
+        UserError: none of several folders is a run.
     """
+    chosen, rest = (_Workdirs(), []) if asks_for_help(arguments) else first_options(_Workdirs, arguments)
+    if len(chosen.workdir) == 1:
+        return [parse_evaluate_options(arguments, prog)]
+    runs = [folder for folder in chosen.workdir if (Path(folder) / CONFIG_FILE).is_file()]
+    if skipped := sorted(set(chosen.workdir) - set(runs)):
+        print(f"skipping folders that are not runs: {', '.join(skipped)}")
+    if not runs:
+        raise UserError(f"--workdir names {len(chosen.workdir)} folders, and none has a {CONFIG_FILE}: give runs.")
+    return [parse_evaluate_options([*rest, "--workdir", folder], prog) for folder in runs]
+
+
+def parse_embed_options(arguments: Sequence[str], prog: str | None = None) -> EmbedOptions:
+    """The options of `embed`. Options that are not given have the values of the run's evaluation."""
+    source, _ = first_options(_Workdir, arguments)
+    evaluation = _run_defaults(source.workdir, arguments).evaluation
+    run = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(EmbeddingConfig)}
+    default = EmbedOptions(images=tyro.MISSING, embedding=EmbeddingConfig(**run))
+    description = (
+        "Embeds image files with a trained encoder. Files are processed in parts, kept in OUTPUT.parts until all are "
+        "done; rerunning the command resumes, with bit-identical embeddings. Defaults are those of the run's "
+        "evaluation.\n\nExample: empssl embed --workdir runs/cifar10 --images photos --output photos.npz"
+    )
+    return tyro.cli(EmbedOptions, args=list(arguments), default=default, description=description, prog=prog)
+
+
+def _run_defaults(workdir: str, arguments: Sequence[str]) -> Config:
+    """The config of a run; for --help, the defaults if there is no run. Otherwise UserError if there is none."""
     try:
-        return saved_config.load_config(Path(workdir))
+        return load_config(Path(workdir))
     except UserError:
         if asks_for_help(arguments):
             return Config()
@@ -62,55 +209,5 @@ def run_defaults(workdir: str, arguments: Sequence[str]) -> Config:
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether nothing is to be done but to list the options."""
-    return bool({"-h", "--help"} & set(arguments))
-
-
-def parse_train_options(arguments: Sequence[str], default_config: Path) -> Config:
-    """The config of `train.py [--config FILE] [options]`: the file's values, then those of the options."""
-    chosen, rest = tyro.cli(
-        _ConfigOption,
-        args=list(arguments),
-        default=_ConfigOption(str(default_config)),
-        return_unknown_args=True,
-        add_help=False,
-    )
-    description = (
-        "Trains an EMP-SSL encoder and measures its embeddings.\n\n--config FILE chooses an experiment of configs/ "
-        f"(now {chosen.config}), whose values are the defaults below. The same command again resumes the run."
-    )
-    return tyro.cli(Config, args=rest, default=load_config(chosen.config), description=description)
-
-
-@contextlib.contextmanager
-def user_errors_exit() -> Iterator[None]:
-    """Turns what the user can mend into a sentence and an exit code, and Ctrl-C into exit code 130.
-
-    That is a UserError, a failure of the file system, and too little memory.
-    """
-    _silence_background_threads()
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except OSError as error:
-        print(f"error: {one_line(error)}: free the disk, mend the file or give another folder.", file=sys.stderr)
-        raise SystemExit(UserError.exit_code) from None
-    except (MemoryError, RuntimeError) as error:
-        # XLA's errors have no class of their own for this; a GPU's and a CPU's read differently.
-        if not (isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|Out of memory", str(error))):
-            raise
-        remedy = "lower --batch-size, --embedding-batch-size, --train-patches or --width, or give --remat"
-        print(f"error: out of memory ({one_line(error)}): {remedy}.", file=sys.stderr)
-        raise SystemExit(UserError.exit_code) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-def _silence_background_threads() -> None:
-    """Keeps traces of Orbax's and TensorStore's threads from the terminal: what concerns a run is raised in it too."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda unraisable: None
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+    """Whether the arguments only ask for a list of the options."""
+    return not set(HELP).isdisjoint(arguments)

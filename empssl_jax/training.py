@@ -1,17 +1,21 @@
-"""A run: the steps from its first or its newest checkpoint to the last, then embeddings and kNN."""
+"""A run: the steps from its start or its newest checkpoint to the last, then embeddings, kNN and the report."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from empssl_jax.config import Config, RunConfig, training_differences
 from empssl_jax.config.errors import UserError, require
-from empssl_jax.data import datasets as data
-from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.data.batches import count_steps, device_batches
+from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
+from empssl_jax.evaluation.evaluate import check_neighbours, embed_and_save, have_labels, measure_knn
 from empssl_jax.evaluation.online_probe import online_probe
 from empssl_jax.evaluation.untrained_baseline import measure_untrained
 from empssl_jax.method.encoder import EncoderState, default_precision
@@ -23,54 +27,69 @@ from empssl_jax.method.train_step import (
     make_optimizer,
     make_train_step,
 )
-from empssl_jax.report import try_to_report
+from empssl_jax.report.write_report import try_to_report
 from empssl_jax.run_folder import loggers, saved_config
 from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.run_folder.metrics import MetricsWriter
 from empssl_jax.run_folder.results import add_results, format_table, load_results, of_embeddings
-from empssl_jax.run_folder.workdir import claimed, storage_errors
+from empssl_jax.run_folder.workdir import locked, storage_errors
 from empssl_jax.runtime import interruption, profiling
+from empssl_jax.runtime.devices import device_mesh, replicated, to_devices
 from empssl_jax.runtime.distributed import is_first_process, step_watchdog
 
 
 def train(config: Config) -> None:
-    """Trains, or goes on training, the run in `config.run.workdir`, then embeds and measures.
+    """Trains or resumes the run in `config.run.workdir`, then embeds the images and measures kNN.
 
     SIGTERM and Ctrl-C save a checkpoint and raise SystemExit with 128 + the signal's number.
 
     Raises:
         UserError: the options do not fit the data, the devices, or the run that is in the folder.
-        DivergenceError: the loss, an update or a parameter became NaN or infinite.
-        StorageError: the folder cannot be written to any more.
+        DivergenceError: the loss, an update or a parameter is NaN or infinite.
+        StorageError: the folder can no longer be written to.
     """
     if config.model.precision == "auto":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=default_precision()))
-    mesh, workdir = data.device_mesh(), Path(config.run.workdir)
+    mesh, workdir = device_mesh(), Path(config.run.workdir)
     _check_devices(config, mesh)
     loggers.check_wandb(config)
-    with claimed(workdir):
+    with locked(workdir):
         first_step = _check_workdir(workdir, config)
         interruption.begin_at(first_step)
-        datasets = evaluation.load_datasets(config)
-        steps_per_epoch = data.count_steps(datasets["train"], config.training.batch_size)
-        last_step = steps_per_epoch * config.training.max_epochs
-        require(last_step < 2**31, "max_epochs", config.training.max_epochs, "those are more than 2147483647 steps")
-        _check_profile(config, last_step - first_step)
+        datasets = load_datasets(config)
+        check_neighbours(config, datasets)
+        steps = _count_steps(config, datasets.train)
+        _check_profile(config, steps.last - first_step)
         with storage_errors(workdir):
-            _train(config, datasets, mesh, workdir)
+            _complete_run(config, datasets, steps, mesh, workdir)
 
 
-def _train(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: Path) -> None:
+class Steps(NamedTuple):
+    """How many steps a run has."""
+
+    per_epoch: int
+    last: int  # of the whole run
+
+
+def _count_steps(config: Config, dataset: ImageDataset) -> Steps:
+    per_epoch = count_steps(dataset, config.training.batch_size)
+    last = per_epoch * config.training.max_epochs
+    require(last < 2**31, "max_epochs", config.training.max_epochs, "those are more than 2147483647 steps")
+    return Steps(per_epoch, last)
+
+
+def _complete_run(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: Path) -> None:
+    """All that a run writes: config, results before training, checkpoints, embeddings, results, report."""
     if is_first_process():
         saved_config.save_config(workdir, config)
-        saved_config.save_image_size(workdir, datasets["train"].images.shape[1])
+        saved_config.save_image_size(workdir, datasets.train.images.shape[1])
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         measure_untrained(config, datasets, mesh, workdir)
-    encoder = _fit(config, datasets, mesh, workdir)
+    encoder = _fit(config, datasets, steps, mesh, workdir)
     if config.evaluation.valid_patches > 0:
-        embeddings = evaluation.embed_and_save(config, encoder, datasets, mesh, workdir)
-        if evaluation.have_labels(embeddings):
-            knn = {"kNN": evaluation.measure_knn(embeddings, config.evaluation, mesh)}
+        embeddings = embed_and_save(config, encoder, datasets, mesh, workdir)
+        if have_labels(embeddings):
+            knn = {"kNN": measure_knn(embeddings, config.evaluation, mesh)}
             print(format_table(add_results(workdir, of_embeddings(config.evaluation.embeddings, knn))))
     if config.evaluation.report:
         try_to_report(workdir, config, datasets)
@@ -103,42 +122,58 @@ def _check_workdir(workdir: Path, config: Config) -> int:
     return newest or 0
 
 
-def _fit(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: Path) -> EncoderState:
-    """Runs the steps that are left of the run and returns the trained encoder."""
-    dataset = datasets["train"]
-    steps_per_epoch = data.count_steps(dataset, config.training.batch_size)
-    last_step = steps_per_epoch * config.training.max_epochs
-    schedule = learning_rate_schedule(config.training, steps_per_epoch)
+def _fit(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: Path) -> EncoderState:
+    """Runs the remaining steps, or those up to a stop signal, and returns the trained encoder."""
+    schedule = learning_rate_schedule(config.training, steps.per_epoch)
     optimizer = make_optimizer(config.training, schedule)
-    train_step = make_train_step(config, optimizer, schedule, steps_per_epoch, mesh)
-    probe = online_probe(config, datasets, last_step, mesh)
+    train_step = make_train_step(config, optimizer, schedule, steps.per_epoch, mesh)
+    if config.run.profile and is_first_process():
+        train_step = profiling.with_profiler_trace(train_step, workdir / "profile")
+    probe = online_probe(config, datasets, steps.last, mesh)
     with Checkpoints(workdir, config.run.max_to_keep) as store, interruption.stop_requests() as stop_signal:
         state = _initial_state(config, optimizer, store, mesh)
         first_step = int(state.step)
         if first_step:
-            print(f"resuming {workdir} at step {first_step} of {last_step}")
-        if config.run.profile and is_first_process():
-            train_step = profiling.traced(train_step, workdir / "profile")
-        batches = data.placed_batches(dataset, config.training, first_step, last_step, mesh)
-        watchdog = step_watchdog(config.distributed.step_timeout)
-        with _metrics_writer(config, workdir, first_step, last_step) as writer, watchdog as step_done:
-            for step, batch in enumerate(batches, start=first_step):
-                state, metrics = train_step(state, batch)
-                writer.add(step, metrics)
-                store.check()
-                if step > first_step:
-                    step_done()  # the one before, which the writer has waited for
-                probe(step + 1, state.encoder, writer)
-                stop = stop_signal(step + 1) is not None
-                if _checkpoint_is_due(config.run, step + 1, steps_per_epoch) or stop:
-                    store.save(step + 1, state.encoder, state.optimizer, loss=writer.flush())
-                if stop:
-                    break
+            print(f"resuming {workdir} at step {first_step} of {steps.last}")
+        batches = device_batches(datasets.train, config.training, first_step, steps.last, mesh)
+
+        def after_step(steps_done: int, state: TrainState, writer: MetricsWriter) -> bool:
+            """Probes and saves where that is due; returns whether to go on."""
+            store.check()
+            probe(steps_done, state.encoder, writer)
+            stop = stop_signal(steps_done) is not None
+            if stop or _checkpoint_is_due(config.run, steps_done, steps.per_epoch):
+                store.save(steps_done, state.encoder, state.optimizer, loss=writer.flush())
+            return not stop
+
+        with _metrics_writer(config, workdir, first_step, steps.last) as writer:
+            state = _run_steps(train_step, state, batches, writer, after_step, config.distributed.step_timeout)
         store.wait()
         if signal := stop_signal(int(state.step)):
-            print(f"stopped and saved at step {int(state.step)} of {last_step}: the same command resumes there")
+            print(f"stopped and saved at step {int(state.step)} of {steps.last}: the same command resumes there")
             raise SystemExit(128 + signal)
     return state.encoder
+
+
+def _run_steps(
+    train_step: Callable,
+    state: TrainState,
+    batches,
+    writer: MetricsWriter,
+    after_step: Callable[[int, TrainState, MetricsWriter], bool],
+    timeout: float,
+) -> TrainState:
+    """A step for each batch, until there is none left or `after_step` returns False."""
+    first_step = int(state.step)
+    with step_watchdog(timeout) as step_done:
+        for step, batch in enumerate(batches, start=first_step):
+            state, metrics = train_step(state, batch)
+            writer.add(step, metrics)
+            if step > first_step:
+                step_done()  # the one before, which the writer has waited for
+            if not after_step(step + 1, state, writer):
+                break
+    return state
 
 
 def _checkpoint_is_due(config: RunConfig, steps_done: int, steps_per_epoch: int) -> bool:
@@ -154,13 +189,15 @@ def _metrics_writer(config: Config, workdir: Path, first_step: int, last_step: i
     return MetricsWriter(workdir, first_step, last_step, patches_per_step, bounds, others)
 
 
-def _initial_state(config: Config, optimizer, store: Checkpoints, mesh: Mesh) -> TrainState:
+def _initial_state(
+    config: Config, optimizer: optax.GradientTransformation, store: Checkpoints, mesh: Mesh
+) -> TrainState:
     """The newest checkpoint's state, or a fresh one."""
     create = functools.partial(create_state, config, optimizer)
-    sharding = data.replicated(mesh)
+    sharding = replicated(mesh)
     if store.latest_step() is None:
         return jax.jit(create, out_shardings=sharding)()
     template = jax.eval_shape(create)
     step, encoder, optimizer_state = store.restore(template.encoder, template.optimizer, sharding, "latest")
     store.set_aside_after(step)
-    return TrainState(data.place(np.array(step, np.int32), sharding), encoder, optimizer_state)
+    return TrainState(to_devices(np.array(step, np.int32), sharding), encoder, optimizer_state)

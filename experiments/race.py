@@ -16,14 +16,14 @@ from pathlib import Path
 import tyro
 
 from benchmarks.measure import append_line, checkpoint_embeddings
-from empssl_jax.command_line import user_errors_exit
-from empssl_jax.data import datasets as data
-from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.data.datasets import load_datasets
+from empssl_jax.evaluation.evaluate import measure_knn
 from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.run_folder.saved_config import load_config
-from empssl_jax.run_folder.step_files import read_steps
-from empssl_jax.run_folder.timing import TIMING_FILE
+from empssl_jax.run_folder.step_files import TIMING_FILE, read_steps
 from empssl_jax.runtime.compilation import keep_compiled_programs
+from empssl_jax.runtime.devices import device_mesh
+from empssl_jax.runtime.user_errors import user_errors_exit
 
 NUM_NEIGHBOURS = 10
 
@@ -45,14 +45,14 @@ def main(options: Options) -> None:
     with Checkpoints(workdir, read_only=True) as store:
         steps = store.steps()
     config = load_config(workdir)
-    datasets = evaluation.load_datasets(config)
+    datasets = load_datasets(config)
     measure = dataclasses.replace(config.evaluation, num_neighbours=NUM_NEIGHBOURS)
     results = workdir / "race.jsonl"
     done = {line["step"]: line for line in read_steps(results)}
     for step in steps:
         if step not in done:
             embeddings = checkpoint_embeddings(workdir, measure, datasets, step)
-            accuracy = evaluation.measure_knn(embeddings, measure, data.device_mesh())
+            accuracy = measure_knn(embeddings, measure, device_mesh())
             done[step] = {"step": step, "seconds": seconds[step]} | accuracy
             append_line(results, done[step])
         print(f"step {step}, {done[step]['seconds']:.0f} s of training: kNN {100 * done[step]['top1']:.2f} %")

@@ -21,10 +21,13 @@ import tyro
 from benchmarks.measure import append_line, checkpoint_embeddings, read_lines
 from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
-from empssl_jax.data import datasets as data
-from empssl_jax.evaluation import evaluate as evaluation
-from empssl_jax.run_folder.workdir import InUseError, claimed
+from empssl_jax.config.errors import InUseError
+from empssl_jax.data.datasets import load_datasets
+from empssl_jax.evaluation.embeddings import Embeddings
+from empssl_jax.evaluation.evaluate import measure_knn
+from empssl_jax.run_folder.workdir import locked
 from empssl_jax.runtime.compilation import keep_compiled_programs
+from empssl_jax.runtime.devices import device_mesh
 
 BASE = Config(
     data=DataConfig(train_split="train[:5000]", test_split="train[45000:]"),
@@ -149,10 +152,10 @@ def main(options: Options) -> None:
     if options.table:
         print(table([line for line in read_lines(output) if line.items() >= sizes.items()]), end="")
         return
-    datasets, mesh = evaluation.load_datasets(base(options)), data.device_mesh()
+    datasets, mesh = load_datasets(base(options)), device_mesh()
 
     @functools.lru_cache(maxsize=1)
-    def embeddings(workdir: Path, raw: EvaluationConfig) -> evaluation.Embeddings:
+    def embeddings(workdir: Path, raw: EvaluationConfig) -> Embeddings:
         return checkpoint_embeddings(workdir, raw, datasets)
 
     rows = options.rows or tuple(TRAINING | EVALUATION)
@@ -164,9 +167,9 @@ def main(options: Options) -> None:
             try:
                 workdir = trained(options, name if name in TRAINING else "base", seed)
                 measure = EvaluationConfig(**EVALUATION[name]) if name in EVALUATION else BASE.evaluation
-                with claimed(workdir):
+                with locked(workdir):
                     embedded = embeddings(workdir, dataclasses.replace(measure, whiten=False))
-                    append_line(output, key | evaluation.measure_knn(embedded, measure, mesh))
+                    append_line(output, key | measure_knn(embedded, measure, mesh))
             except InUseError as error:
                 print(error)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
-from empssl_jax.data import datasets as data
-from empssl_jax.evaluation.embeddings import LabelledEmbeddings, save_embeddings
+from empssl_jax.data.datasets import Datasets, load_split
+from empssl_jax.evaluation.embedding_files import save_embeddings
+from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.run_folder import saved_config
 
 STEPS, SECONDS_A_STEP = 100, 2.0
@@ -20,9 +21,9 @@ CONFIG = Config(
 )
 
 
-def datasets(config: Config = CONFIG) -> dict[str, data.ImageDataset]:
-    train, test = (data.load(config.data, split, None) for split in ("train", "test"))
-    return {"train": train, "test": test, "bank": train}
+def datasets(config: Config = CONFIG) -> Datasets:
+    train, test = (load_split(config.data, split, None) for split in ("train", "test"))
+    return Datasets(train, train, test)
 
 
 def metrics_of(step: int) -> dict[str, float]:
@@ -44,7 +45,7 @@ def embeddings_of(labels: np.ndarray, seed: int) -> np.ndarray:
     return np.float32(np.eye(10, 24)[labels] + 0.35 * random.standard_normal((len(labels), 24)))
 
 
-def write_run(folder: Path, config: Config = CONFIG, embed=embeddings_of) -> dict[str, LabelledEmbeddings]:
+def write_run(folder: Path, config: Config = CONFIG, embed=embeddings_of) -> Embeddings:
     """Writes the folder and returns the embeddings."""
     folder.mkdir(parents=True)
     saved_config.save_config(folder, config)
@@ -52,12 +53,15 @@ def write_run(folder: Path, config: Config = CONFIG, embed=embeddings_of) -> dic
     write_lines(folder / "metrics.jsonl", [{"step": step, **metrics_of(step)} for step in steps])
     times = [{"step": step, "seconds": SECONDS_A_STEP * (step + 1), "devices": "3 x Abacus"} for step in steps]
     write_lines(folder / "timing.jsonl", times)
-    embeddings = {}
     images = datasets()
-    for seed, split in enumerate(("train", "test")):
-        dataset = images[split]
-        embeddings[split] = LabelledEmbeddings(embed(dataset.labels, seed), dataset.labels, dataset.class_names)
-        save_embeddings(folder / "embeddings" / f"{split}.npz", embeddings[split])
+    embeddings = Embeddings(
+        *(
+            LabelledEmbeddings(embed(split.labels, seed), split.labels, split.class_names)
+            for seed, split in enumerate((images.bank, images.test))
+        )
+    )
+    save_embeddings(folder / "embeddings" / "train.npz", embeddings.bank)
+    save_embeddings(folder / "embeddings" / "test.npz", embeddings.test)
     return embeddings
 
 

@@ -19,16 +19,18 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets import features
 
 from empssl_jax import training
-from empssl_jax.command_line import user_errors_exit
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, RunConfig, TrainingConfig
-from empssl_jax.config.errors import UserError
-from empssl_jax.data import datasets as data
-from empssl_jax.evaluation import embeddings
+from empssl_jax.config.command_options import EvaluateOptions
+from empssl_jax.config.errors import DivergenceError, UserError
+from empssl_jax.data.datasets import load_split
+from empssl_jax.evaluation import embedding_files, embeddings
 from empssl_jax.evaluation import evaluate as evaluation
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.method.train_step import learning_rate_schedule
 from empssl_jax.run_folder import checkpoints, saved_config
-from empssl_jax.run_folder.metrics import DivergenceError
+from empssl_jax.run_folder.results import load_results
+from empssl_jax.runtime.devices import device_mesh, replicated
+from empssl_jax.runtime.user_errors import user_errors_exit
 from tests.stress import fuzz
 
 EXAMPLES = 300  # python -m tests.stress.fuzz tries more
@@ -93,7 +95,7 @@ def test_embeddings_that_would_fill_the_memory_are_refused_before_they_do(tmp_pa
     assert path.stat().st_size < 100_000
     tracemalloc.start()
     with pytest.raises(UserError, match=f"cannot be read .*{name}"):
-        embeddings.load_embeddings(path)
+        embedding_files.load_embeddings(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
@@ -104,14 +106,14 @@ def test_labels_that_are_no_classes_are_refused(tmp_path, labels, num_names):
     names = np.array(["name"] * num_names)
     np.savez(tmp_path / "test.npz", embeddings=np.eye(3), labels=np.array(labels), class_names=names)
     with pytest.raises(UserError, match="number the classes from 0 to at most 99999"):
-        embeddings.load_embeddings(tmp_path / "test.npz")
+        embedding_files.load_embeddings(tmp_path / "test.npz")
 
 
 @pytest.mark.parametrize(("given", "expected"), [(["a", "b"], "a b 2 3"), (None, "0 1 2 3"), (["a"] * 5, "a a a a a")])
 def test_classes_without_a_name_are_called_by_their_numbers(tmp_path, given, expected):
     names = {} if given is None else {"class_names": np.array(given)}
     np.savez(tmp_path / "test.npz", embeddings=np.eye(3), labels=np.array([0, 1, 3]), **names)
-    assert " ".join(embeddings.load_embeddings(tmp_path / "test.npz").class_names) == expected
+    assert " ".join(embedding_files.load_embeddings(tmp_path / "test.npz").class_names) == expected
 
 
 # Results.
@@ -121,13 +123,13 @@ def test_classes_without_a_name_are_called_by_their_numbers(tmp_path, given, exp
 def embeddings_folder(tmp_path):
     for split in ("train", "test"):
         arrays = embeddings.LabelledEmbeddings(np.eye(4, dtype=np.float32), np.arange(4, dtype=np.int32), tuple("abcd"))
-        embeddings.save_embeddings(tmp_path / f"{split}.npz", arrays)
+        embedding_files.save_embeddings(tmp_path / f"{split}.npz", arrays)
     return tmp_path
 
 
 def evaluate(folder, **options):
     config = EvaluationConfig(**{"num_neighbours": 1, "linear_epochs": 0} | options)
-    return evaluation.evaluate(evaluation.EvaluateOptions(embeddings=str(folder), evaluation=config))
+    return evaluation.evaluate(EvaluateOptions(embeddings=str(folder), evaluation=config), write_report=lambda *_: None)
 
 
 @pytest.mark.parametrize("content", [b'{"kNN": 3}', b"[3]", b'{"kNN": {"top1": "0.5", "top5": 1}}', b"\xff", None])
@@ -159,7 +161,7 @@ def test_a_linear_classifier_that_diverges_is_told_and_the_knn_kept(embeddings_f
     with pytest.raises(DivergenceError, match=r"diverged at --linear-learning-rate 1000000000.0: try a lower one"):
         evaluate(embeddings_folder, linear_epochs=9, linear_learning_rate=1e9, linear_weight_decay=1e3)
     assert "kNN  100.00%  100.00%" in capsys.readouterr().out
-    assert evaluation.load_results(embeddings_folder) == {"kNN": {"top1": 1.0, "top5": 1.0}}
+    assert load_results(embeddings_folder) == {"kNN": {"top1": 1.0, "top5": 1.0}}
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def load_pictures(monkeypatch, folder, images, labels=(0, 1, 2, 1), image=None, 
     monkeypatch.setattr(Pictures, "FEATURES", kinds)
     examples = [{"image": i, "label": j} for i, j in zip(images, labels, strict=False)]
     monkeypatch.setattr(Pictures, "EXAMPLES", {"train": examples})
-    return data.load(DataConfig(dataset="pictures"), split, str(folder))
+    return load_split(DataConfig(dataset="pictures"), split, str(folder))
 
 
 PALETTE = PIL.Image.fromarray(PIXELS).convert("P")
@@ -346,11 +348,11 @@ DAMAGE = {
 def test_damaged_data_sets_are_refused(case, monkeypatch, tmp_path):
     load_pictures(monkeypatch, tmp_path, [GOOD] * 4)
     folder = moved(tmp_path)
-    assert data.load(DataConfig(dataset="moved"), "train", str(tmp_path)).images.shape == (4, 8, 8, 3)
+    assert load_split(DataConfig(dataset="moved"), "train", str(tmp_path)).images.shape == (4, 8, 8, 3)
     damage, message = DAMAGE[case]
     damage(folder)
     with pytest.raises(UserError, match=message):
-        data.load(DataConfig(dataset="moved"), "train", str(tmp_path))
+        load_split(DataConfig(dataset="moved"), "train", str(tmp_path))
 
 
 NAMES = ["a b", "../x", "/etc/passwd", "pictures:9.9.9", "pictures:x", "pictures/none", "pictures/x=1", "none:foo"]
@@ -360,7 +362,7 @@ NAMES += ["kaggle:foo", "pictures/", "a" * 1000, "ä", ".", "cifar10:1.0.0"]
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: name[:15])
 def test_odd_names_are_refused(name, tmp_path):
     with pytest.raises(UserError, match=r"^--dataset '.*(is not known to TFDS|cannot be opened).*\.$"):
-        data.load(DataConfig(dataset=name), "train", str(tmp_path))
+        load_split(DataConfig(dataset=name), "train", str(tmp_path))
 
 
 @pytest.mark.parametrize("folder", [__file__, "/dev/null", "/proc/none"])
@@ -378,10 +380,10 @@ def test_cifar10_is_prepared_without_tensorflow(monkeypatch, tmp_path):
         (source / f"{name}.bin").write_bytes(content.tobytes())
     (source / "batches.meta.txt").write_text("\n".join("abcdefghij"))
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", lambda self, url: str(source.parent))
-    test = data.load(DataConfig(), "test", str(tmp_path / "prepared"))
+    test = load_split(DataConfig(), "test", str(tmp_path / "prepared"))
     expected = {bytes(record[1:].reshape(3, 32, 32).transpose(1, 2, 0)): record[0] for record in records[0]}
     assert {bytes(image): label for image, label in zip(test.images, test.labels, strict=True)} == expected
-    assert len(data.load(DataConfig(), "train", str(tmp_path / "prepared")).labels) == 10
+    assert len(load_split(DataConfig(), "train", str(tmp_path / "prepared")).labels) == 10
     assert "tensorflow" not in sys.modules
 
 
@@ -413,7 +415,7 @@ def run_folder(tmp_path):
 def restore(workdir, template=None):
     template = template or jax.eval_shape(lambda: state(0.0))
     with checkpoints.Checkpoints(workdir) as store:
-        return store.restore(*template, data.replicated(data.device_mesh(1)), "latest")
+        return store.restore(*template, replicated(device_mesh(1)), "latest")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from empssl_jax.data import datasets as data
 from empssl_jax.method import batch_norm
 from empssl_jax.method import xla_cpu as reductions
+from empssl_jax.runtime.devices import DATA_AXIS, device_mesh
 
 SHAPES = [(6, 5, 4, 3), (40, 7)]
 
@@ -49,14 +49,14 @@ def test_devices_share_statistics_and_gradients(shape):
 
     def gradients(x, scale, bias, g):
         def loss(x, scale, bias):
-            y, mean, var = batch_norm.normalise_batch(x, scale, bias, data.DATA_AXIS)
-            return jax.lax.psum(jnp.sum(y * g), data.DATA_AXIS), (mean, var)
+            y, mean, var = batch_norm.normalise_batch(x, scale, bias, DATA_AXIS)
+            return jax.lax.psum(jnp.sum(y * g), DATA_AXIS), (mean, var)
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, scale, bias)
 
-    split, whole = PartitionSpec(data.DATA_AXIS), PartitionSpec()
+    split, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
     specs = {"in_specs": (split, whole, whole, split), "out_specs": ((split, whole, whole), (whole, whole))}
-    (d_x, d_scale, d_bias), (mean, var) = jax.jit(jax.shard_map(gradients, mesh=data.device_mesh(8), **specs))(
+    (d_x, d_scale, d_bias), (mean, var) = jax.jit(jax.shard_map(gradients, mesh=device_mesh(8), **specs))(
         x, scale, bias, g
     )
     expected = oracle(x, scale, bias, g)[1:]

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empssl_jax.config.errors import UserError
-from empssl_jax.data import datasets as data
+from empssl_jax.config.errors import DivergenceError, UserError
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.run_folder import checkpoints, saved_config
-from empssl_jax.run_folder.metrics import DivergenceError
+from empssl_jax.runtime.devices import device_mesh, replicated
 
 
 def encoder_of(value: float) -> EncoderState:
@@ -31,7 +30,7 @@ def workdir(tmp_path):
 def restore(workdir, which):
     with checkpoints.Checkpoints(workdir) as store:
         templates = jax.eval_shape(lambda: (encoder_of(0.0), OPTIMIZER))
-        return store.restore(*templates, data.replicated(data.device_mesh(1)), which)
+        return store.restore(*templates, replicated(device_mesh(1)), which)
 
 
 @pytest.mark.parametrize(("which", "step"), [("latest", 4), ("best", 1), (3, 3)])

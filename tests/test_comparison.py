@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from empssl_jax.command_line import parse_evaluations
 from empssl_jax.config import Config, EvaluationConfig, TrainingConfig
+from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.evaluation import comparison
 from empssl_jax.evaluation import evaluate as evaluation
@@ -27,13 +29,13 @@ def write_run(folder, seed, top1, top5, linear=True, **training):
 
 
 def compare(*folders, options=()):
-    comparison.evaluate_all(comparison.parse_evaluations(["--workdir", *map(str, folders), *options]))
+    comparison.evaluate_all(parse_evaluations(["--workdir", *map(str, folders), *options]), write_report=None)
 
 
 @pytest.fixture
 def no_evaluation(monkeypatch):
     evaluated = []
-    monkeypatch.setattr(evaluation, "evaluate", evaluated.append)
+    monkeypatch.setattr(evaluation, "evaluate", lambda options, write_report: evaluated.append(options))
     return evaluated
 
 
@@ -103,11 +105,11 @@ def test_results_of_other_embeddings_are_measured_again(tmp_path, no_evaluation)
 def test_one_run_is_evaluated_as_ever(tmp_path, no_evaluation):
     folder = write_run(tmp_path / "a", 0, 0.5, 0.9)
     compare(folder)
-    expected = dataclasses.replace(evaluation.EvaluateOptions(), workdir=folder, evaluation=EvaluationConfig())
+    expected = dataclasses.replace(EvaluateOptions(), workdir=folder, evaluation=EvaluationConfig())
     assert no_evaluation == [expected]
     assert not (tmp_path / "comparison.md").exists()
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"names 2 folders, and none has a config\.json: give runs"):
-        comparison.parse_evaluations(["--workdir", str(tmp_path), str(tmp_path / "none")])
+        parse_evaluations(["--workdir", str(tmp_path), str(tmp_path / "none")])

@@ -38,7 +38,7 @@ def test_a_folder_that_the_user_chose_stands(tmp_path):
 
 
 def test_a_traced_step_is_the_same_step_and_leaves_a_trace(tmp_path, capsys):
-    step = profiling.traced(lambda state, batch: (state + batch, {"loss": state}), tmp_path)
+    step = profiling.with_profiler_trace(lambda state, batch: (state + batch, {"loss": state}), tmp_path)
     state = jnp.float32(0)
     for _ in range(profiling.LAST_STEP + 3):
         state, metrics = step(state, jnp.float32(2))

@@ -8,7 +8,8 @@ import tensorflow_datasets as tfds
 
 from empssl_jax.config import DataConfig
 from empssl_jax.config.errors import UserError
-from empssl_jax.data import datasets as data
+from empssl_jax.data.batches import count_steps, shuffled_batches
+from empssl_jax.data.datasets import first_of_each_class, load_split
 
 DIGITS = DataConfig(dataset="digits")
 needs_cifar10 = pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
@@ -16,15 +17,15 @@ needs_cifar10 = pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TF
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load(DIGITS, "train", None)
+    return load_split(DIGITS, "train", None)
 
 
 def indices_of(dataset, first, last, seed=42, batch_size=100):
-    return np.array([batch.indices for batch in data.batches(dataset, batch_size, seed, first, last)])
+    return np.array([batch.indices for batch in shuffled_batches(dataset, batch_size, seed, first, last)])
 
 
 def test_digits_are_split_once_and_stratified(digits):
-    test = data.load(DIGITS, "test", None)
+    test = load_split(DIGITS, "test", None)
     assert (len(digits.labels), len(test.labels), digits.num_classes) == (1437, 360, 10)
     assert digits.images.shape[1:] == (32, 32, 3)
     assert digits.images.max() == 255
@@ -47,25 +48,25 @@ def test_each_epoch_is_another_permutation_without_its_incomplete_batch(digits):
 
 
 def test_batches_hold_the_images_of_their_indices(digits):
-    batch = next(data.batches(digits, 8, 0, 0, 1))
+    batch = next(shuffled_batches(digits, 8, 0, 0, 1))
     np.testing.assert_array_equal(batch.images, digits.images[batch.indices])
 
 
 def test_first_of_each_class_follows_the_ids():
     labels = np.array([0, 1, 0, 1, 0, 1])
     ids = np.array([b"f", b"e", b"d", b"c", b"b", b"a"])
-    np.testing.assert_array_equal(data.first_of_each_class(labels, ids, 2), [2, 3, 4, 5])
-    np.testing.assert_array_equal(data.first_of_each_class(labels, None, 2), [0, 1, 2, 3])
+    np.testing.assert_array_equal(first_of_each_class(labels, ids, 2), [2, 3, 4, 5])
+    np.testing.assert_array_equal(first_of_each_class(labels, None, 2), [0, 1, 2, 3])
 
 
 def test_a_batch_larger_than_the_data_is_refused(digits):
     with pytest.raises(UserError, match="--batch-size is 1438: there are only 1437 training images"):
-        data.count_steps(digits, 1438)
+        count_steps(digits, 1438)
 
 
 def test_an_unknown_data_set_is_refused(tmp_path):
     with pytest.raises(UserError, match="--dataset 'nonsense' is not known to TFDS"):
-        data.load(DataConfig(dataset="nonsense"), "train", str(tmp_path))
+        load_split(DataConfig(dataset="nonsense"), "train", str(tmp_path))
 
 
 def test_a_failed_download_names_the_folder_and_the_ways_out(tmp_path, monkeypatch, capsys):
@@ -74,14 +75,14 @@ def test_a_failed_download_names_the_folder_and_the_ways_out(tmp_path, monkeypat
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
     with pytest.raises(UserError, match=r"cannot be downloaded.*--data-dir.*configs/digits\.py") as caught:
-        data.load(DataConfig(), "train", str(tmp_path))
+        load_split(DataConfig(), "train", str(tmp_path))
     assert str(tmp_path) in str(caught.value)
     assert "TFDS downloads it" in capsys.readouterr().out
 
 
 @needs_cifar10
 def test_cifar10_subset():
-    test = data.load(DataConfig(test_images_per_class=100), "test", os.environ["TFDS_DATA_DIR"])
+    test = load_split(DataConfig(test_images_per_class=100), "test", os.environ["TFDS_DATA_DIR"])
     assert test.images.shape == (1000, 32, 32, 3)
     animals_and_vehicles = "airplane automobile bird cat deer dog frog horse ship truck"
     assert test.class_names == tuple(animals_and_vehicles.split())

@@ -15,13 +15,16 @@ import pytest
 from test_end_to_end import DIGITS, REPOSITORY, arrays_of, checkpoint_arrays
 
 from empssl_jax.config import Config, DistributedConfig, EvaluationConfig
+from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
-from empssl_jax.data import datasets as data
+from empssl_jax.data.batches import shuffled_batches
+from empssl_jax.data.datasets import ImageDataset
 from empssl_jax.evaluation import knn, linear
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
-from empssl_jax.evaluation.evaluate import EvaluateOptions, evaluate
+from empssl_jax.evaluation.evaluate import evaluate
 from empssl_jax.run_folder.saved_config import from_json, to_json
 from empssl_jax.runtime import distributed
+from empssl_jax.runtime.devices import device_mesh
 from tests.stress.faults import NOT_INHERITED
 
 # At so small a rate the rounding of one step is not amplified by the next ones, and all steps can be compared. Only
@@ -188,7 +191,7 @@ def test_two_processes_measure_what_one_does(start, alone, tmp_path):
         start("eval.py", "--embeddings", folders[0], "--linear-epochs", options.linear_epochs, processes=2, devices=2)
     )
     assert codes == [0, 0], errors
-    evaluate(EvaluateOptions(embeddings=str(folders[1]), evaluation=options))
+    evaluate(EvaluateOptions(embeddings=str(folders[1]), evaluation=options), write_report=lambda *_: None)
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in folders)
     assert set(ours) == {"kNN", "linear", "linear, best epoch on test"}
     for name, accuracy in ours.items():
@@ -271,7 +274,7 @@ def test_knn_and_the_linear_classifier_have_the_same_numbers_on_eight_devices():
     config = EvaluationConfig(linear_epochs=4, linear_batch_size=30)
     scores, accuracies = [], []
     for devices in (1, 8):
-        mesh = data.device_mesh(devices)
+        mesh = device_mesh(devices)
         scores.append(knn.sharded_knn_scores(mesh, test.embeddings, train.embeddings, train.labels, **options))
         accuracies.append(linear.linear_accuracy(jax.random.key(0), train, test, config, mesh))
     assert scores[1].shape == (101, 10)
@@ -283,8 +286,8 @@ def test_knn_and_the_linear_classifier_have_the_same_numbers_on_eight_devices():
 
 def test_batches_of_rows_are_the_rows_of_batches():
     dataset = blobs_as_images()
-    whole = list(data.batches(dataset, 8, 42, 0, 9))
-    parts = [list(data.batches(dataset, 8, 42, 0, 9, rows)) for rows in (np.arange(2), np.array([2, 5]))]
+    whole = list(shuffled_batches(dataset, 8, 42, 0, 9))
+    parts = [list(shuffled_batches(dataset, 8, 42, 0, 9, rows)) for rows in (np.arange(2), np.array([2, 5]))]
     for step, batch in enumerate(whole):
         np.testing.assert_array_equal(parts[0][step].indices, batch.indices[:2])
         np.testing.assert_array_equal(parts[1][step].indices, batch.indices[[2, 5]])
@@ -293,4 +296,4 @@ def test_batches_of_rows_are_the_rows_of_batches():
 
 def blobs_as_images():
     images = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3), np.uint8)
-    return data.ImageDataset(images, np.zeros(30, np.int32), ("any",))
+    return ImageDataset(images, np.zeros(30, np.int32), ("any",))

@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 
 import empssl_jax
+from empssl_jax.command_line import parse_embed_options
 from empssl_jax.config.errors import UserError
 from empssl_jax.inference import embed_files as embed
 from empssl_jax.inference.image_encoder import ImageEncoder
@@ -30,7 +31,7 @@ def photos(tmp_path_factory):
 
 def run(photos, workdir, output, **options):
     words = {"images": photos, "workdir": workdir, "output": output, "valid-patches": 1} | options
-    embed.embed_files(embed.parse_embed_options([f"--{name}={value}" for name, value in words.items()]))
+    embed.embed_files(parse_embed_options([f"--{name}={value}" for name, value in words.items()]))
     with np.load(output, allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -57,7 +58,7 @@ def test_embeddings_are_made_as_the_options_say_and_else_as_in_the_run_s_evaluat
     encoder = empssl_jax.load(tiny_run, valid_crops="grid", valid_patches=16, embedded_layer="stages", cells=2)
     np.testing.assert_allclose(made, encoder.embed([PIL.Image.open(image)]), rtol=1e-4, atol=1e-5)
     embed.embed_files(
-        embed.parse_embed_options([f"--images={image}", f"--workdir={tiny_run}", f"--output={tmp_path / 'b.npz'}"])
+        parse_embed_options([f"--images={image}", f"--workdir={tiny_run}", f"--output={tmp_path / 'b.npz'}"])
     )
     with np.load(tmp_path / "b.npz") as arrays:
         expected = empssl_jax.load(tiny_run).embed([PIL.Image.open(image)])

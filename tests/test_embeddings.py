@@ -10,13 +10,14 @@ from flax import nnx
 
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.config.errors import UserError
-from empssl_jax.data import datasets as data
-from empssl_jax.evaluation import embeddings
-from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.data.datasets import load_split
+from empssl_jax.evaluation import embedding_files, embeddings
+from empssl_jax.evaluation.evaluate import have_labels, measure_knn, measure_linear
 from empssl_jax.method.encoder import encoder_graph, init_encoder
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import embedding_patches_key
 from empssl_jax.method.resnet import stage_dims
+from empssl_jax.runtime.devices import device_mesh
 
 CONFIG = Config(
     data=DataConfig(dataset="digits", test_images_per_class=2),
@@ -33,11 +34,11 @@ def encoder_state():
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load(CONFIG.data, "test", None)
+    return load_split(CONFIG.data, "test", None)
 
 
 def embed_all(encoder_state, digits, num_devices, batch_size):
-    mesh = data.device_mesh(num_devices)
+    mesh = device_mesh(num_devices)
     embed = embeddings.make_embed(CONFIG, mesh)
     return embeddings.embed_dataset(embed, encoder_state, digits, batch_size, mesh, "test")
 
@@ -55,7 +56,7 @@ def test_an_embedding_is_the_mean_feature_of_the_image_s_patches(encoder_state, 
 
 def test_an_embedding_of_a_grid_is_the_mean_feature_of_its_plain_crops(encoder_state, digits):
     evaluation = EvaluationConfig(valid_patches=9, valid_crops="grid")
-    mesh = data.device_mesh(1)
+    mesh = device_mesh(1)
     embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), mesh)
     ours = embeddings.embed_dataset(embed, encoder_state, digits, 20, mesh, "test")
     places = range(0, 17, 8)
@@ -68,7 +69,7 @@ def test_an_embedding_of_a_grid_is_the_mean_feature_of_its_plain_crops(encoder_s
 
 def embed_grid(encoder_state, images, **options):
     evaluation = EvaluationConfig(valid_crops="grid", **options)
-    mesh = data.device_mesh(1)
+    mesh = device_mesh(1)
     embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), mesh)
     return embeddings.embed_dataset(embed, encoder_state, images, 20, mesh, "test").embeddings
 
@@ -114,8 +115,8 @@ def test_saving_and_loading(tmp_path):
     split = embeddings.LabelledEmbeddings(
         np.arange(6, dtype=np.float32).reshape(3, 2), np.array([1, 0, 1], np.int32), ("cat", "Hündin", "ox", "no image")
     )
-    embeddings.save_embeddings(tmp_path / "new" / "test.npz", split)
-    loaded = embeddings.load_embeddings(tmp_path / "new" / "test.npz")
+    embedding_files.save_embeddings(tmp_path / "new" / "test.npz", split)
+    loaded = embedding_files.load_embeddings(tmp_path / "new" / "test.npz")
     np.testing.assert_array_equal(loaded.embeddings, split.embeddings)
     np.testing.assert_array_equal(loaded.labels, split.labels)
     assert (loaded.class_names, loaded.num_classes) == (split.class_names, 4)
@@ -125,7 +126,7 @@ def test_saving_and_loading(tmp_path):
 def test_memory_does_not_grow_with_the_number_of_patches(encoder_state):
     def temporaries(num_patches):
         evaluation = EvaluationConfig(valid_patches=num_patches)
-        embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), data.device_mesh(1))
+        embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), device_mesh(1))
         images, indices = jnp.zeros((10, 32, 32, 3), jnp.uint8), jnp.arange(10)
         return embed.lower(encoder_state, images, indices).compile().memory_analysis().temp_size_in_bytes
 
@@ -135,7 +136,7 @@ def test_memory_does_not_grow_with_the_number_of_patches(encoder_state):
 def test_images_without_labels_take_no_part_in_either_measure(tmp_path, capsys):
     """Their embeddings lie where they would change every vote and every gradient."""
     random = np.random.RandomState(0)
-    mesh, config = data.device_mesh(2), EvaluationConfig(num_neighbours=3, linear_epochs=3, linear_batch_size=4)
+    mesh, config = device_mesh(2), EvaluationConfig(num_neighbours=3, linear_epochs=3, linear_batch_size=4)
     some, mixed = {}, {}
     for split, size in (("train", 12), ("test", 8)):
         labels = np.arange(size).astype(np.int32) % 3
@@ -145,11 +146,12 @@ def test_images_without_labels_take_no_part_in_either_measure(tmp_path, capsys):
         mixed[split] = embeddings.LabelledEmbeddings(
             np.insert(features, at, 9.0, axis=0), np.insert(labels, at, -1).astype(np.int32), ("a", "b", "c")
         )
-        embeddings.save_embeddings(tmp_path / f"{split}.npz", mixed[split])
-    loaded = {split: embeddings.load_embeddings(tmp_path / f"{split}.npz") for split in mixed}
-    for measure in (evaluation.measure_knn, lambda *args: evaluation.measure_linear(*args[:2], 0, mesh)):
+        embedding_files.save_embeddings(tmp_path / f"{split}.npz", mixed[split])
+    some, mixed = (embeddings.Embeddings(split["train"], split["test"]) for split in (some, mixed))
+    loaded = embedding_files.load_both_embeddings(tmp_path)
+    for measure in (measure_knn, lambda *args: measure_linear(*args[:2], 0, mesh)):
         expected = measure(some, config, mesh)
         assert measure(mixed, config, mesh) == measure(loaded, config, mesh) == expected
-    assert evaluation.have_labels(mixed)
-    assert not evaluation.have_labels(mixed | {"test": mixed["test"]._replace(labels=np.full(13, -1, np.int32))})
-    assert capsys.readouterr().out == "no test image has a label, so that neither kNN nor linear is measured\n"
+    assert have_labels(mixed)
+    assert not have_labels(mixed._replace(test=mixed.test._replace(labels=np.full(13, -1, np.int32))))
+    assert capsys.readouterr().out == "no test image has a label: kNN and linear are not measured\n"

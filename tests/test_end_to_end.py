@@ -145,11 +145,13 @@ def test_cifar10_without_tensorflow(environment, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from empssl_jax.command_line import parse_train_options
-from empssl_jax.evaluation.evaluate import evaluate, parse_evaluate_options
+from empssl_jax.config.config_files import parse_train_options
+from empssl_jax.evaluation.evaluate import evaluate
+from empssl_jax.report.write_report import try_to_report
+from empssl_jax.command_line import parse_evaluate_options
 from empssl_jax.training import train
-train(parse_train_options({TINY!r} + ["--workdir", {str(tmp_path)!r}], Path("configs/cifar10.py")))
-evaluate(parse_evaluate_options(["--workdir", {str(tmp_path)!r}, "--step", "best"]))
+train(parse_train_options({TINY!r} + ["--workdir", {str(tmp_path)!r}]))
+evaluate(parse_evaluate_options(["--workdir", {str(tmp_path)!r}, "--step", "best"]), try_to_report)
 assert "tensorflow" not in sys.modules
 """
     command = [sys.executable, "-c", code]

@@ -12,12 +12,15 @@ import pytest
 
 from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
+from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
-from empssl_jax.data import datasets as data
+from empssl_jax.data.datasets import ImageDataset, load_bank, load_split
 from empssl_jax.data.folder_images import hold_out, list_images
 from empssl_jax.evaluation import embeddings
-from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.evaluation.evaluate import evaluate
 from empssl_jax.method.encoder import init_encoder
+from empssl_jax.report.write_report import try_to_report
+from empssl_jax.runtime.devices import device_mesh
 
 needs_cifar10 = pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
 
@@ -38,7 +41,7 @@ def write(root, *names):
 
 
 def load(root, split="train", **options):
-    return data.load(DataConfig(dataset=f"folder:{root}", **options), split, None, str(root.parent / "cache"))
+    return load_split(DataConfig(dataset=f"folder:{root}", **options), split, None, str(root.parent / "cache"))
 
 
 def load_both(root, **options):
@@ -78,7 +81,7 @@ def test_splits_may_have_other_names(root):
     train, test = load(root, **options), load(root, "test", **options)
     assert (train.labels.tolist(), train.num_classes) == ([-1], 2)
     assert (test.labels.tolist(), test.names.tolist()) == ([1], ["b/4.png"])
-    bank = data.load_bank(DataConfig(dataset=f"folder:{root}", **options), train, None, str(root.parent / "cache"))
+    bank = load_bank(DataConfig(dataset=f"folder:{root}", **options), train, None, str(root.parent / "cache"))
     assert (bank.labels.tolist(), bank.names.tolist()) == ([0, 1], ["a/1.png", "b/2.png"])
 
 
@@ -201,7 +204,7 @@ def test_folders_that_do_not_fit_get_a_sentence(case, root):
 @pytest.mark.parametrize("name", ["", "~nobody-of-this-name/x", "x" * 900, "/dev/null", "a b", "..x"])
 def test_odd_names_of_folders_are_refused(name, tmp_path):
     with pytest.raises(UserError, match=r"^--dataset 'folder:.* is no folder: give folder:PATH"):
-        data.load(DataConfig(dataset=f"folder:{name}"), "train", None, str(tmp_path))
+        load_split(DataConfig(dataset=f"folder:{name}"), "train", None, str(tmp_path))
 
 
 def test_the_same_split_for_training_and_testing_is_refused():
@@ -231,10 +234,8 @@ def test_pictures_without_classes_are_trained_on_and_embedded_but_not_measured(r
         assert arrays["embeddings"].shape == (36, 8)
         np.testing.assert_array_equal(arrays["labels"], np.full(36, -1))
         before = arrays["embeddings"]
-    options = evaluation.EvaluateOptions(
-        workdir=config.run.workdir, cache_dir=config.run.cache_dir, evaluation=config.evaluation
-    )
-    assert evaluation.evaluate(options) == {}
+    options = EvaluateOptions(workdir=config.run.workdir, cache_dir=config.run.cache_dir, evaluation=config.evaluation)
+    assert evaluate(options, try_to_report) == {}
     with np.load(root.parent / "run" / "embeddings" / "train.npz") as arrays:
         np.testing.assert_array_equal(arrays["embeddings"], before)
     assert json.loads((root.parent / "run" / "config.json").read_text())["data"]["dataset"] == f"folder:{root}"
@@ -243,7 +244,7 @@ def test_pictures_without_classes_are_trained_on_and_embedded_but_not_measured(r
 @pytest.fixture(scope="module")
 def embed(tmp_path_factory):
     """The embeddings of a data set by an encoder that is compiled once."""
-    config, mesh = config_of(tmp_path_factory.mktemp("any")), data.device_mesh(1)
+    config, mesh = config_of(tmp_path_factory.mktemp("any")), device_mesh(1)
     encoder, compiled = init_encoder(config.model, jax.random.key(0)), embeddings.make_embed(config, mesh)
     return lambda dataset: embeddings.embed_dataset(compiled, encoder, dataset, 50, mesh, "train").embeddings
 
@@ -251,7 +252,7 @@ def embed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cifar10():
     """The first 20 training images of each class."""
-    return data.load(DataConfig(train_split="train[:400]", images_per_class=20), "train", os.environ["TFDS_DATA_DIR"])
+    return load_split(DataConfig(train_split="train[:400]", images_per_class=20), "train", os.environ["TFDS_DATA_DIR"])
 
 
 @needs_cifar10
@@ -279,5 +280,5 @@ def test_cifar10_in_folders_of_its_classes_has_its_images_and_labels(cifar10, em
     assert files.class_names == tuple(f"class{number}" for number in range(10))
     np.testing.assert_array_equal(files.images, cifar10.images[numbers])
     np.testing.assert_array_equal(files.labels, cifar10.labels[numbers])
-    permuted = data.ImageDataset(cifar10.images[numbers], cifar10.labels[numbers], files.class_names)
+    permuted = ImageDataset(cifar10.images[numbers], cifar10.labels[numbers], files.class_names)
     np.testing.assert_array_equal(embed(files), embed(permuted))

@@ -10,13 +10,16 @@ import PIL.Image
 import pytest
 
 import empssl_jax
+from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
-from empssl_jax.data import datasets as data
-from empssl_jax.evaluation import evaluate as evaluation
-from empssl_jax.evaluation.embeddings import load_embeddings, make_embed
+from empssl_jax.data.datasets import load_split
+from empssl_jax.evaluation.embedding_files import load_embeddings
+from empssl_jax.evaluation.embeddings import make_embed
+from empssl_jax.evaluation.evaluate import evaluate
 from empssl_jax.inference import image_encoder as encoder
 from empssl_jax.run_folder.saved_config import load_config
-from empssl_jax.run_folder.workdir import claimed
+from empssl_jax.run_folder.workdir import locked
+from empssl_jax.runtime.devices import device_mesh
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +29,14 @@ def loaded(tiny_run):
 
 @pytest.fixture(scope="module")
 def digits(tiny_run):
-    return data.load(load_config(tiny_run).data, "test", None).images
+    return load_split(load_config(tiny_run).data, "test", None).images
 
 
 def test_embeddings_are_those_of_eval_to_the_bit(tiny_run, loaded):
     config = load_config(tiny_run)
-    evaluation.evaluate(evaluation.EvaluateOptions(str(tiny_run), evaluation=config.evaluation))
+    evaluate(EvaluateOptions(str(tiny_run), evaluation=config.evaluation), write_report=lambda *_: None)
     for split, size in (("train", 80), ("test", 10)):
-        images = data.load(config.data, split, None).images
+        images = load_split(config.data, split, None).images
         expected = load_embeddings(tiny_run / "embeddings" / f"{split}.npz").embeddings
         assert len(images) == len(expected) == size
         np.testing.assert_array_equal(loaded.embed(images), expected)
@@ -71,7 +74,7 @@ def test_progress_counts_every_image_once(loaded, digits):
 
 def test_few_sizes_are_compiled(loaded, digits):
     five = dataclasses.replace(loaded.config.evaluation, valid_patches=5)
-    embed = make_embed(dataclasses.replace(loaded.config, evaluation=five), data.device_mesh())
+    embed = make_embed(dataclasses.replace(loaded.config, evaluation=five), device_mesh())
     for size in (9, 10, 16):
         loaded.embed(np.concatenate([digits] * 2)[:size], patches=5)
     assert embed._cache_size() == 1
@@ -140,7 +143,7 @@ def test_loading_leaves_the_folder_as_it_is_while_another_process_has_it(tiny_ru
         return {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*") if path.name != "lock"}
 
     before = content()
-    with claimed(tiny_run):
+    with locked(tiny_run):
         assert empssl_jax.load(tiny_run, step=1).step == 1
     assert content() == before
 

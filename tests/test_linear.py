@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from empssl_jax.config import EvaluationConfig
-from empssl_jax.data import datasets as data
 from empssl_jax.evaluation import linear
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
+from empssl_jax.runtime.devices import device_mesh
 
 NAMES = ("a", "b", "c", "d", "e", "f")
 CLASSES = len(NAMES)
@@ -48,7 +48,7 @@ def numpy_accuracies(key, train, test, config):
 def test_accuracies_equal_numpys():
     key, train, test = jax.random.key(5), blobs(330, 1), blobs(500, 2)
     config = EvaluationConfig(linear_epochs=5, linear_batch_size=50)
-    accuracy = linear.linear_accuracy(key, train, test, config, data.device_mesh(1))
+    accuracy = linear.linear_accuracy(key, train, test, config, device_mesh(1))
     np.testing.assert_allclose(accuracy.top1, numpy_accuracies(key, train, test, config), atol=0.0021)
     assert np.all(accuracy.top5 >= accuracy.top1)
     hits = 500 * accuracy.top1
@@ -60,5 +60,5 @@ def test_separable_classes_are_learned():
     split = LabelledEmbeddings(4 * np.eye(CLASSES, dtype=np.float32)[labels], labels, NAMES)
     config = EvaluationConfig(linear_epochs=20, linear_batch_size=1000)
     assert float(
-        linear.linear_accuracy(jax.random.key(0), split, split, config, data.device_mesh(1)).top1[-1]
+        linear.linear_accuracy(jax.random.key(0), split, split, config, device_mesh(1)).top1[-1]
     ) == pytest.approx(1.0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empssl_jax.method.losses import coding_rate, coding_rate_bounds, emp_ssl_loss, invariance, normalise
+from empssl_jax.method.losses import coding_rate, coding_rate_bounds, emp_ssl_loss, normalise, similarity
 
 EPS = 0.2
 
@@ -96,8 +96,8 @@ def test_bounds_are_reached(images, dim):
 
 def test_similarity_of_opposite_patches_is_small():
     z = unit_rows(1, 5, 8)
-    assert float(invariance(jnp.float32(np.concatenate([z, z])))) == pytest.approx(1.0)
-    assert float(invariance(jnp.float32(np.concatenate([z, -z])))) == pytest.approx(0.0, abs=1e-6)
+    assert float(similarity(jnp.float32(np.concatenate([z, z])))) == pytest.approx(1.0)
+    assert float(similarity(jnp.float32(np.concatenate([z, -z])))) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_normalise_hides_no_overflow():

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empssl_jax.run_folder.metrics import DivergenceError, MetricsWriter
+from empssl_jax.config.errors import DivergenceError
+from empssl_jax.run_folder.metrics import MetricsWriter
 
 
 def metrics_of(loss):

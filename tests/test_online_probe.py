@@ -14,14 +14,15 @@ from test_end_to_end import checkpoint_arrays
 
 from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
-from empssl_jax.data import datasets as data
+from empssl_jax.data.datasets import ImageDataset, load_split
 from empssl_jax.evaluation import online_probe as probe
 from empssl_jax.method.encoder import encoder_graph, init_encoder
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import embedding_patches_key, parameters_key
-from empssl_jax.run_folder import timing
+from empssl_jax.run_folder import step_files as timing
 from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.runtime import interruption
+from empssl_jax.runtime.devices import device_mesh, replicated
 
 CONFIG = Config(
     data=DataConfig(dataset="digits", images_per_class=20, test_images_per_class=10),
@@ -89,10 +90,10 @@ def test_it_measures_every_so_many_steps_and_at_the_end_also_across_a_restart(ru
 def test_it_is_knn_on_sixteen_patches_of_the_first_images(runs):
     template = jax.eval_shape(lambda: init_encoder(CONFIG.model, parameters_key(0)))
     with Checkpoints(runs / "probed") as store:
-        _, state = store.restore_encoder(template, data.replicated(data.device_mesh(1)), "latest")
+        _, state = store.restore_encoder(template, replicated(device_mesh(1)), "latest")
     embeddings, labels = {}, {}
     for split in ("train", "test"):
-        dataset = data.load(CONFIG.data, split, None)
+        dataset = load_split(CONFIG.data, split, None)
         key = embedding_patches_key(CONFIG.training.seed)
         patches = multi_patch(key, dataset.images, 16, patch_size=16)
         encoder = nnx.merge(encoder_graph(CONFIG.model), *state)
@@ -107,7 +108,7 @@ def test_it_is_knn_on_sixteen_patches_of_the_first_images(runs):
 
 def test_it_takes_as_many_images_of_each_class():
     labels = np.repeat(np.arange(4), [1, 5, 3, 9]).astype(np.int32)
-    dataset = data.ImageDataset(np.zeros((18, 4, 4, 3), np.uint8), labels, tuple("abcd"))
+    dataset = ImageDataset(np.zeros((18, 4, 4, 3), np.uint8), labels, tuple("abcd"))
     assert np.bincount(probe._first_images(dataset, 12).labels).tolist() == [1, 3, 3, 3]
     assert np.bincount(probe._first_images(dataset, 2).labels).tolist() == [1, 1, 1, 1]
 

@@ -22,13 +22,14 @@ from synthetic_run import (
     write_run,
 )
 
-from empssl_jax import report
 from empssl_jax.config import DataConfig
-from empssl_jax.data import datasets as data
-from empssl_jax.evaluation.embeddings import LabelledEmbeddings, save_embeddings
+from empssl_jax.data.batches import shuffled_batches
+from empssl_jax.data.datasets import Datasets
+from empssl_jax.evaluation.embedding_files import save_embeddings
+from empssl_jax.evaluation.embeddings import LabelledEmbeddings
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import training_patches_key
-from empssl_jax.report import charts, findings, pictures, remarks
+from empssl_jax.report import charts, findings, pictures, remarks, write_report
 from empssl_jax.report.run import read_run
 
 
@@ -65,18 +66,18 @@ def written(tmp_path_factory):
     """A run, its embeddings and its page."""
     folder = tmp_path_factory.mktemp("runs") / "good"
     embeddings = write_run(folder)
-    path = report.write_report(folder, CONFIG, datasets())
+    path = write_report.write_report(folder, CONFIG, datasets())
     assert path == folder / "report.html"
     return folder, embeddings, path.read_text()
 
 
 def page_of(folder, config=CONFIG, images=None):
-    return report.write_report(folder, config, images).read_text()
+    return write_report.write_report(folder, config, images).read_text()
 
 
 def test_the_confusion_matrix_is_that_of_knn_by_hand(written):
     _, embeddings, page = written
-    train, test = embeddings["train"], embeddings["test"]
+    train, test = embeddings
     predicted = knn_by_numpy(test.embeddings, train.embeddings, train.labels, 5, 0.07)
     expected = np.zeros((10, 10), int)
     for label, prediction in zip(test.labels, predicted, strict=True):
@@ -93,7 +94,7 @@ def test_the_confusion_matrix_is_that_of_knn_by_hand(written):
 
 def test_the_effective_rank_is_that_of_the_covariance(written):
     _, embeddings, page = written
-    test = np.float64(embeddings["test"].embeddings)
+    test = np.float64(embeddings.test.embeddings)
     spread = np.sqrt(np.linalg.eigvalsh(np.cov(test.T)))
     shares = spread / spread.sum()
     expected = np.prod(shares**-shares)
@@ -164,7 +165,7 @@ def test_names_are_escaped(tmp_path):
 
 
 def call_classes(folder, embeddings, names):
-    for split, held in embeddings.items():
+    for split, held in zip(("train", "test"), embeddings, strict=True):
         save_embeddings(folder / "embeddings" / f"{split}.npz", held._replace(class_names=tuple(names)))
 
 
@@ -184,7 +185,7 @@ def test_classes_have_the_names_of_the_data_set(tmp_path, with_images):
     folder = tmp_path / "run"
     embeddings, images = write_run(folder), None
     if with_images:  # these are asked, whatever older embeddings say
-        images = {split: dataset._replace(class_names=tuple(names)) for split, dataset in datasets().items()}
+        images = Datasets(*(dataset._replace(class_names=tuple(names)) for dataset in datasets()))
     else:
         call_classes(folder, embeddings, names)
     _, *classes = Tables(page_of(folder, images=images)).tables["classes-table"]
@@ -195,7 +196,7 @@ def test_classes_have_the_names_of_the_data_set(tmp_path, with_images):
 def test_patches_are_those_that_the_first_step_saw(written):
     _, _, page = written
     training = CONFIG.training
-    batch = next(data.batches(datasets()["train"], training.batch_size, training.seed, 0, 1))
+    batch = next(shuffled_batches(datasets().train, training.batch_size, training.seed, 0, 1))
     seen = multi_patch(training_patches_key(training.seed, 0), batch.images, 4, patch_size=16, indices=batch.indices)
     strips = re.findall(r'data:image/png;base64,([\w+/=]+)" alt="4 patches of training image (\d+)"', page)
     assert [int(index) for _, index in strips] == batch.indices[:6].tolist()
@@ -211,7 +212,7 @@ def test_patches_are_those_that_the_first_step_saw(written):
 def test_patches_are_cropped_and_resized_as_in_training():
     crops = {"patch_area": 0.4, "patch_size": 16, "patch_aspect": 4 / 3, "interpolation": "bicubic"}
     config = dataclasses.replace(CONFIG, patches=dataclasses.replace(CONFIG.patches, **crops))
-    sheet = report.pictures.training_patches(config, datasets()["train"])
+    sheet = pictures.training_patches(config, datasets().train)
     images = np.stack(sheet.images)
     key = training_patches_key(config.training.seed, 0)
     seen = multi_patch(key, images, sheet.patches.shape[1], indices=sheet.indices, **crops)
@@ -220,7 +221,7 @@ def test_patches_are_cropped_and_resized_as_in_training():
 
 def test_neighbours_are_the_nearest_and_chosen_in_order(written):
     _, embeddings, _ = written
-    train, test = embeddings["train"], embeddings["test"]
+    train, test = embeddings
     predicted = knn_by_numpy(test.embeddings, train.embeddings, train.labels, 5, 0.07)
     for right in (True, False):
         examples = findings.find_neighbours(train, test, predicted, right)
@@ -265,7 +266,7 @@ def test_published_figures_stand_only_beside_their_own_data_set(written, tmp_pat
 
 def texts(folder, config=CONFIG, embeddings=None):
     run = read_run(folder, config, datasets())
-    found = findings.examine(**run.embeddings, config=config.evaluation, seed=0) if run.embeddings else None
+    found = findings.examine(run.embeddings, config.evaluation, seed=0) if run.embeddings else None
     return [(remark.warns, remark.text) for remark in remarks.remarks(run, found)]
 
 
@@ -342,10 +343,10 @@ def test_tensorboard_gets_the_patches_and_the_projector(written):
     assert PIL.Image.open(io.BytesIO(value.image.encoded_image_string)).size == (4 * 17 - 1, 6 * 17 - 1)
     projector = folder / "tensorboard" / "projector"
     vectors = np.loadtxt(projector / "tensors.tsv", delimiter="\t")
-    np.testing.assert_allclose(vectors, embeddings["test"].embeddings, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(vectors, embeddings.test.embeddings, rtol=1e-4, atol=1e-6)
     header, *lines = (projector / "metadata.tsv").read_text().splitlines()
     assert header == "class\tkNN\timage"
-    assert [int(line.split("\t")[0]) for line in lines] == embeddings["test"].labels.tolist()
+    assert [int(line.split("\t")[0]) for line in lines] == embeddings.test.labels.tolist()
     with PIL.Image.open(projector / "sprite.png") as sprite:
         assert sprite.size == (11 * 32, 11 * 32)
     settings = (folder / "tensorboard" / "projector_config.pbtxt").read_text()
@@ -378,10 +379,10 @@ def test_embeddings_of_other_images_leave_the_pictures_out(tmp_path):
 def test_images_without_a_label_are_left_out(tmp_path):
     folder, images = tmp_path / "run", datasets()
     embeddings = write_run(folder)
-    test = images["test"]
+    test = images.test
     labels = np.where(np.arange(len(test.labels)) % 4 == 0, -1, test.labels)
-    save_embeddings(folder / "embeddings" / "test.npz", embeddings["test"]._replace(labels=labels))
-    page = page_of(folder, images=images | {"test": test._replace(labels=labels)})
+    save_embeddings(folder / "embeddings" / "test.npz", embeddings.test._replace(labels=labels))
+    page = page_of(folder, images=images._replace(test=test._replace(labels=labels)))
     _, *rows = Tables(page).tables["confusion"]
     assert sum(int(cell) for row in rows for cell in row[1:]) == np.sum(labels >= 0) == 90
     assert "data:image" in re.sub(r"img-src data:", "", page)
@@ -389,9 +390,9 @@ def test_images_without_a_label_are_left_out(tmp_path):
 
 def test_without_any_label_the_page_has_curves_and_patches_only(tmp_path):
     folder, images = tmp_path / "run", datasets()
-    for split, held in write_run(folder).items():
+    for split, held in zip(("train", "test"), write_run(folder), strict=True):
         save_embeddings(folder / "embeddings" / f"{split}.npz", held._replace(labels=np.full_like(held.labels, -1)))
-    unlabelled = {name: held._replace(labels=np.full_like(held.labels, -1)) for name, held in images.items()}
+    unlabelled = Datasets(*(held._replace(labels=np.full_like(held.labels, -1)) for held in images))
     page = page_of(folder, images=unlabelled)
     assert "no label" in page
     assert "confusion" not in Tables(page).tables

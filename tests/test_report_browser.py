@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 from synthetic_run import CONFIG, datasets, write_run
 
-from empssl_jax import report
+from empssl_jax.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGUMENTS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 def page_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "seen"
     write_run(folder)
-    return report.write_report(folder, CONFIG, datasets())
+    return write_report.write_report(folder, CONFIG, datasets())
 
 
 @pytest.fixture
@@ -81,11 +81,11 @@ def test_pointing_at_a_dot_shows_its_image(open_page):
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     dot.dispatch_event("pointerover")
     assert peek.is_visible()
-    labels = datasets()["test"].labels
+    labels = datasets().test.labels
     assert peek.inner_text().startswith(str(labels[17]))
     assert "(test image 17)" in peek.inner_text()
     shown = np.asarray(PIL.Image.open(io.BytesIO(peek.locator("i").screenshot())).convert("L").resize((32, 32)), float)
-    images = datasets()["test"].images[..., 0].astype(float)
+    images = datasets().test.images[..., 0].astype(float)
     similar = [np.corrcoef(shown.ravel(), image.ravel())[0, 1] for image in images]
     assert np.argmax(similar) == 17
     page.locator("h1").dispatch_event("pointerover")

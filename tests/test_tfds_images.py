@@ -8,9 +8,9 @@ from tensorflow_datasets import features
 
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, RunConfig
 from empssl_jax.config.errors import UserError
-from empssl_jax.data import datasets as data
 from empssl_jax.data import tfds_images
-from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.data.datasets import load_bank, load_datasets, load_split
+from empssl_jax.evaluation.evaluate import check_neighbours
 
 
 def pixels(number: int, height: int = 8, width: int = 8) -> np.ndarray:
@@ -49,7 +49,7 @@ class Unlabelled(TinyStl):
 
 
 def load(folder, split="train", dataset="tiny_stl", **options):
-    return data.load(DataConfig(dataset=dataset, **options), split, str(folder), str(folder / "cache"))
+    return load_split(DataConfig(dataset=dataset, **options), split, str(folder), str(folder / "cache"))
 
 
 def numbers_of(dataset, numbers):
@@ -61,21 +61,22 @@ def numbers_of(dataset, numbers):
 def test_an_unlabelled_split_is_trained_on_and_the_labelled_one_measured_by(tmp_path):
     config = DataConfig(dataset="tiny_stl", train_split="unlabelled")
     run = RunConfig(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
-    datasets = evaluation.load_datasets(Config(data=config, run=run, evaluation=EvaluationConfig(num_neighbours=30)))
-    assert sorted(numbers_of(datasets["train"], range(200, 250))) == list(range(200, 250))
-    assert set(datasets["train"].labels.tolist()) == {-1}
+    datasets = load_datasets(Config(data=config, run=run))
+    check_neighbours(Config(evaluation=EvaluationConfig(num_neighbours=30)), datasets)
+    assert sorted(numbers_of(datasets.train, range(200, 250))) == list(range(200, 250))
+    assert set(datasets.train.labels.tolist()) == {-1}
     for name, first, count in (("bank", 0, 30), ("test", 100, 20)):
-        numbers = numbers_of(datasets[name], range(first, first + count))
+        numbers = numbers_of(getattr(datasets, name), range(first, first + count))
         assert sorted(numbers) == list(range(first, first + count))
-        np.testing.assert_array_equal(datasets[name].labels, np.array(numbers) % 3)
-    assert [datasets[name].num_classes for name in ("train", "bank", "test")] == [3, 3, 3]
+        np.testing.assert_array_equal(getattr(datasets, name).labels, np.array(numbers) % 3)
+    assert [split.num_classes for split in datasets] == [3, 3, 3]
     with pytest.raises(UserError, match="--num-neighbours is 31: there are only 30 training images"):
-        evaluation.load_datasets(Config(data=config, run=run, evaluation=EvaluationConfig(num_neighbours=31)))
+        check_neighbours(Config(evaluation=EvaluationConfig(num_neighbours=31)), datasets)
 
 
 def test_the_bank_is_what_is_trained_on_if_that_has_labels(tmp_path):
     train = load(tmp_path)
-    assert data.load_bank(DataConfig(dataset="tiny_stl"), train, str(tmp_path)) is train
+    assert load_bank(DataConfig(dataset="tiny_stl"), train, str(tmp_path)) is train
 
 
 def test_splits_may_be_slices(tmp_path):

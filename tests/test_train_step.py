@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
-from empssl_jax.data import datasets as data
+from empssl_jax.data.batches import Batch
 from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
+from empssl_jax.runtime.devices import device_mesh, replicated, split_images
 
 CONFIG = Config(
     data=DataConfig(dataset="digits"),
@@ -29,7 +30,7 @@ def batches():
     random = np.random.default_rng(0)
     size = CONFIG.training.batch_size
     return [
-        data.Batch(random.integers(0, 256, (size, 32, 32, 3), np.uint8), np.arange(size, dtype=np.int32) + 100 * step)
+        Batch(random.integers(0, 256, (size, 32, 32, 3), np.uint8), np.arange(size, dtype=np.int32) + 100 * step)
         for step in range(3)
     ]
 
@@ -37,11 +38,11 @@ def batches():
 @functools.cache
 def compiled_step(num_devices: int, config: Config):
     """The step, a function that makes its first state, and the mesh."""
-    mesh = data.device_mesh(num_devices)
+    mesh = device_mesh(num_devices)
     schedule = learning_rate_schedule(config.training, STEPS_PER_EPOCH)
     optimizer = make_optimizer(config.training, schedule)
     step = make_train_step(config, optimizer, schedule, STEPS_PER_EPOCH, mesh)
-    return step, lambda: jax.device_put(create_state(config, optimizer), data.replicated(mesh)), mesh
+    return step, lambda: jax.device_put(create_state(config, optimizer), replicated(mesh)), mesh
 
 
 def run_steps(batches, num_devices: int, config: Config = CONFIG):
@@ -50,7 +51,7 @@ def run_steps(batches, num_devices: int, config: Config = CONFIG):
     state, metrics = create(), []
     with jax.transfer_guard("disallow"):
         for batch in batches:
-            state, values = step(state, jax.device_put(batch, data.split_images(mesh)))
+            state, values = step(state, jax.device_put(batch, split_images(mesh)))
             metrics.append(values)
     return jax.device_get(state), jax.device_get(metrics)
 
@@ -112,7 +113,7 @@ def test_gradients_are_summed_over_devices_in_float32(batches):
     """In any precision of the layers: what is summed over devices has no bfloat16 in it."""
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
     step, create, mesh = compiled_step(8, config)
-    lowered = step.lower(jax.eval_shape(create), jax.device_put(batches[0], data.split_images(mesh))).as_text()
+    lowered = step.lower(jax.eval_shape(create), jax.device_put(batches[0], split_images(mesh))).as_text()
     sums = re.findall(r"all_reduce.*?\) : \((.*?)\) ->", lowered, re.DOTALL)
     assert len(sums) > 20
     assert not [types for types in sums if "bf16" in types]
@@ -137,8 +138,8 @@ def test_an_update_of_nothing_leaves_the_parameters(batches):
     """After the last step of the schedule the rate is 0; BatchNorm's statistics go on."""
     step, create, mesh = compiled_step(1, CONFIG)
     kept = jax.tree.map(lambda x: x + STEPS_PER_EPOCH if x.dtype == jnp.int32 else x, jax.device_get(create()))
-    before = jax.device_put(kept, data.replicated(mesh))
-    after, metrics = step(before, jax.device_put(batches[0], data.split_images(mesh)))
+    before = jax.device_put(kept, replicated(mesh))
+    after, metrics = step(before, jax.device_put(batches[0], split_images(mesh)))
     assert float(metrics["learning_rate"]) == 0
     for ours, theirs in zip(jax.tree.leaves(kept.encoder.params), jax.tree.leaves(after.encoder.params), strict=True):
         np.testing.assert_array_equal(ours, theirs)

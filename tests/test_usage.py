@@ -13,7 +13,7 @@ import pytest
 
 import empssl_jax
 from empssl_jax import config, training
-from empssl_jax.data import datasets as data
+from empssl_jax.data.datasets import load_split
 
 REPOSITORY = Path(__file__).parent.parent
 PAGE = (REPOSITORY / "docs" / "usage.md").read_text()
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     )
     training.train(made)
     (folder / "photos").mkdir()
-    for number, image in enumerate(data.load(made.data, "test", None).images[:12]):
+    for number, image in enumerate(load_split(made.data, "test", None).images[:12]):
         PIL.Image.fromarray(image).save(folder / "photos" / f"{number:02}.png")
     (folder / "query.png").write_bytes((folder / "photos" / "00.png").read_bytes())
     return folder

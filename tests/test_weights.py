@@ -17,7 +17,6 @@ import empssl_jax
 from empssl_jax import training
 from empssl_jax.config import ModelConfig
 from empssl_jax.config.errors import UserError
-from empssl_jax.data import datasets as data
 from empssl_jax.inference import torch_names as names_module
 from empssl_jax.inference import weights
 from empssl_jax.method import encoder as models
@@ -25,6 +24,7 @@ from empssl_jax.method.random_keys import parameters_key
 from empssl_jax.method.resnet import BACKBONES
 from empssl_jax.method.train_step import make_optimizer
 from empssl_jax.run_folder.checkpoints import Checkpoints
+from empssl_jax.runtime.devices import device_mesh
 
 KEY = jax.random.key(0)
 OFFICIAL = ModelConfig(hidden_dim=64, projection_dim=32, precision="float32")
@@ -107,7 +107,7 @@ def test_export_then_import_is_exact(tiny_run, tmp_path, kind):
     # Training starts from there.
     optimizer = make_optimizer(ours.config.training, lambda step: 0.1)
     with Checkpoints(workdir) as store:
-        state = training._initial_state(ours.config, optimizer, store, data.device_mesh())
+        state = training._initial_state(ours.config, optimizer, store, device_mesh())
     assert int(state.step) == 0
     assert_equal(state.encoder, theirs.state)
     other = dataclasses.replace(ours.config, model=dataclasses.replace(ours.config.model, width=8))

@@ -7,14 +7,15 @@ import sys
 
 import pytest
 
-from empssl_jax.config.errors import UserError
-from empssl_jax.run_folder.workdir import StorageError, claimed, replacing, storage_errors
+from empssl_jax.config.errors import StorageError, UserError
+from empssl_jax.run_folder.workdir import locked, storage_errors
+from empssl_jax.runtime.atomic_write import atomic_write
 
 HOLD = """
 import sys
 from pathlib import Path
-from empssl_jax.run_folder.workdir import claimed
-with claimed(Path(sys.argv[1])):
+from empssl_jax.run_folder.workdir import locked
+with locked(Path(sys.argv[1])):
     print("claimed", flush=True)
     sys.stdin.read()
 """
@@ -27,18 +28,18 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     assert process.stdout.readline() == "claimed\n"
     with (
         pytest.raises(UserError, match=rf"is in use by process {process.pid} on .*: wait for it, stop it"),
-        claimed(tmp_path),
+        locked(tmp_path),
     ):
         pass
     process.kill()
     process.communicate()
-    with claimed(tmp_path):
+    with locked(tmp_path):
         assert f"process {os.getpid()} on" in (tmp_path / "lock").read_text()
 
 
 def test_the_same_process_can_claim_again(tmp_path):
     for _ in range(2):
-        with claimed(tmp_path / "new"):
+        with locked(tmp_path / "new"):
             pass
 
 
@@ -46,7 +47,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"--workdir .*file.* cannot be written to \(.*\): give another folder"):
-            claimed(place).__enter__()
+            locked(place).__enter__()
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -56,11 +57,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
         refused = pytest.raises(StorageError, match=r"cannot be written to any more \(File too large\)")
-        with refused, storage_errors(tmp_path), replacing(path) as file:
+        with refused, storage_errors(tmp_path), atomic_write(path) as file:
             file.write(b"x" * 5000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_text() == "before"
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"after")
     assert path.read_text() == "after"

@@ -1,1 +1,31 @@
-from empssl_jax.config.options import *  # noqa: F403
+"""Every option, its default and its check. Imports nothing of the package; everything else may import it.
+
+Read options.py first: the options of a training run, in groups. command_options.py has those of the other commands,
+checked_fields.py the checks, errors.py the errors a user sees.
+"""
+
+from empssl_jax.config.options import (
+    Config,
+    DataConfig,
+    DistributedConfig,
+    EmbeddingConfig,
+    EvaluationConfig,
+    ModelConfig,
+    PatchConfig,
+    RunConfig,
+    TrainingConfig,
+    training_differences,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "DistributedConfig",
+    "EmbeddingConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "PatchConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "training_differences",
+]

@@ -1,16 +1,26 @@
-"""How options are checked: what is wrong gets one sentence with the option, its value and the remedy."""
-
-import dataclasses
-import typing
-import unicodedata
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+"""Errors that a user can fix. Each is one sentence: the option, its value, and the remedy."""
 
 
 class UserError(ValueError):
-    """Something that the user can mend; its message is one sentence that says what is wrong and the remedy."""
+    """Something the user can fix. The message is one sentence that says what is wrong and how to fix it."""
 
     exit_code = 2
+
+
+class InUseError(UserError):
+    """Another process is using the folder."""
+
+
+class StorageError(UserError):
+    """A file could not be written. Everything saved before is intact."""
+
+    exit_code = 1
+
+
+class DivergenceError(UserError):
+    """A loss, an update or a parameter is NaN or infinite."""
+
+    exit_code = 1
 
 
 def require(condition: bool, option: str, value: object, remedy: str) -> None:
@@ -20,96 +30,14 @@ def require(condition: bool, option: str, value: object, remedy: str) -> None:
 
 
 def flag(option: str) -> str:
-    """An option as it is written on the command line."""
+    """The option as written on the command line."""
     return "--" + option.replace("_", "-")
 
 
 def one_line(value: object) -> str:
-    """A value as a message shows it: on one line and not too long; of an exception, what it says."""
+    """The value as messages show it: on one line, at most 200 characters. For an exception, its message."""
     try:
         text = " ".join((str(value) if isinstance(value, BaseException) else repr(value)).split())
     except Exception:  # Python prints no integer of more than 4300 digits, and a value's own repr may fail
         text = f"some {type(value).__name__}"
     return text if len(text) <= 200 else text[:197] + "..."
-
-
-class _Allowed(Protocol):
-    """The values that an option takes; as a string, what to give."""
-
-    def holds(self, value: object) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers from `low` to `high`."""
-
-    low: float
-    high: float
-    whole: bool
-
-    def holds(self, value: object) -> bool:
-        """Whether the value is one of them."""
-        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
-            return False
-        return self.low <= value <= self.high
-
-    def __str__(self) -> str:
-        return f"{'a whole number' if self.whole else 'a number'} from {self.low:.10g} up to {self.high:.10g}"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A few values."""
-
-    values: tuple[object, ...]
-
-    def holds(self, value: object) -> bool:
-        """Whether the value is one of them, and not just equal to one as 1 is to True."""
-        return any(type(value) is type(choice) and value == choice for choice in self.values)
-
-    def __str__(self) -> str:
-        return " or ".join(map(repr, self.values))
-
-
-class Text:
-    """Names and paths: text that the file system and a terminal can take."""
-
-    def holds(self, value: object) -> bool:
-        """Whether it is that; control characters and bytes that are not UTF-8 are refused."""
-        if not (isinstance(value, str) and 0 < len(value) <= 1000):
-            return False
-        return not {"Cc", "Cs"} & set(map(unicodedata.category, value))
-
-    def __str__(self) -> str:
-        return "a name of 1 to 1000 printable characters"
-
-
-def _allowed(field: dataclasses.Field, annotation: object) -> _Allowed:
-    """What a field takes, by its range or else by its type."""
-    if "range" in field.metadata:
-        return field.metadata["range"]
-    if annotation is bool:
-        return Choice((False, True))
-    return Choice(typing.get_args(annotation)) if typing.get_origin(annotation) is Literal else Text()
-
-
-class Checked:
-    """Checks the fields of a dataclass when it is made."""
-
-    def __post_init__(self) -> None:
-        annotations = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, allowed = getattr(self, field.name), _allowed(field, annotations[field.name])
-            optional = field.default is None
-            if not (optional and value is None):
-                require(allowed.holds(value), field.name, value, f"give {allowed}{', or None' * optional}")
-
-
-def whole(default: int | None, low: int, high: int = 1_000_000_000) -> Any:
-    """A field of whole numbers from `low` to `high`."""
-    return dataclasses.field(default=default, metadata={"range": Range(low, high, whole=True)})
-
-
-def real(default: float, low: float, high: float = 1e9) -> Any:
-    """A field of numbers from `low` to `high`."""
-    return dataclasses.field(default=default, metadata={"range": Range(low, high, whole=False)})

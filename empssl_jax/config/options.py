@@ -1,41 +1,42 @@
-"""Everything that can be chosen, each default once: frozen dataclasses, checked where they are made.
+"""Every option of a training run and its only default: frozen dataclasses, checked where they are made.
 
-The highest sizes are far above what memory holds, and low enough that their products fit into XLA's integers, so that
-too large a model or batch is told as being out of memory.
+The comment above a field is its text in --help. The upper limits of sizes are far above what any memory holds, and low
+enough that their products fit into XLA's integers: a model or batch that is too large is reported as out of memory.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
+from tyro.conf import OmitArgPrefixes
 
-from empssl_jax.config.errors import Checked, UserError, flag, one_line, real, require, whole
+from empssl_jax.config.checked_fields import Checked, float_field, int_field
+from empssl_jax.config.errors import UserError, flag, one_line, require
 
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    """Which images."""
+    """The images."""
 
+    # A TFDS image data set by name; or folder:PATH, a folder of image files (JPEG, PNG, ...), see docs/data.md; or
+    # digits, the 8x8 digits of scikit-learn.
     dataset: str = "cifar10"
-    """Name of a TFDS data set of images; or folder:PATH, a folder of image files (JPEG, PNG, ...), as docs/data.md
-    describes; or digits, the 8x8 digits that scikit-learn contains."""
+    # Split to train on; its labels are not used. kNN and the linear classifier learn from the labelled images of this
+    # split, or of the split train if this one has no labels (such as stl10's unlabelled).
     train_split: str = "train"
-    """Split that is trained on; labels play no part in it. kNN and the linear classifier learn from the labelled
-    images of this split, or if it has none (as stl10's unlabelled) from those of the split train."""
+    # Split to measure kNN and the linear classifier on. Default: test, or else validation. Images without labels are
+    # embedded but not measured.
     test_split: str | None = None
-    """Split that kNN and the linear classifier are measured on; by default test, or else validation. Images without
-    labels are embedded but left out of both measures."""
-    image_size: int | None = whole(None, 1, 4096)
-    """Side in pixels that images are brought to when they are decoded: the largest square in their centre is resized.
-    By default they stay as they are, and must be square and alike."""
+    # Side in pixels of the decoded images: the largest central square is resized to it. Default: images keep their
+    # size, and must all be squares of one size.
+    image_size: int | None = int_field(None, 1, 4096)
+    # Refuse a folder with files that cannot be decoded, instead of listing and skipping them.
     strict_images: bool = False
-    """Refuse a folder with files that cannot be decoded, in place of listing them and leaving them out."""
-    images_per_class: int | None = whole(None, 1)
-    """Keep only the first so many training images of each class, in the order of their ids; none without a label."""
-    test_images_per_class: int | None = whole(None, 1)
-    """Keep only the first so many test images of each class, in the order of their ids."""
+    # Keep only the first so many training images of each class, ordered by id, and none without a label.
+    images_per_class: int | None = int_field(None, 1)
+    # Keep only the first so many test images of each class, ordered by id.
+    test_images_per_class: int | None = int_field(None, 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,18 +48,18 @@ class DataConfig(Checked):
 class PatchConfig(Checked):
     """How images become patches."""
 
-    train_patches: int = whole(20, 2, 1000)
-    """Patches of each image in a training step."""
-    patch_area: float = real(0.25, 1e-9, 1.0)
-    """Area of a crop as a fraction of the image."""
-    patch_size: int = whole(32, 4, 1024)
-    """Side in pixels that crops are resized to; 16 leaves the crops of 32x32 images as they are, at a quarter of the
-    cost."""
-    patch_aspect: float = real(1.0, 1.0, 100.0)
-    """Highest ratio of the two sides of a crop, which is drawn anew for each; 1 keeps crops square. torchvision's
-    RandomResizedCrop, and so the paper's recipe for ImageNet, has 4/3."""
+    # Patches of each image in a training step.
+    train_patches: int = int_field(20, 2, 1000)
+    # Area of a crop as a fraction of the image.
+    patch_area: float = float_field(0.25, 1e-9, 1.0)
+    # Side in pixels that crops are resized to. 16 keeps the crops of 32x32 images at their size, at a quarter of the
+    # cost.
+    patch_size: int = int_field(32, 4, 1024)
+    # Highest ratio of a crop's sides, drawn for each crop; 1 keeps crops square. The paper's ImageNet recipe uses 4/3,
+    # the default of torchvision's RandomResizedCrop.
+    patch_aspect: float = float_field(1.0, 1.0, 100.0)
+    # How crops are resized. The paper's ImageNet recipe uses bicubic.
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """How crops are resized; the paper's recipe for ImageNet has bicubic."""
 
     @property
     def crops(self) -> dict[str, Any]:
@@ -70,46 +71,46 @@ class PatchConfig(Checked):
 class ModelConfig(Checked):
     """The encoder."""
 
+    # The ResNet. 18 and 34 have two convolutions a block, in 8 and 16 blocks; 50 has three, in 16 blocks.
     backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
-    """The ResNet: two convolutions a block and 8 or 16 blocks, or three a block and 16 blocks."""
+    # First layers of the ResNet: cifar is a 3x3 convolution, for patches of about 32 pixels; imagenet is a 7x7
+    # convolution and pooling, which reduce the side to a quarter, for larger patches.
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """How the ResNet begins: with a 3x3 convolution, for patches of about 32 pixels; or with a 7x7 convolution and
-    pooling that quarter the side, for larger ones."""
-    width: int = whole(64, 1, 1000)
-    """Channels of the stem; the ResNet's size goes with it."""
-    hidden_dim: int = whole(4096, 1, 1_000_000)
-    """Dimension of the embeddings."""
-    projection_dim: int = whole(1024, 2, 1_000_000)
-    """Dimension of the projections, which the loss sees."""
+    # Channels of the stem. All channels of the ResNet scale with it.
+    width: int = int_field(64, 1, 1000)
+    # Dimension of the hidden features, the paper's embeddings.
+    hidden_dim: int = int_field(4096, 1, 1_000_000)
+    # Dimension of the projections, which the loss is computed from.
+    projection_dim: int = int_field(1024, 2, 1_000_000)
+    # Type of activations and matrix products; auto is bfloat16 on GPU and TPU and float32 on CPU. Parameters,
+    # statistics and the loss are always float32.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of activations and matrix products; auto is bfloat16 on GPU and TPU and float32 on CPU. Parameters,
-    statistics and the loss are float32."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Checked):
-    """The objective and its minimisation."""
+    """The objective and the optimizer."""
 
-    batch_size: int = whole(100, 2, 100_000)
-    """Images in a step, over all devices."""
-    max_epochs: int = whole(1, 1, 100_000)
-    """Passes over the training images."""
-    learning_rate: float = real(0.3, 1e-9)
-    """Learning rate at its highest; it falls to 0 along a half cosine."""
-    warmup_epochs: float = real(0.0, 0.0)
-    """Epochs in which the learning rate first rises linearly."""
-    weight_decay: float = real(1e-4, 0.0)
-    """L2 penalty on kernels."""
-    momentum: float = real(0.9, 0.0, 0.9999)
-    """Decay of LARS's accumulated updates (Nesterov)."""
-    trust_coefficient: float = real(0.005, 1e-9)
-    """LARS's trust coefficient, eta."""
-    invariance_coefficient: float = real(200.0, 0.0)
-    """Weight of the similarity of an image's patches, lambda."""
-    coding_rate_eps: float = real(0.2, 1e-9, 1000.0)
-    """Squared distortion of the coding rate, eps."""
-    seed: int = whole(42, 0)
-    """Decides the initial parameters, the order of the images and their patches."""
+    # Images in a step, over all devices.
+    batch_size: int = int_field(100, 2, 100_000)
+    # Passes over the training images.
+    max_epochs: int = int_field(1, 1, 100_000)
+    # Peak learning rate; it decays to 0 along a half cosine.
+    learning_rate: float = float_field(0.3, 1e-9)
+    # Epochs of linear warm-up of the learning rate.
+    warmup_epochs: float = float_field(0.0, 0.0)
+    # L2 penalty on kernels.
+    weight_decay: float = float_field(1e-4, 0.0)
+    # Decay of LARS's accumulated updates (Nesterov momentum).
+    momentum: float = float_field(0.9, 0.0, 0.9999)
+    # LARS's trust coefficient, eta.
+    trust_coefficient: float = float_field(0.005, 1e-9)
+    # Weight of the similarity of an image's patches, lambda.
+    invariance_coefficient: float = float_field(200.0, 0.0)
+    # Squared distortion of the coding rate, eps.
+    coding_rate_eps: float = float_field(0.2, 1e-9, 1000.0)
+    # Seed of the initial parameters, the order of the images and their patches.
+    seed: int = int_field(42, 0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,21 +120,21 @@ class TrainingConfig(Checked):
 
 @dataclass(frozen=True)
 class EmbeddingConfig(Checked):
-    """How an image is embedded."""
+    """How images are embedded."""
 
-    valid_patches: int = whole(128, 0, 1_000_000)
-    """Patches averaged into an embedding; 0 leaves embeddings, and so all measures, out."""
+    # Patches averaged into an embedding; 0 skips embeddings and all measurements.
+    valid_patches: int = int_field(128, 0, 1_000_000)
+    # random: patches made as in training, as in the paper. grid: the crops of a regular grid without augmentation, of
+    # which fewer are enough, with higher accuracy (docs/recipe.md).
     valid_crops: Literal["random", "grid"] = "random"
-    """What these patches are: random ones, made as in training and as in the paper; or the crops of a regular grid in
-    their own colours, of which fewer are enough and which measure better (docs/recipe.md)."""
+    # What is averaged over the patches. hidden: hidden features, as in the paper. stages: the mean of each ResNet
+    # stage's map, all four concatenated, which is shorter and more accurate (docs/recipe.md).
     embedded_layer: Literal["hidden", "stages"] = "hidden"
-    """What is averaged over the patches: hidden features, as in the paper; or the mean of each stage's map in the
-    backbone, the four side by side, which is shorter and measures better (docs/recipe.md)."""
-    cells: int = whole(1, 1, 10)
-    """Cells along each side of the image. Each cell averages its own patches of the grid, and the embedding is the
-    cells' means side by side, so that it knows what was where; 1 averages all, as in the paper."""
-    embedding_batch_size: int = whole(250, 1, 100_000)
-    """Images embedded at a time, over all devices."""
+    # Cells along each side of the image. Each cell averages its own patches of the grid; the embedding concatenates
+    # the cells' means and keeps where things are. 1 averages all patches, as in the paper.
+    cells: int = int_field(1, 1, 10)
+    # Images embedded at a time, over all devices.
+    embedding_batch_size: int = int_field(250, 1, 100_000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,30 +155,30 @@ class EmbeddingConfig(Checked):
 
 @dataclass(frozen=True)
 class EvaluationConfig(EmbeddingConfig):
-    """Embeddings and how they are measured."""
+    """How images are embedded and embeddings measured."""
 
+    # Whiten the embeddings before kNN, with mean and covariance of the training images' embeddings.
     whiten: bool = False
-    """Whiten the embeddings before kNN, by mean and covariance of the training images'."""
-    num_neighbours: int = whole(20, 1)
-    """Neighbours that vote in kNN."""
-    temperature: float = real(0.07, 0.02)
-    """A neighbour of cosine similarity s has exp(s / temperature) votes."""
-    linear_epochs: int = whole(100, 0, 100_000)
-    """Epochs of the linear classifier; 0 leaves it out."""
-    linear_learning_rate: float = real(0.03, 1e-9)
-    """Its learning rate at the start, falling to 0 along a half cosine."""
-    linear_weight_decay: float = real(5e-5, 0.0)
-    """Its L2 penalty."""
-    linear_batch_size: int = whole(100, 1)
-    """Its batch size."""
+    # Neighbours that vote in kNN.
+    num_neighbours: int = int_field(20, 1)
+    # A neighbour of cosine similarity s has exp(s / temperature) votes.
+    temperature: float = float_field(0.07, 0.02)
+    # Epochs of the linear classifier; 0 skips it.
+    linear_epochs: int = int_field(100, 0, 100_000)
+    # Initial learning rate of the linear classifier; it decays to 0 along a half cosine.
+    linear_learning_rate: float = float_field(0.03, 1e-9)
+    # L2 penalty of the linear classifier.
+    linear_weight_decay: float = float_field(5e-5, 0.0)
+    # Batch size of the linear classifier.
+    linear_batch_size: int = int_field(100, 1)
+    # Also measure kNN before training. A few passes first set BatchNorm's statistics; they change no parameter.
     untrained: bool = False
-    """Also measure kNN before training, after a few passes that set BatchNorm's statistics but learn nothing."""
+    # Write report.html, a page of figures and explanations, at the end.
     report: bool = True
-    """Write report.html, a page of figures and explanations, at the end."""
 
     @property
     def embeddings(self) -> str:
-        """In words, how the embeddings are made that are measured."""
+        """How the measured embeddings are made, in words."""
         parts = [f"{self.valid_patches} {self.valid_crops} patches", self.embedded_layer]
         parts += [f"{self.cells}x{self.cells} cells"] * (self.cells > 1) + ["whitened for kNN"] * self.whiten
         return ", ".join(parts)
@@ -185,46 +186,46 @@ class EvaluationConfig(EmbeddingConfig):
 
 @dataclass(frozen=True)
 class RunConfig(Checked):
-    """Where a run lives; nothing here changes what is learned."""
+    """Where the run is stored and how it executes. Nothing here changes what is learned."""
 
+    # Folder of the run: checkpoints, metrics, embeddings, results. Training resumes from what it holds.
     workdir: str = "runs/cifar10"
-    """Folder of the run: checkpoints, metrics, embeddings, results. Training resumes where that folder left off."""
+    # Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
     data_dir: str | None = None
-    """Folder of prepared TFDS data sets; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    # Folder for decoded images of folders and of large data sets, which need not fit into memory. Default:
+    # empssl_jax/images in the user's cache folder.
     cache_dir: str | None = None
-    """Folder for the decoded images of folders and of large data sets, which need not fit into memory; by default
-    empssl_jax/images of the user's cache folder."""
-    checkpoint_every: int | None = whole(None, 1)
-    """Save a checkpoint every so many steps, besides the end of each epoch."""
-    max_to_keep: int = whole(2, 1)
-    """Newest checkpoints to keep, besides the one with the lowest loss."""
+    # Save a checkpoint every so many steps, besides the end of each epoch.
+    checkpoint_every: int | None = int_field(None, 1)
+    # Newest checkpoints to keep, besides the one with the lowest loss.
+    max_to_keep: int = int_field(2, 1)
+    # Keep only the inputs of the residual blocks for the backward pass and compute the rest again. Takes less memory
+    # (for 200 patches an image, say) and more time.
     remat: bool = False
-    """Keep only the inputs of the residual blocks for the backward pass and compute the rest again: less memory, as
-    for 200 patches an image, and more time."""
+    # Write a trace of steps 10 to 15 into profile/ of the workdir, for TensorBoard's profile plugin.
     profile: bool = False
-    """Write a trace of steps 10 to 15 into profile/ of the workdir, for TensorBoard's profile plugin."""
-    probe_every: int | None = whole(None, 1)
-    """Measure kNN on a few of the images every so many steps and at the end, into probe.jsonl with the seconds of
-    training; training itself is the same to the bit."""
+    # Measure kNN on a few of the images every so many steps and at the end, and write it with the seconds of training
+    # to probe.jsonl. Training stays bit-identical.
+    probe_every: int | None = int_field(None, 1)
+    # Also log to Weights & Biases (needs the extra of that name).
     wandb: bool = False
-    """Also log to Weights & Biases (needs the extra of that name)."""
 
 
 @dataclass(frozen=True)
 class DistributedConfig(Checked):
-    """The processes that work as one; no part of the run, which other processes may resume."""
+    """The processes of the job. They are no part of the run: other processes may resume it."""
 
+    # Where the processes meet: HOST:PORT, a host and a free port of process 0. Needs --num-processes and --process-id.
+    # TPU pods, SLURM and other clusters that JAX detects need none of the three.
     coordinator: str | None = None
-    """Where the processes meet: HOST:PORT, a host and a free port of process 0. Goes with --num-processes and
-    --process-id; TPU pods, SLURM and other clusters that JAX recognises need none of the three."""
-    num_processes: int | None = whole(None, 1)
-    """How many processes there are; 1 runs alone, also where JAX recognises a cluster."""
-    process_id: int | None = whole(None, 0)
-    """Number of this process, from 0."""
-    heartbeat_timeout: int = whole(100, 5)
-    """Seconds after which the processes give up one that has ended or been stopped, and end too."""
-    step_timeout: int = whole(600, 1)
-    """Seconds after which the processes end if no training step is done, as when one of them hangs."""
+    # Number of processes. 1 runs alone, even where JAX detects a cluster.
+    num_processes: int | None = int_field(None, 1)
+    # Number of this process, from 0.
+    process_id: int | None = int_field(None, 0)
+    # Seconds without a heartbeat before a process is considered lost and all exit.
+    heartbeat_timeout: int = int_field(100, 5)
+    # Seconds without a finished training step before the processes exit, for example because one of them hangs.
+    step_timeout: int = int_field(600, 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -244,23 +245,21 @@ class DistributedConfig(Checked):
 
 NO_PART_IN_TRAINING = ("test_split", "test_images_per_class", "strict_images")
 
-# The loss's matrices have eigenvalues from 1 to dimension / eps: above 1e6 float32 can lose what keeps them positive.
+# The loss's matrices have eigenvalues from 1 to dimension / eps. Above 1e6, float32 can lose what keeps them positive.
 SMALLEST_EPS = 1e-5  # of the dimension
-
-_flat = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)
 class Config:
     """A training run."""
 
-    data: Annotated[DataConfig, _flat] = dataclasses.field(default_factory=DataConfig)
-    patches: Annotated[PatchConfig, _flat] = dataclasses.field(default_factory=PatchConfig)
-    model: Annotated[ModelConfig, _flat] = dataclasses.field(default_factory=ModelConfig)
-    training: Annotated[TrainingConfig, _flat] = dataclasses.field(default_factory=TrainingConfig)
-    evaluation: Annotated[EvaluationConfig, _flat] = dataclasses.field(default_factory=EvaluationConfig)
-    run: Annotated[RunConfig, _flat] = dataclasses.field(default_factory=RunConfig)
-    distributed: Annotated[DistributedConfig, _flat] = dataclasses.field(default_factory=DistributedConfig)
+    data: OmitArgPrefixes[DataConfig] = dataclasses.field(default_factory=DataConfig)
+    patches: OmitArgPrefixes[PatchConfig] = dataclasses.field(default_factory=PatchConfig)
+    model: OmitArgPrefixes[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
+    training: OmitArgPrefixes[TrainingConfig] = dataclasses.field(default_factory=TrainingConfig)
+    evaluation: OmitArgPrefixes[EvaluationConfig] = dataclasses.field(default_factory=EvaluationConfig)
+    run: OmitArgPrefixes[RunConfig] = dataclasses.field(default_factory=RunConfig)
+    distributed: OmitArgPrefixes[DistributedConfig] = dataclasses.field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -275,7 +274,7 @@ class Config:
 
 
 def training_differences(ours: Config, theirs: Config) -> list[str]:
-    """What differs between two runs and changes what is learned, as "--option ours (was theirs)"."""
+    """The options that differ between two runs and change what is learned, as "--option ours (was theirs)"."""
     differences = []
     for group in ("data", "patches", "model", "training"):
         for field in dataclasses.fields(getattr(ours, group)):

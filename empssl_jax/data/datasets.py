@@ -1,27 +1,17 @@
-"""Data sets, decoded once; Grain orders and batches them."""
+"""Data sets as decoded images and labels: TFDS data sets, folders of image files, and scikit-learn's digits."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-import grain
-import jax
 import numpy as np
 import PIL.Image
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, Int32, Shaped, UInt8
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
-from empssl_jax.config import DataConfig, TrainingConfig
+from empssl_jax.config import Config, DataConfig
 from empssl_jax.config.errors import require
-from empssl_jax.data.folder_images import load_folder
-from empssl_jax.data.tfds_images import find_test_split, load_tfds
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
-DATA_AXIS = "data"  # the mesh axis that splits the images of a batch over devices
 
 
 class ImageDataset(NamedTuple):
@@ -34,7 +24,7 @@ class ImageDataset(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, also such as no image is in."""
+        """Number of classes, including empty ones."""
         return len(self.class_names)
 
     def take(self, rows: Int[np.ndarray, " K"]) -> "ImageDataset":
@@ -43,14 +33,22 @@ class ImageDataset(NamedTuple):
         return ImageDataset(self.images[rows], self.labels[rows], self.class_names, names)
 
 
-class Batch(NamedTuple):
-    """Images of one step and their indices in the data set."""
+class Datasets(NamedTuple):
+    """The images of a run."""
 
-    images: UInt8[jax.Array | np.ndarray, "B H W 3"]
-    indices: Int32[jax.Array | np.ndarray, " B"]
+    train: ImageDataset  # trained on; labels play no part
+    bank: ImageDataset  # what kNN and the linear classifier learn from: `train`, unless that has no labels
+    test: ImageDataset  # what they are measured on
 
 
-def load(config: DataConfig, split: Split, data_dir: str | None, cache_dir: str | None = None) -> ImageDataset:
+def load_datasets(config: Config) -> Datasets:
+    """The images of a run; see `load_split` for the errors raised."""
+    folders = config.run.data_dir, config.run.cache_dir
+    train, test = (load_split(config.data, split, *folders) for split in SPLITS)
+    return Datasets(train, load_bank(config.data, train, *folders), test)
+
+
+def load_split(config: DataConfig, split: Split, data_dir: str | None, cache_dir: str | None = None) -> ImageDataset:
     """Decodes a split, with a progress bar, or maps what was decoded before.
 
     Of several processes each has all images: every epoch is another permutation, so that a process needs any image
@@ -85,7 +83,7 @@ def load_bank(
     if (train.labels >= 0).any() or config.train_split == DataConfig.train_split:
         return train
     labelled = dataclasses.replace(config, train_split=DataConfig.train_split)
-    return load(labelled, "train", data_dir, cache_dir)
+    return load_split(labelled, "train", data_dir, cache_dir)
 
 
 def _load(config, split, data_dir, cache_dir) -> tuple[ImageDataset, Shaped[np.ndarray, " N"] | None]:
@@ -93,62 +91,15 @@ def _load(config, split, data_dir, cache_dir) -> tuple[ImageDataset, Shaped[np.n
     if config.dataset == "digits":
         return _load_digits(config, split), None
     if config.dataset.startswith("folder:"):
+        from empssl_jax.data.folder_images import load_folder
+
         images, class_names = load_folder(config, split, cache_dir)
         return ImageDataset(images.images, images.labels, class_names, images.ids), images.ids
+    from empssl_jax.data.tfds_images import find_test_split, load_tfds
+
     name = config.train_split if split == "train" else find_test_split(config, data_dir)
     images, class_names = load_tfds(config, name, data_dir, cache_dir)
     return ImageDataset(images.images, images.labels, class_names), images.ids
-
-
-def batches(
-    dataset: ImageDataset,
-    batch_size: int,
-    seed: int,
-    first_step: int,
-    last_step: int,
-    rows: Int[np.ndarray, " K"] | slice = slice(None),
-) -> Iterator[Batch]:
-    """Shuffled batches of the steps from `first_step` up to `last_step`, prefetched by a thread.
-
-    The batch of a step depends only on (seed, step). Each epoch is another permutation and leaves its incomplete last
-    batch out.
-
-    Args:
-        dataset: what is shuffled.
-        batch_size: images in a step.
-        seed: decides the order.
-        first_step: counted from the start of the run.
-        last_step: the first that is left out.
-        rows: which images of each batch to gather, see `own_rows`.
-
-    Raises:
-        UserError: the data set has no full batch.
-    """
-    steps_per_epoch = count_steps(dataset, batch_size)
-
-    def gather(indices):
-        own = indices[rows]
-        return Batch(dataset.images[own], own.astype(np.int32))
-
-    order = grain.MapDataset.range(len(dataset.labels)).shuffle(seed=seed).batch(batch_size, drop_remainder=True)
-    steps = order.repeat(-(-last_step // steps_per_epoch)).slice(slice(first_step, last_step)).map(gather)
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
-
-
-def placed_batches(
-    dataset: ImageDataset, config: TrainingConfig, first_step: int, last_step: int, mesh: Mesh
-) -> Iterator[Batch]:
-    """The batches of those steps, see `batches`, split over the devices."""
-    size = config.batch_size
-    for own in batches(dataset, size, config.seed, first_step, last_step, own_rows(mesh, size)):
-        yield Batch(*(place_rows(array, mesh, size) for array in own))
-
-
-def count_steps(dataset: ImageDataset, batch_size: int) -> int:
-    """Full batches in an epoch; raises UserError if there is none."""
-    remedy = f"there are only {len(dataset.labels)} training images, so give that at most"
-    require(batch_size <= len(dataset.labels), "batch_size", batch_size, remedy)
-    return len(dataset.labels) // batch_size
 
 
 def first_of_each_class(labels, ids, per_class) -> Int[np.ndarray, " K"]:
@@ -162,6 +113,9 @@ def _load_digits(config: DataConfig, split: Split) -> ImageDataset:
     """scikit-learn's digits, enlarged to 32x32: 1,437 for training and 360 for testing, stratified."""
     require(config.train_split == "train", "train_split", config.train_split, "digits has only train and test")
     require(config.test_split in (None, "test"), "test_split", config.test_split, "digits has only train and test")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     size = (config.image_size or 32,) * 2
     digits, labels = load_digits(return_X_y=True)
     parts = train_test_split(digits.reshape(-1, 8, 8), labels, test_size=360, stratify=labels, random_state=0)
@@ -171,42 +125,3 @@ def _load_digits(config: DataConfig, split: Split) -> ImageDataset:
     ]
     images = np.stack([np.asarray(image.convert("RGB")) for image in enlarged])
     return ImageDataset(images, labels.astype(np.int32), tuple("0123456789"))
-
-
-def device_mesh(num_devices: int | None = None) -> Mesh:
-    """All devices, or the first so many, along an axis over which the images of a batch are split."""
-    devices = jax.devices()[:num_devices]
-    return jax.make_mesh((len(devices),), (DATA_AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-
-
-def split_images(mesh: Mesh) -> NamedSharding:
-    """Each device holds its share of the images."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Each device holds everything."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def own_rows(mesh: Mesh, num_rows: int) -> Int[np.ndarray, " K"]:
-    """Which rows of an array that is split by `split_images` this process's devices hold, ascending."""
-    indices = split_images(mesh).addressable_devices_indices_map((num_rows,)).values()
-    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in indices]))
-
-
-def place_rows(
-    own: Shaped[jax.Array | np.ndarray, "K *rest"], mesh: Mesh, num_rows: int
-) -> Shaped[jax.Array, "N *rest"]:
-    """The array of all processes, split over their devices, from this process's `own_rows` of it."""
-    return jax.make_array_from_process_local_data(split_images(mesh), own, (num_rows, *own.shape[1:]))
-
-
-def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has whole, on the devices; each process sends what its own devices hold."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def fetch(array: jax.Array) -> np.ndarray:
-    """The whole of an array that is split over devices, on the host of each process."""
-    return multihost_utils.process_allgather(array, tiled=True)

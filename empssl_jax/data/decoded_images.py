@@ -20,9 +20,9 @@ from jaxtyping import Int32, Shaped, UInt8
 
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.decoding import UnreadableError, decode
-from empssl_jax.run_folder.metrics import image_progress
-from empssl_jax.run_folder.workdir import replacing
+from empssl_jax.runtime.atomic_write import atomic_write
 from empssl_jax.runtime.compilation import user_cache
+from empssl_jax.runtime.progress import image_progress
 
 VERSION = 1  # raised when images are decoded differently, or their files have another form
 CHUNK = 32  # images that a thread decodes at a time
@@ -41,7 +41,7 @@ class Source(NamedTuple):
     """The encoded images of a split."""
 
     name: str  # as a user calls it
-    place: str  # tells the split from all others on this machine
+    location: str  # tells the split from all others on this machine
     fingerprint: str  # changes when the images do
     size: int
     read: Callable[[range], list[Example]]
@@ -159,14 +159,14 @@ def _entry(source: Source, side: int | None, cache_dir: str | None) -> Path:
     """The folder of a split's decoded images, one for each size that it is stored at."""
     root = Path(cache_dir) if cache_dir is not None else user_cache() / "images"
     name = re.sub(r"[^\w.-]+", "-", source.name)[-80:].strip("-.")
-    return root / f"{name}-{hashlib.sha256(f'{source.place} {side}'.encode()).hexdigest()[:12]}"
+    return root / f"{name}-{hashlib.sha256(f'{source.location} {side}'.encode()).hexdigest()[:12]}"
 
 
 def _write(folder: Path, fingerprint: str, first: np.ndarray, decoded: _Decoded) -> Images:
     """Writes the file, then its index, which says that it is whole."""
     path = folder / "images"
     try:
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(first.data)
             for image in decoded:
                 file.write(np.ascontiguousarray(image).data)
@@ -180,7 +180,7 @@ def _write(folder: Path, fingerprint: str, first: np.ndarray, decoded: _Decoded)
         "ids": None if done.ids is None else done.ids.tolist(),
         "unreadable": done.unreadable,
     }
-    with replacing(folder / "index.json") as file:
+    with atomic_write(folder / "index.json") as file:
         file.write(json.dumps(index).encode())
     stored = _open(folder, fingerprint)
     if stored is None:

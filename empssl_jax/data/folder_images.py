@@ -177,7 +177,7 @@ def _source(config: DataConfig, root: Path, split: str, files: Files, labels: li
         digest.update(os.fsencode(f"{file.name}\0{file.size} {file.time} {label}\n"))
     return Source(
         name=f"{root.name} {split}",
-        place=f"{root.resolve()} {split} {chosen}",
+        location=f"{root.resolve()} {split} {chosen}",
         fingerprint=digest.hexdigest(),
         size=len(files),
         read=read,

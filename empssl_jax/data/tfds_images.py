@@ -37,7 +37,7 @@ def load_tfds(
     class_names = _class_names(builder.info)
     source = Source(
         name=f"{name} {split}",
-        place=f"{builder.data_dir} {split}",
+        location=f"{builder.data_dir} {split}",
         fingerprint=builder.info.as_json,
         size=size,
         read=_reader(builder, name, split),

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from empssl_jax.command_line import asks_for_help, first_options
 from empssl_jax.config import Config
-from empssl_jax.config.errors import UserError, flag
-from empssl_jax.evaluation import evaluate as evaluation
-from empssl_jax.evaluation.evaluate import EvaluateOptions, parse_evaluate_options
+from empssl_jax.config.command_options import EvaluateOptions
+from empssl_jax.config.errors import flag
+from empssl_jax.evaluation import evaluate
+from empssl_jax.evaluation.evaluate import WriteReport
 from empssl_jax.run_folder.results import Accuracy, load_results
-from empssl_jax.run_folder.saved_config import CONFIG_FILE, load_config
-from empssl_jax.run_folder.workdir import replacing
+from empssl_jax.run_folder.saved_config import load_config
+from empssl_jax.runtime.atomic_write import atomic_write
 from empssl_jax.runtime.distributed import is_first_process
 
 COMPARISON_FILE = "comparison.md"
@@ -31,40 +31,14 @@ class Measured(NamedTuple):
     results: dict[str, Accuracy]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Workdirs:
-    workdir: tuple[str, ...] = (EvaluateOptions.workdir,)
-
-
-def parse_evaluations(arguments: Sequence[str]) -> list[EvaluateOptions]:
-    """The options of `eval.py --workdir RUN [RUN ...] [options]`, of each run.
-
-    Of several folders those without a config.json, as runs/* may name, are passed over, with a line.
-
-    Raises:
-        UserError: none of several folders is a run.
-    """
-    if asks_for_help(arguments):
-        return [parse_evaluate_options(arguments)]
-    chosen, rest = first_options(_Workdirs, arguments)
-    if len(chosen.workdir) == 1:
-        return [parse_evaluate_options(arguments)]
-    runs = [folder for folder in chosen.workdir if (Path(folder) / CONFIG_FILE).is_file()]
-    if passed_over := sorted(set(chosen.workdir) - set(runs)):
-        print(f"passed over, since they are no runs: {', '.join(passed_over)}")
-    if not runs:
-        raise UserError(f"--workdir names {len(chosen.workdir)} folders, and none has a {CONFIG_FILE}: give runs.")
-    return [parse_evaluate_options([*rest, "--workdir", folder]) for folder in runs]
-
-
-def evaluate_all(options: Sequence[EvaluateOptions]) -> None:
+def evaluate_all(options: Sequence[EvaluateOptions], write_report: WriteReport) -> None:
     """Evaluates one run; of several reads or evaluates each, and prints and writes a table of all.
 
     The table goes into comparison.md of the folder above the first run. A run is read if results.json has all that is
     asked for, and no option says otherwise than the run's own config.
     """
     if len(options) == 1:
-        evaluation.evaluate(options[0])
+        evaluate.evaluate(options[0], write_report)
         return
     runs = []
     for one in options:
@@ -73,14 +47,14 @@ def evaluate_all(options: Sequence[EvaluateOptions]) -> None:
         if _is_complete(one, config, results):
             print(f"{folder} has its results")
         else:
-            evaluation.evaluate(one)
+            evaluate.evaluate(one, write_report)
             results = _results(one)
         runs.append(Measured(folder, dataclasses.replace(config, evaluation=one.evaluation), results))
     table = markdown(runs)
     path = Path(options[0].workdir).parent / COMPARISON_FILE
     print(f"\n{table}")
     if is_first_process():
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(table.encode())
         print(f"wrote {path}")
 

@@ -1,11 +1,8 @@
 """Bag-of-features embeddings: the mean features of an image's patches (section 3.2 of the paper)."""
 
 import functools
-import math
-import zipfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8
 
 from empssl_jax.config import Config, EvaluationConfig
-from empssl_jax.config.errors import UserError, one_line
-from empssl_jax.data.datasets import ImageDataset, fetch, own_rows, place_rows, replicated, split_images
+from empssl_jax.config.errors import UserError
+from empssl_jax.data.datasets import Datasets, ImageDataset
 from empssl_jax.method.encoder import EncoderState, encoder_graph
 from empssl_jax.method.patches import grid_patch, multi_patch
 from empssl_jax.method.random_keys import embedding_patches_key
 from empssl_jax.method.resnet import stage_dims
-from empssl_jax.run_folder.metrics import image_progress
-from empssl_jax.run_folder.workdir import replacing
-
-MAX_CLASSES = 100_000  # memory grows with it
-MAX_COMPRESSION = 200  # deflate packs zeros 1000 times: a small file must not fill the memory
-REMEDY = "give a folder with train.npz and test.npz, or leave --embeddings out to compute them"
+from empssl_jax.runtime.devices import own_rows, replicated, rows_to_devices, split_images, to_host
+from empssl_jax.runtime.progress import image_progress
 
 
 class LabelledEmbeddings(NamedTuple):
@@ -39,8 +32,15 @@ class LabelledEmbeddings(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, also such as no image is in."""
+        """Number of classes, including empty ones."""
         return len(self.class_names)
+
+
+class Embeddings(NamedTuple):
+    """The embeddings of a run."""
+
+    bank: LabelledEmbeddings  # what kNN and the linear classifier learn from
+    test: LabelledEmbeddings  # what they are measured on
 
 
 def labelled(split: LabelledEmbeddings) -> LabelledEmbeddings:
@@ -79,8 +79,8 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
         totals = jax.lax.fori_loop(0, num_patches, add_patch, zeros)
         return totals.reshape(len(images), -1) / (num_patches // num_cells)
 
-    whole, split = replicated(mesh), split_images(mesh)
-    return jax.jit(embed, in_shardings=(whole, split, split), out_shardings=split)
+    copied, split = replicated(mesh), split_images(mesh)
+    return jax.jit(embed, in_shardings=(copied, split, split), out_shardings=split)
 
 
 def _cell(number, config: EvaluationConfig):
@@ -111,6 +111,13 @@ def _patch_maker(config: Config) -> Callable[..., Float[Array, "B size size 3"]]
         return grid_patch(images, number, grid_side, **plain)
 
     return random_patch if config.evaluation.valid_crops == "random" else crop_of_grid
+
+
+def embed_datasets(config: Config, encoder_state: EncoderState, datasets: Datasets, mesh: Mesh) -> Embeddings:
+    """Embeddings of the bank and of the test images; see `embed_dataset` for the errors raised."""
+    embed, batch_size = make_embed(config, mesh), config.evaluation.embedding_batch_size
+    splits = (("train", datasets.bank), ("test", datasets.test))
+    return Embeddings(*(embed_dataset(embed, encoder_state, split, batch_size, mesh, name) for name, split in splits))
 
 
 def embed_dataset(
@@ -160,70 +167,8 @@ def embed_images(
     rows = own_rows(mesh, batch_size)
     for start in range(0, size, batch_size):
         positions, kept = (start + rows) % size, min(batch_size, size - start)
-        batch = (place_rows(own, mesh, batch_size) for own in (images_at(positions), indices[positions]))
-        parts.append(fetch(embed(encoder_state, *batch))[:kept])
+        batch = (rows_to_devices(own, mesh, batch_size) for own in (images_at(positions), indices[positions]))
+        parts.append(to_host(embed(encoder_state, *batch))[:kept])
         if progress is not None:
             progress(kept)
     return np.concatenate(parts)
-
-
-def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:
-    """Writes an .npz with `embeddings` (N, E) float32, `labels` (N,) int32 and `class_names` (C,), whole or not at all.
-
-    Where the images are files it also has their `names` (N,).
-    """
-    arrays: dict[str, Any] = split._asdict() | {"class_names": np.array(split.class_names, np.str_)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
-
-
-def load_embeddings(path: Path) -> LabelledEmbeddings:
-    """Reads what `save_embeddings` wrote; raises UserError if the file is missing, damaged or of something else.
-
-    Nothing is unpickled, and nothing is read before its header says that it fits. Classes that the file has no
-    name for are called by their numbers; `names` are not read.
-    """
-    if not path.is_file():
-        raise UserError(f"--embeddings: there is no {path}: {REMEDY}.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            embeddings = _read_array(archive, "embeddings", dim=2, kinds="fiu")
-            labels = _read_array(archive, "labels", dim=1, kinds="iu")
-            class_names: list[str] = []
-            if "class_names.npy" in archive.namelist():
-                class_names = _read_array(archive, "class_names", dim=1, kinds="U")[: MAX_CLASSES + 1].tolist()
-    except Exception as error:  # numpy, zipfile and zlib fail each in their own ways on damaged files
-        raise UserError(f"--embeddings: {path} cannot be read ({one_line(error) or 'damaged'}): {REMEDY}.") from error
-    if not (embeddings.size > 0 and labels.shape == embeddings.shape[:1]):
-        raise UserError(f"--embeddings: {path} has embeddings {embeddings.shape} and labels {labels.shape}: {REMEDY}.")
-    lowest, highest = int(labels.min()), max(int(labels.max()), len(class_names) - 1)
-    if not (lowest >= -1 and highest < MAX_CLASSES):
-        raise UserError(
-            f"--embeddings: {path} has labels from {lowest} to {highest}: number the classes from 0 to at most "
-            f"{MAX_CLASSES - 1}, and -1 for no label."
-        )
-    with np.errstate(over="ignore"):
-        embeddings = embeddings.astype(np.float32)
-        if not np.isfinite(np.einsum("ne,ne->n", embeddings, embeddings)).all():
-            raise UserError(
-                f"--embeddings: {path} holds values that are not finite, or too large for float32: {REMEDY}."
-            )
-    numbers = map(str, range(len(class_names), highest + 1))
-    return LabelledEmbeddings(embeddings, labels.astype(np.int32), (*class_names, *numbers))
-
-
-def _read_array(archive: zipfile.ZipFile, name: str, dim: int, kinds: str) -> np.ndarray:
-    """An array of an .npz; raises ValueError unless it is what was announced, before memory is taken for it."""
-    entry = archive.getinfo(f"{name}.npy")
-    if entry.file_size > MAX_COMPRESSION * (entry.compress_size + 1000):
-        raise ValueError(f"{name} unpacks to more than {MAX_COMPRESSION} times its size")
-    with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        expected = dtype.itemsize * math.prod(shape)
-        if len(shape) != dim or dtype.kind not in kinds or expected != entry.file_size - file.tell():
-            raise ValueError(f"{name} has shape {shape}, type {dtype} and {entry.file_size - file.tell()} bytes")
-    with archive.open(entry) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)

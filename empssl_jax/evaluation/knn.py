@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from empssl_jax.config.errors import require
-from empssl_jax.data.datasets import fetch, place, replicated, split_images
 from empssl_jax.method.losses import normalise
+from empssl_jax.runtime.devices import replicated, split_images, to_devices, to_host
 
 
 def knn_scores(
@@ -50,15 +50,16 @@ def sharded_knn_scores(
     **options: Any,
 ) -> Float[np.ndarray, "Q C"]:
     """`knn_scores` with the queries split over the devices of all processes; each device has the whole bank."""
-    whole, split = replicated(mesh), split_images(mesh)
+    copied, split = replicated(mesh), split_images(mesh)
     padded = np.pad(queries, ((0, -len(queries) % mesh.size), (0, 0)))
     scores = jax.shard_map(
         functools.partial(knn_scores, **options),
         mesh=mesh,
-        in_specs=(split.spec, whole.spec, whole.spec),
+        in_specs=(split.spec, copied.spec, copied.spec),
         out_specs=split.spec,
     )
-    return fetch(jax.jit(scores)(place(padded, split), place(bank, whole), place(bank_labels, whole)))[: len(queries)]
+    arrays = to_devices(padded, split), to_devices(bank, copied), to_devices(bank_labels, copied)
+    return to_host(jax.jit(scores)(*arrays))[: len(queries)]
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 6))

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from empssl_jax.config import EvaluationConfig
-from empssl_jax.data.datasets import DATA_AXIS, place, replicated
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
+from empssl_jax.runtime.devices import DATA_AXIS, replicated, to_devices
 
 MOMENTUM = 0.9
 
@@ -53,7 +53,8 @@ def linear_accuracy(
     filling = ((0, 0), (0, -dim % mesh.size))
     examples = [
         _Examples(
-            place(np.pad(split.embeddings, filling), _split_dimensions(mesh)), place(split.labels, replicated(mesh))
+            to_devices(np.pad(split.embeddings, filling), _split_dimensions(mesh)),
+            to_devices(split.labels, replicated(mesh)),
         )
         for split in (train, test)
     ]

@@ -12,20 +12,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from empssl_jax.config import Config
-from empssl_jax.data import datasets as data
-from empssl_jax.evaluation.embeddings import LabelledEmbeddings, embed_images, make_embed
+from empssl_jax.data.datasets import Datasets, ImageDataset, first_of_each_class
+from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_images, make_embed
 from empssl_jax.evaluation.evaluate import measure_knn
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.run_folder.metrics import MetricsWriter
 from empssl_jax.run_folder.results import Accuracy
 
-SIZES: dict[data.Split, int] = {"train": 1000, "test": 500}  # images, shared out equally among the classes
+BANK_SIZE, TEST_SIZE = 1000, 500  # images, shared out equally among the classes
 PATCHES = 16  # averaged into an embedding
 
 ProbeStep = Callable[[int, EncoderState, MetricsWriter], None]
 
 
-def online_probe(config: Config, datasets: dict[str, data.ImageDataset], last_step: int, mesh: Mesh) -> ProbeStep:
+def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh) -> ProbeStep:
     """What the training loop calls with the number of steps done, the encoder and the writer, after every step.
 
     Every `probe_every` steps, and after the last one, it measures kNN and writes the accuracy and the seconds of
@@ -33,33 +33,30 @@ def online_probe(config: Config, datasets: dict[str, data.ImageDataset], last_st
 
     Args:
         config: of the run; without `probe_every` nothing is ever measured.
-        datasets: "bank" and "test"; the first labelled images of each class serve, without any nothing is measured.
+        datasets: of `bank` and `test` the first labelled images of each class serve, without any nothing is measured.
         last_step: number of steps in the whole run.
         mesh: the devices.
     """
     every = config.run.probe_every
     if every is None:
         return lambda steps_done, encoder, writer: None
-    few: dict[data.Split, data.ImageDataset] = {
-        "train": _first_images(datasets["bank"], SIZES["train"]),
-        "test": _first_images(datasets["test"], SIZES["test"]),
-    }
-    if not all(len(images.labels) for images in few.values()):
+    bank, test = _first_images(datasets.bank, BANK_SIZE), _first_images(datasets.test, TEST_SIZE)
+    if not (len(bank.labels) and len(test.labels)):
         return lambda steps_done, encoder, writer: None
-    voters = min(config.evaluation.num_neighbours, len(few["train"].labels))
+    voters = min(config.evaluation.num_neighbours, len(bank.labels))
     # Not whitened: so few images have no covariance to speak of.
     options = dataclasses.replace(
         config.evaluation, valid_patches=PATCHES, cells=1, whiten=False, num_neighbours=voters
     )
     embed = make_embed(dataclasses.replace(config, evaluation=options), mesh)
 
-    def embeddings(encoder: EncoderState, images: data.ImageDataset) -> LabelledEmbeddings:
+    def embeddings(encoder: EncoderState, images: ImageDataset) -> LabelledEmbeddings:
         indices = np.arange(len(images.labels), dtype=np.int32)
         embedded = embed_images(embed, encoder, images.images.__getitem__, indices, options.embedding_batch_size, mesh)
         return LabelledEmbeddings(embedded, images.labels, images.class_names)
 
     def measure(encoder: EncoderState) -> Accuracy:
-        return measure_knn({split: embeddings(encoder, images) for split, images in few.items()}, options, mesh)
+        return measure_knn(Embeddings(embeddings(encoder, bank), embeddings(encoder, test)), options, mesh)
 
     def probe(steps_done: int, encoder: EncoderState, writer: MetricsWriter) -> None:
         if steps_done % every and steps_done != last_step:
@@ -72,11 +69,11 @@ def online_probe(config: Config, datasets: dict[str, data.ImageDataset], last_st
     return probe
 
 
-def _first_images(dataset: data.ImageDataset, size: int) -> data.ImageDataset:
+def _first_images(dataset: ImageDataset, size: int) -> ImageDataset:
     """The first images of each class, `size` in all where there are so many, and at least one of each."""
     labelled = np.flatnonzero(dataset.labels >= 0)
     if len(labelled) == 0:
         return dataset.take(labelled)
     labels = dataset.labels[labelled]
-    kept = labelled[data.first_of_each_class(labels, None, max(1, size // len(np.unique(labels))))]
+    kept = labelled[first_of_each_class(labels, None, max(1, size // len(np.unique(labels))))]
     return dataset.take(kept)

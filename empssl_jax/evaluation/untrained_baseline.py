@@ -9,17 +9,20 @@ import optax
 from jax.sharding import Mesh
 
 from empssl_jax.config import Config
-from empssl_jax.data import datasets as data
-from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.data.batches import count_steps, device_batches
+from empssl_jax.data.datasets import Datasets
+from empssl_jax.evaluation.embeddings import embed_datasets
+from empssl_jax.evaluation.evaluate import have_labels, measure_knn
 from empssl_jax.method import batch_norm
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.method.train_step import create_state, make_train_step
 from empssl_jax.run_folder.results import add_results, load_results, of_embeddings
+from empssl_jax.runtime.devices import replicated
 
 STATISTICS_PASSES = 10  # steps that set BatchNorm's statistics
 
 
-def measure_untrained(config: Config, datasets: evaluation.Datasets, mesh: Mesh, workdir: Path) -> None:
+def measure_untrained(config: Config, datasets: Datasets, mesh: Mesh, workdir: Path) -> None:
     """Measures kNN with the initial parameters, for comparison, and writes it into results.json.
 
     No handicap: BatchNorm gets the statistics of real batches of training patches, from steps whose optimizer changes
@@ -29,17 +32,17 @@ def measure_untrained(config: Config, datasets: evaluation.Datasets, mesh: Mesh,
     name = "kNN before training"
     if name in load_results(workdir):
         return
-    dataset = datasets["train"]
-    steps_per_epoch = data.count_steps(dataset, config.training.batch_size)
+    dataset = datasets.train
+    steps_per_epoch = count_steps(dataset, config.training.batch_size)
     nothing = optax.set_to_zero()
     step = make_train_step(config, nothing, optax.constant_schedule(0.0), steps_per_epoch, mesh)
-    state = jax.jit(functools.partial(create_state, config, nothing), out_shardings=data.replicated(mesh))()
+    state = jax.jit(functools.partial(create_state, config, nothing), out_shardings=replicated(mesh))()
     start = jax.tree.map(jnp.copy, state.encoder.batch_stats)
-    for batch in data.placed_batches(dataset, config.training, 0, STATISTICS_PASSES, mesh):
+    for batch in device_batches(dataset, config.training, 0, STATISTICS_PASSES, mesh):
         state, _ = step(state, batch)
     kept = batch_norm.MOMENTUM**STATISTICS_PASSES
     batch_stats = jax.tree.map(lambda now, first: (now - kept * first) / (1 - kept), state.encoder.batch_stats, start)
-    embeddings = evaluation.embed_splits(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
-    if evaluation.have_labels(embeddings):
-        knn = {name: evaluation.measure_knn(embeddings, config.evaluation, mesh)}
+    embeddings = embed_datasets(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
+    if have_labels(embeddings):
+        knn = {name: measure_knn(embeddings, config.evaluation, mesh)}
         add_results(workdir, of_embeddings(config.evaluation.embeddings, knn))

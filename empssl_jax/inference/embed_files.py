@@ -1,10 +1,4 @@
-"""Embeddings of image files.
-
-    python -m empssl_jax.embed --workdir runs/cifar10 --images photos --output photos.npz
-
-Folders are worked off in parts, kept in OUTPUT.parts until all are done: the same command goes on where it was stopped,
-to the same embeddings bit for bit. What is not given of how images are embedded is as in the evaluation of the run.
-"""
+"""Embeddings of image files, processed in parts: an interrupted command resumes, with bit-identical embeddings."""
 
 import dataclasses
 import hashlib
@@ -14,57 +8,24 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import tyro
 from jaxtyping import Float32, UInt8
 
-from empssl_jax.command_line import first_options, run_defaults, user_errors_exit
-from empssl_jax.config import EmbeddingConfig, RunConfig
+from empssl_jax.config import EmbeddingConfig
+from empssl_jax.config.command_options import EmbedOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.decoding import UnreadableError, decode
 from empssl_jax.data.folder_images import Files, list_images, look_at
 from empssl_jax.inference.image_encoder import ImageEncoder, load
-from empssl_jax.run_folder.checkpoints import Which
 from empssl_jax.run_folder.digests import array_digests
-from empssl_jax.run_folder.metrics import image_progress
-from empssl_jax.run_folder.workdir import claimed, replacing
-from empssl_jax.runtime.compilation import keep_compiled_programs
+from empssl_jax.run_folder.workdir import locked
+from empssl_jax.runtime.atomic_write import atomic_write
+from empssl_jax.runtime.progress import image_progress
 
 BATCHES = 4  # in a part: what an interruption costs at most
-
-
-@dataclass(frozen=True)
-class EmbedOptions:
-    """What to embed and by which encoder."""
-
-    images: str
-    """Folder of images, with all folders below it, or one image."""
-    workdir: str = RunConfig.workdir
-    """Folder of a run."""
-    output: str = "embeddings.npz"
-    """File to write: `embeddings` (N, E) float32, `files`, the N names below the folder, and `unreadable`, the names of
-    those that were skipped."""
-    step: Which = "latest"
-    """Checkpoint to use: its step, or the newest, or the one with the lowest loss."""
-    embedding: Annotated[EmbeddingConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=EmbeddingConfig)
-
-
-@dataclass(frozen=True)
-class _Source:
-    workdir: str = EmbedOptions.workdir
-
-
-def parse_embed_options(arguments: Sequence[str]) -> EmbedOptions:
-    """The options of this command; the embedding is as in the evaluation of the run, where they say nothing else."""
-    source, _ = first_options(_Source, arguments)
-    evaluation = run_defaults(source.workdir, arguments).evaluation
-    run = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(EmbeddingConfig)}
-    default = EmbedOptions(images=tyro.MISSING, embedding=EmbeddingConfig(**run))
-    return tyro.cli(EmbedOptions, args=list(arguments), default=default, description=__doc__)
 
 
 class Part(NamedTuple):
@@ -89,7 +50,7 @@ def embed_files(options: EmbedOptions) -> None:
     encoder.embed([])  # refuses to embed no patches before anything is written
     folder = output.with_name(output.name + ".parts")
     names = [file.name for file in files]
-    with claimed(folder, "output"):
+    with locked(folder, "output"):
         _begin(folder, encoder, options.embedding, files)
         parts = _embed_parts(encoder, files, folder, f"embedding {root}")
         embeddings = np.concatenate([part.embeddings for part in parts])
@@ -97,7 +58,7 @@ def embed_files(options: EmbedOptions) -> None:
         _tell_unreadable(names, reasons, root)
         kept = [name for name, reason in zip(names, reasons, strict=True) if not reason]
         unreadable = [name for name, reason in zip(names, reasons, strict=True) if reason]
-        with replacing(output) as file:
+        with atomic_write(output) as file:
             np.savez(file, files=np.array(kept), embeddings=embeddings, unreadable=np.array(unreadable, dtype=np.str_))
         shutil.rmtree(folder)
     print(f"embeddings of {len(kept)} images: {output}")
@@ -127,7 +88,7 @@ def _begin(folder: Path, encoder: ImageEncoder, embedding: EmbeddingConfig, file
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     path = folder / "plan"
     if not path.exists():
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(digest.encode())
     elif path.read_bytes() != digest.encode():
         raise UserError(
@@ -147,7 +108,7 @@ def _embed_parts(encoder: ImageEncoder, files: Files, folder: Path, title: str) 
                 chosen = files[start : start + size]
                 read = list(threads.map(lambda file: _read(file.path, encoder.image_size), chosen))
                 part = _embed_part(encoder, read, start)
-                with replacing(path) as file:
+                with atomic_write(path) as file:
                     np.savez(file, embeddings=part.embeddings, reasons=np.array(part.reasons))
             parts.append(part)
             bar.update(len(part.reasons))
@@ -184,9 +145,3 @@ def _tell_unreadable(names: list[str], reasons: list[str], root: Path) -> None:
         print(
             f"skipped {len(skipped)} of {len(names)} files, which cannot be read:", *skipped, sep="\n", file=sys.stderr
         )
-
-
-if __name__ == "__main__":
-    with user_errors_exit():
-        keep_compiled_programs()
-        embed_files(parse_embed_options(sys.argv[1:]))

@@ -10,13 +10,14 @@ import PIL.Image
 from jaxtyping import Float32, Int, UInt8
 
 from empssl_jax.config import Config
+from empssl_jax.config.command_options import CheckpointChoice
 from empssl_jax.config.errors import UserError, one_line, require
-from empssl_jax.data.datasets import device_mesh, replicated
 from empssl_jax.data.decoding import to_pixels
 from empssl_jax.evaluation.embeddings import embed_images, embedding_dim, make_embed
-from empssl_jax.method.encoder import EncoderState, encoder_template
-from empssl_jax.run_folder.checkpoints import Checkpoints, Which
-from empssl_jax.run_folder.saved_config import load_config, load_image_size
+from empssl_jax.evaluation.trained_encoder import restore_encoder
+from empssl_jax.method.encoder import EncoderState
+from empssl_jax.run_folder.saved_config import load_image_size
+from empssl_jax.runtime.devices import device_mesh
 
 Image = np.ndarray | PIL.Image.Image
 
@@ -105,7 +106,7 @@ def to_square(image: Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
     return to_pixels(image, side)
 
 
-def load(workdir: str | Path, step: Which = "latest", **evaluation: Any) -> ImageEncoder:
+def load(workdir: str | Path, step: CheckpointChoice = "latest", **evaluation: Any) -> ImageEncoder:
     """The encoder of a run of train.py, which may be going on.
 
     Args:
@@ -117,9 +118,6 @@ def load(workdir: str | Path, step: Which = "latest", **evaluation: Any) -> Imag
         UserError: there is no such run or checkpoint, or it is damaged, or an option has a wrong value.
     """
     folder = Path(workdir)
-    config = load_config(folder)
+    config, state, restored = restore_encoder(folder, step)
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **evaluation))
-    template = encoder_template(config.model)
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        restored, state = checkpoints.restore_encoder(template, replicated(device_mesh()), step)
     return ImageEncoder(config, state, restored, load_image_size(folder))

@@ -1,72 +1,44 @@
 """Trained encoders as files for PyTorch, and such files as runs.
 
-    python -m empssl_jax.weights export runs/cifar10 --format safetensors
-    python -m empssl_jax.weights import weights.safetensors --workdir runs/imported
-
-A .safetensors file needs nothing but this package, a .pt file needs PyTorch. Either holds a state dictionary, see
-torch_names.py, and metadata: strings that say how to build the encoder and what it takes.
+A .safetensors file needs nothing but this package, a .pt file needs PyTorch. Either holds a state dictionary (see
+torch_names.py) and metadata: strings that say how to build the encoder and what it takes.
 """
 
 import dataclasses
 import math
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
-import tyro
 
-from empssl_jax.command_line import load_config, user_errors_exit
 from empssl_jax.config import Config
+from empssl_jax.config.command_options import ExportOptions, ImportOptions
+from empssl_jax.config.config_files import read_config_file
 from empssl_jax.config.errors import UserError, one_line, require
 from empssl_jax.inference.image_encoder import ImageEncoder, load
 from empssl_jax.inference.torch_names import TorchWeights, from_torch, to_torch
 from empssl_jax.method.encoder import default_precision, init_encoder
 from empssl_jax.method.random_keys import parameters_key
 from empssl_jax.method.train_step import learning_rate_schedule, make_optimizer
-from empssl_jax.run_folder.checkpoints import Checkpoints, Which
-from empssl_jax.run_folder.saved_config import DEFAULT_IMAGE_SIZE, from_json, save_config, save_image_size, to_json
-from empssl_jax.run_folder.workdir import claimed, replacing, storage_errors
+from empssl_jax.run_folder.checkpoints import Checkpoints
+from empssl_jax.run_folder.saved_config import (
+    DEFAULT_IMAGE_SIZE,
+    from_json,
+    save_config,
+    save_image_size,
+    to_json,
+)
+from empssl_jax.run_folder.workdir import locked, storage_errors
+from empssl_jax.runtime.atomic_write import atomic_write
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt"}
 Metadata = dict[str, str]
 
 
-@dataclass(frozen=True)
-class Export:
-    """Writes the encoder of a run into a file for PyTorch."""
-
-    run: tyro.conf.Positional[str]
-    """Folder of a run."""
-    format: Literal["safetensors", "torch"] = "safetensors"
-    """A .safetensors file, or one for torch.load, which needs PyTorch."""
-    step: Which = "latest"
-    """Checkpoint to export: its step, or the newest, or the one with the lowest loss."""
-    output: str | None = None
-    """File to write; by default weights.safetensors or weights.pt in the run's folder."""
-
-
-@dataclass(frozen=True)
-class Import:
-    """Makes a run of a file of `export` or a checkpoint of the authors' code; its step is 0, and it can be trained."""
-
-    file: tyro.conf.Positional[str]
-    """A .safetensors file, or one of torch.save (.pt, .pth), which needs PyTorch."""
-    workdir: str
-    """Folder of the new run."""
-    config: str | None = None
-    """Python file with the rest of the run's config, as configs/cifar10.py; by default what the exported run had, else
-    the defaults. The file of weights decides the encoder's sizes."""
-    fresh_heads: bool = False
-    """The file holds a ResNet alone, such as torchvision's: its classifier is left out, and the two heads are drawn by
-    the config's sizes and seed."""
-
-
-def export_weights(options: Export) -> Path:
+def export_weights(options: ExportOptions) -> Path:
     """Writes the file, whole or not at all, and returns its path.
 
     Raises:
@@ -84,7 +56,7 @@ def export_weights(options: Export) -> Path:
     return path
 
 
-def import_weights(options: Import) -> None:
+def import_weights(options: ImportOptions) -> None:
     """Makes the folder of a run with one checkpoint, of step 0, and a config.
 
     Raises:
@@ -99,7 +71,7 @@ def import_weights(options: Import) -> None:
     config = dataclasses.replace(config, model=model, run=dataclasses.replace(config.run, workdir=options.workdir))
     optimizer = make_optimizer(config.training, learning_rate_schedule(config.training, 1))
     encoder = jax.tree.map(jax.numpy.asarray, encoder)
-    with claimed(workdir), storage_errors(workdir), Checkpoints(workdir) as checkpoints:
+    with locked(workdir), storage_errors(workdir), Checkpoints(workdir) as checkpoints:
         held = checkpoints.latest_step()
         require(held is None, "workdir", options.workdir, "that folder holds a run, so give another one")
         save_config(workdir, config)
@@ -110,9 +82,9 @@ def import_weights(options: Import) -> None:
     print(f"imported {options.file} into {options.workdir} ({sizes})")
 
 
-def _base_config(options: Import, metadata: Metadata) -> Config:
+def _base_config(options: ImportOptions, metadata: Metadata) -> Config:
     if options.config is not None:
-        return load_config(options.config)
+        return read_config_file(options.config)
     return from_json(metadata["config"], options.file) if "config" in metadata else Config()
 
 
@@ -139,7 +111,7 @@ def _metadata(encoder: ImageEncoder) -> Metadata:
 
 
 def _write(path: Path, weights: TorchWeights, metadata: Metadata, kind: str) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         if kind == "safetensors":
             file.write(safetensors.numpy.save(weights, metadata))
         else:
@@ -177,18 +149,3 @@ def _torch() -> Any:
             'Files for torch.load need PyTorch: pip install "empssl_jax[torch]", or use a .safetensors file.'
         ) from error
     return torch
-
-
-def main(arguments: list[str]) -> None:
-    """`export` or `import`."""
-    commands = (
-        Annotated[Export, tyro.conf.subcommand(name="export", prefix_name=False)]
-        | Annotated[Import, tyro.conf.subcommand(name="import", prefix_name=False)]
-    )
-    options = tyro.cli(commands, args=arguments, description=__doc__)  # type: ignore[call-overload]
-    export_weights(options) if isinstance(options, Export) else import_weights(options)
-
-
-if __name__ == "__main__":
-    with user_errors_exit():
-        main(sys.argv[1:])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from empssl_jax.method.crops import apply_to_axes
+from empssl_jax.method.xla_cpu import apply_to_axes
 
 Patch = Float[Array, "3 H W"]
 Scalar = Float[Array, ""]

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from empssl_jax.method.xla_cpu import apply_to_axes
+
 Interpolation = Literal["bilinear", "bicubic"]
 
 
@@ -92,18 +94,3 @@ def _cubic(x):
 
 
 FILTERS = {"bilinear": _triangle, "bicubic": _cubic}
-
-
-def apply_to_axes(
-    patch: Float[Array, "C H W"], rows: Float[Array, "I H"], columns: Float[Array, "J W"]
-) -> Float[Array, "C I J"]:
-    """Applies a matrix to each axis of all planes.
-
-    For small planes the second is a sum of products on purpose: for a matrix product XLA's CPU compiler would turn the
-    planes around and back, which takes three times as long as all the rest. From 64x64 pixels on, the sum takes twenty
-    times as long as the product.
-    """
-    wide = jnp.einsum("chw,jw->chj", patch, columns, precision=jax.lax.Precision.HIGHEST)
-    if patch.shape[1] > 32:
-        return jnp.einsum("chj,ih->cij", wide, rows, precision=jax.lax.Precision.HIGHEST)
-    return jnp.sum(rows[None, :, :, None] * wide[:, None], axis=2)

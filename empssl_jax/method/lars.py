@@ -20,10 +20,8 @@ def lars(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: float,
     momentum: float = TrainingConfig.momentum,
-    nesterov: bool = True,
     trust_coefficient: float = TrainingConfig.trust_coefficient,
     eps: float = 1e-8,
-    clip: bool = True,
 ) -> optax.GradientTransformation:
     """LARS as EMP-SSL's references use it.
 
@@ -38,20 +36,18 @@ def lars(
         learning_rate: a number or an optax schedule.
         weight_decay: L2 penalty on kernels, at least 0.
         momentum: decay of the accumulated updates, in [0, 1).
-        nesterov: look ahead by one momentum step.
         trust_coefficient: eta of the LARS paper.
         eps: keeps the ratio finite.
-        clip: never exceed the learning rate itself, as SGD would step.
     """
-    adapt = _clipped_trust_ratio(learning_rate, weight_decay, trust_coefficient, eps, clip)
+    adapt = _clipped_trust_ratio(learning_rate, weight_decay, trust_coefficient, eps)
     return optax.chain(
         optax.masked(adapt, lambda params: jax.tree.map(lambda w: w.ndim > 1, params)),
-        optax.trace(decay=momentum, nesterov=nesterov),
+        optax.trace(decay=momentum, nesterov=True),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def _clipped_trust_ratio(learning_rate, weight_decay, trust_coefficient, eps, clip) -> optax.GradientTransformation:
+def _clipped_trust_ratio(learning_rate, weight_decay, trust_coefficient, eps) -> optax.GradientTransformation:
     """Turns g into (g + wd w) * trust |w| / (|g| + wd |w| + eps), the ratio clipped so that lr * ratio <= lr."""
 
     def init(params):
@@ -64,8 +60,7 @@ def _clipped_trust_ratio(learning_rate, weight_decay, trust_coefficient, eps, cl
         def adapt(g, w):
             w_norm, g_norm = norm_pair(w, g)
             ratio = trust_coefficient * w_norm / (g_norm + weight_decay * w_norm + eps)
-            if clip:
-                ratio = jnp.minimum(ratio / rate, 1.0)
+            ratio = jnp.minimum(ratio / rate, 1.0)  # clipped: never a larger rate than SGD's
             return jnp.where((w_norm > 0) & (g_norm > 0), (g + weight_decay * w) * ratio, g)
 
         return jax.tree.map(adapt, updates, params), ClippedTrustRatioState(step=state.step + 1)

@@ -1,4 +1,4 @@
-"""The EMP-SSL objective (Tong et al. 2023, arXiv 2304.03977, equations 1 to 3): coding rate and invariance."""
+"""The EMP-SSL objective (Tong et al. 2023, arXiv 2304.03977, equations 1 to 3): coding rate and similarity."""
 
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ def coding_rate_bounds(num_images: int, dim: int, eps: float) -> tuple[float, fl
     return float(smallest), float(largest)
 
 
-def invariance(projections: Float[Array, "P B D"]) -> Float[Array, ""]:
+def similarity(projections: Float[Array, "P B D"]) -> Float[Array, ""]:
     """Mean cosine similarity of each projection to the mean projection of its image (equation 2), in [-1, 1]."""
     z = projections.astype(jnp.float32)
     image_mean = normalise(jnp.mean(z, axis=0, keepdims=True))
@@ -74,13 +74,13 @@ def emp_ssl_loss(
             of the whole batch, on every device.
     """
     if axis_name is None:
-        rate, similarity = coding_rate(projections, eps), invariance(projections)
+        rate, mean_similarity = coding_rate(projections, eps), similarity(projections)
     else:
         num_patches, ours = len(projections), _exchange_images_for_patches(projections, axis_name)
         share = len(ours) * jax.lax.axis_size(axis_name) / num_patches
         rate = jax.lax.pmean(share * coding_rate(ours, eps), axis_name)
-        similarity = jax.lax.pmean(invariance(projections), axis_name)
-    return Loss(-rate - invariance_coefficient * similarity, rate, similarity)
+        mean_similarity = jax.lax.pmean(similarity(projections), axis_name)
+    return Loss(-rate - invariance_coefficient * mean_similarity, rate, mean_similarity)
 
 
 def _exchange_images_for_patches(projections: Float[Array, "P B D"], axis_name: str) -> Float[Array, "Q N D"]:

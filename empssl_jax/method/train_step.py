@@ -5,19 +5,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt8
 
 from empssl_jax.config import Config, TrainingConfig
-from empssl_jax.data import datasets as data
 from empssl_jax.method.encoder import EncoderState, encoder_graph, encoder_state, init_encoder, is_layer
 from empssl_jax.method.lars import lars
 from empssl_jax.method.losses import emp_ssl_loss, normalise
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import parameters_key, training_patches_key
 from empssl_jax.method.xla_cpu import norm_pair
+from empssl_jax.runtime.devices import DATA_AXIS
 
 
 class TrainState(NamedTuple):
@@ -28,7 +29,10 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-TrainStep = Callable[[TrainState, data.Batch], tuple[TrainState, dict[str, Array]]]
+Batch = tuple[
+    UInt8[Array | np.ndarray, "B H W 3"], Int[Array | np.ndarray, " B"]
+]  # images, and their indices in the data set
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
@@ -66,11 +70,11 @@ def make_train_step(
     its gradient are those of the whole batch. The result does not depend on the number of devices. The state is
     donated: the caller's copy is gone.
     """
-    graph = encoder_graph(config.model, data.DATA_AXIS, config.run.remat)
+    graph = encoder_graph(config.model, DATA_AXIS, config.run.remat)
 
     def summed_in_float32(node):
         """Makes shard_map sum a layer's gradients over the devices here, not in the precision of the layer."""
-        return jax.lax.pcast(node, data.DATA_AXIS, to="varying") if is_layer(node) else node
+        return jax.lax.pcast(node, DATA_AXIS, to="varying") if is_layer(node) else node
 
     def loss_fn(params, batch_stats, patches):
         num_images, num_patches = patches.shape[:2]
@@ -79,16 +83,17 @@ def make_train_step(
         _, projections = encoder(patches.reshape(-1, *patches.shape[2:]))
         by_patch = jnp.swapaxes(normalise(projections).reshape(num_images, num_patches, -1), 0, 1)
         loss = emp_ssl_loss(
-            by_patch, config.training.invariance_coefficient, config.training.coding_rate_eps, data.DATA_AXIS
+            by_patch, config.training.invariance_coefficient, config.training.coding_rate_eps, DATA_AXIS
         )
         return loss.total, (loss, encoder_state(encoder).batch_stats)
 
-    def step(state: TrainState, batch: data.Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        images, indices = batch
         patches = multi_patch(
             training_patches_key(config.training.seed, state.step // steps_per_epoch),
-            batch.images,
+            images,
             config.patches.train_patches,
-            indices=batch.indices,
+            indices=indices,
             **config.patches.crops,
         )
         gradients, (loss, batch_stats) = jax.grad(loss_fn, has_aux=True)(*state.encoder, patches)
@@ -105,5 +110,6 @@ def make_train_step(
         }
         return TrainState(state.step + 1, encoder, optimizer_state), metrics
 
-    whole, split = PartitionSpec(), PartitionSpec(data.DATA_AXIS)
-    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, split), out_specs=whole), donate_argnums=0)
+    replicated, split = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(replicated, split), out_specs=replicated)
+    return jax.jit(sharded, donate_argnums=0)

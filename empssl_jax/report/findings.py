@@ -6,12 +6,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
-from threadpoolctl import threadpool_limits
 
 from empssl_jax.config import EvaluationConfig
-from empssl_jax.evaluation.embeddings import LabelledEmbeddings
+from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.evaluation.knn import knn_scores
 from empssl_jax.evaluation.whitening import whitened
 from empssl_jax.report.charts import spread
@@ -51,22 +48,22 @@ class Findings(NamedTuple):
         return float(np.trace(self.confusion) / self.confusion.sum())
 
 
-def examine(train: LabelledEmbeddings, test: LabelledEmbeddings, config: EvaluationConfig, seed: int) -> Findings:
+def examine(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> Findings:
     """Examines the embeddings of a run.
 
     Args:
-        train: the bank of kNN.
-        test: what is classified and shown.
+        embeddings: the bank of kNN, and the test images' embeddings, which are classified and shown.
         config: of kNN.
         seed: for the maps.
     """
-    num_classes = max(train.num_classes, test.num_classes)
+    bank, test = embeddings
+    num_classes = max(bank.num_classes, test.num_classes)
     if config.whiten:
-        train, test = whitened(train, test)
+        bank, test = whitened(bank, test)
     scores = knn_scores(
         jnp.asarray(test.embeddings),
-        jnp.asarray(train.embeddings),
-        jnp.asarray(train.labels),
+        jnp.asarray(bank.embeddings),
+        jnp.asarray(bank.labels),
         num_classes=num_classes,
         num_neighbours=config.num_neighbours,
         temperature=config.temperature,
@@ -85,7 +82,7 @@ def examine(train: LabelledEmbeddings, test: LabelledEmbeddings, config: Evaluat
         effective_rank(values),
         shown,
         draw_maps(test.embeddings[shown], seed),
-        *(find_neighbours(train, test, predicted, right) for right in (True, False)),
+        *(find_neighbours(bank, test, predicted, right) for right in (True, False)),
     )
 
 
@@ -110,6 +107,10 @@ def draw_maps(embeddings: Float[np.ndarray, "M E"], seed: int) -> dict[str, Floa
     Directions count, as for kNN: embeddings are scaled to unit length first. Nothing is drawn of fewer than five
     images, nor of embeddings that are all the same.
     """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
     unit = _unit(embeddings)
     if len(unit) < 5 or np.std(unit, axis=0).max() < 1e-6:
         return {}
@@ -126,7 +127,7 @@ def draw_maps(embeddings: Float[np.ndarray, "M E"], seed: int) -> dict[str, Floa
 
 
 def find_neighbours(
-    train: LabelledEmbeddings, test: LabelledEmbeddings, predicted: Int[np.ndarray, " N"], right: bool
+    bank: LabelledEmbeddings, test: LabelledEmbeddings, predicted: Int[np.ndarray, " N"], right: bool
 ) -> list[Neighbours]:
     """Nearest training images of the first test image of each class that kNN has put right, or wrong.
 
@@ -136,10 +137,10 @@ def find_neighbours(
     _, first = np.unique(test.labels[candidates], return_index=True)
     order = np.concatenate([np.sort(first), np.setdiff1d(np.arange(len(candidates)), first)]).astype(int)
     chosen = candidates[order[:EXAMPLES]]
-    bank = _unit(train.embeddings)
+    neighbours = _unit(bank.embeddings)
     examples = []
     for image in chosen:
-        similarities = bank @ _unit(test.embeddings[image])
+        similarities = neighbours @ _unit(test.embeddings[image])
         nearest = np.argsort(-similarities, kind="stable")[:NEIGHBOURS]
         examples.append(Neighbours(int(image), int(predicted[image]), nearest, similarities[nearest]))
     return examples

@@ -97,7 +97,7 @@ def _sheet_rows(run: Run, sheet: PatchSheet | None) -> list[dict[str, Any]]:
     if sheet is None:
         return []
     assert run.datasets is not None
-    labels = run.datasets["train"].labels
+    labels = run.datasets.train.labels
     return [
         {
             "index": int(index),
@@ -112,7 +112,7 @@ def _sheet_rows(run: Run, sheet: PatchSheet | None) -> list[dict[str, Any]]:
 
 def _about_embeddings(run: Run, findings: Findings) -> dict[str, Any]:
     assert run.embeddings is not None
-    labels, names, shown = run.embeddings["test"].labels, run.class_names, findings.map_images
+    labels, names, shown = run.embeddings.test.labels, run.class_names, findings.map_images
     classes = map_classes(labels)
     rows, values = class_rows(findings.confusion, names), findings.singular_values
     above_rounding = values > 1e-6 * values[0]
@@ -132,7 +132,7 @@ def _about_embeddings(run: Run, findings: Findings) -> dict[str, Any]:
     ]
     pictures = None
     if run.datasets is not None and maps:
-        pictures = sprite([run.datasets["test"].images[i] for i in shown])
+        pictures = sprite([run.datasets.test.images[i] for i in shown])
     return {
         "spectrum": spectrum,
         "maps": maps,
@@ -149,7 +149,7 @@ def _about_embeddings(run: Run, findings: Findings) -> dict[str, Any]:
 
 def _example(run: Run, example: Neighbours) -> dict[str, Any]:
     assert run.datasets is not None
-    train, test, names = run.datasets["bank"], run.datasets["test"], run.class_names
+    train, test, names = run.datasets.bank, run.datasets.test, run.class_names
     label = test.labels[example.image]
     return {
         "image": data_uri(thumbnail(test.images[example.image])),

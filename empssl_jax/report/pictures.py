@@ -12,7 +12,8 @@ import PIL.Image
 from jaxtyping import Int, UInt8
 
 from empssl_jax.config import Config
-from empssl_jax.data import datasets as data
+from empssl_jax.data.batches import shuffled_batches
+from empssl_jax.data.datasets import ImageDataset
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import training_patches_key
 
@@ -32,10 +33,10 @@ class PatchSheet(NamedTuple):
     patches: UInt8[np.ndarray, "I P size size 3"]
 
 
-def training_patches(config: Config, dataset: data.ImageDataset) -> PatchSheet:
+def training_patches(config: Config, dataset: ImageDataset) -> PatchSheet:
     """Patches that the network saw in its first step: made anew from the same images, indices and keys."""
     training, patches = config.training, config.patches
-    batch = next(data.batches(dataset, training.batch_size, training.seed, 0, 1))
+    batch = next(shuffled_batches(dataset, training.batch_size, training.seed, 0, 1))
     indices = np.asarray(batch.indices)[:SHEET_IMAGES]
     images = np.asarray(batch.images)[:SHEET_IMAGES]
 

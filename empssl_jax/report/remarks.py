@@ -92,7 +92,7 @@ def _about_measures(run: Run, findings: Findings | None):
     alike = knn and before and knn.get("embeddings") == before.get("embeddings")
     if knn and before and alike and knn["top1"] <= before["top1"] + margin(knn["top1"], tested):
         yield Remark(True, "Training has not made kNN measurably better than the untrained network.")
-    smallest = int(np.bincount(run.embeddings["train"].labels, minlength=len(findings.confusion)).min())
+    smallest = int(np.bincount(run.embeddings.bank.labels, minlength=len(findings.confusion)).min())
     voters = run.config.evaluation.num_neighbours
     if smallest < voters:
         yield Remark(

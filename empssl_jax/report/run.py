@@ -1,7 +1,7 @@
 """What a run's folder holds, read for the report; what is missing or damaged is left out."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +10,11 @@ from jaxtyping import Float
 
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError
-from empssl_jax.data.datasets import SPLITS, ImageDataset, Split
-from empssl_jax.evaluation.embeddings import LabelledEmbeddings, labelled, load_embeddings
-from empssl_jax.run_folder.metrics import PROBE_FILE
+from empssl_jax.data.datasets import Datasets, ImageDataset
+from empssl_jax.evaluation.embedding_files import load_both_embeddings
+from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, labelled
 from empssl_jax.run_folder.results import Accuracy, load_results
-from empssl_jax.run_folder.step_files import read_steps
-from empssl_jax.run_folder.timing import TIMING_FILE
+from empssl_jax.run_folder.step_files import METRICS_FILE, PROBE_FILE, TIMING_FILE, read_steps
 
 METRICS = ("loss", "coding_rate", "coding_rate_fraction", "similarity", "learning_rate")
 WINDOW = 10  # steps that the throughput is taken over, as the progress bar does
@@ -31,15 +30,18 @@ class Run(NamedTuple):
     devices: str | None  # as "8 x NVIDIA H100"
     probes: list[dict[str, float]]  # each with "step", "seconds" and "top1"
     results: dict[str, Accuracy]
-    embeddings: dict[Split, LabelledEmbeddings] | None
-    datasets: dict[str, ImageDataset] | None  # "train", and of "bank" and "test" the images that have a label
+    embeddings: Embeddings | None
+    datasets: Datasets | None  # of `bank` and `test` only the images that have a label
     class_names: list[str]
 
     @property
-    def num_images(self) -> dict[Split, int]:
-        """Images of each split, as far as they are known."""
-        known: dict[Any, Any] = self.datasets or self.embeddings or {}
-        return {split: len(known[split].labels) for split in SPLITS if split in known}
+    def num_images(self) -> dict[str, int]:
+        """Training and test images, as far as they are known."""
+        if self.datasets is not None:
+            return {"train": len(self.datasets.train.labels), "test": len(self.datasets.test.labels)}
+        if self.embeddings is not None:
+            return {"train": len(self.embeddings.bank.labels), "test": len(self.embeddings.test.labels)}
+        return {}
 
     @property
     def last_step(self) -> int | None:
@@ -49,12 +51,12 @@ class Run(NamedTuple):
         return self.num_images["train"] // self.config.training.batch_size * self.config.training.max_epochs
 
 
-def read_run(folder: Path, config: Config, datasets: dict[str, ImageDataset] | None) -> Run:
+def read_run(folder: Path, config: Config, datasets: Datasets | None) -> Run:
     """Reads what train.py and eval.py have left in a folder; raises UserError if results.json is damaged.
 
     Embeddings that are missing or damaged are left out, and so are images that are not those of the embeddings.
     """
-    lines, times = read_steps(folder / "metrics.jsonl"), read_steps(folder / TIMING_FILE)
+    lines, times = read_steps(folder / METRICS_FILE), read_steps(folder / TIMING_FILE)
     seconds = {line["step"]: _number(line.get("seconds")) for line in times}
     metrics = {name: np.array([_number(line.get(name)) for line in lines]) for name in METRICS}
     metrics["seconds"] = np.array([seconds.get(line["step"], math.nan) for line in lines])
@@ -75,7 +77,7 @@ def read_run(folder: Path, config: Config, datasets: dict[str, ImageDataset] | N
         load_results(folder),
         embeddings,
         datasets,
-        _class_names(datasets or {}, embeddings or {}),
+        _class_names(datasets or (), embeddings or ()),
     )
 
 
@@ -94,40 +96,37 @@ def _probes(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_steps(folder / PROBE_FILE) if math.isfinite(_number(line.get("top1")))]
 
 
-def _embeddings(folder: Path) -> dict[Split, LabelledEmbeddings] | None:
+def _embeddings(folder: Path) -> Embeddings | None:
     try:
-        train, test = (load_embeddings(folder / "embeddings" / f"{split}.npz") for split in ("train", "test"))
+        return load_both_embeddings(folder / "embeddings")
     except UserError:
         return None
-    return {"train": train, "test": test} if train.embeddings.shape[1] == test.embeddings.shape[1] else None
 
 
-def _of_the_embeddings(
-    datasets: dict[str, ImageDataset], embeddings: dict[Split, LabelledEmbeddings]
-) -> dict[str, ImageDataset] | None:
-    """The images, of bank and test those that have a label; None if the embeddings are of others."""
-    found = dict(datasets)
-    for split, name in zip(SPLITS, ("bank", "test"), strict=True):
-        dataset = datasets[name]
-        if len(dataset.labels) != len(embeddings[split].labels):
-            return None
-        kept = np.flatnonzero(dataset.labels >= 0)
-        if len(kept) < len(dataset.labels):
-            found[name] = dataset.take(kept)
-    return found
+def _of_the_embeddings(datasets: Datasets, embeddings: Embeddings) -> Datasets | None:
+    """The images, of bank and test those that have a label; None if the embeddings are of other images."""
+    bank, test = datasets.bank, datasets.test
+    if len(bank.labels) != len(embeddings.bank.labels) or len(test.labels) != len(embeddings.test.labels):
+        return None
+    return datasets._replace(bank=_with_label(bank), test=_with_label(test))
 
 
-def _with_labels(embeddings: dict[Split, LabelledEmbeddings] | None) -> dict[Split, LabelledEmbeddings] | None:
+def _with_label(dataset: ImageDataset) -> ImageDataset:
+    kept = np.flatnonzero(dataset.labels >= 0)
+    return dataset.take(kept) if len(kept) < len(dataset.labels) else dataset
+
+
+def _with_labels(embeddings: Embeddings | None) -> Embeddings | None:
     """The embeddings whose images have a label; None if a split has none."""
     if embeddings is None:
         return None
-    kept: dict[Split, LabelledEmbeddings] = {split: labelled(held) for split, held in embeddings.items()}
-    return kept if all(len(held.labels) for held in kept.values()) else None
+    kept = Embeddings(labelled(embeddings.bank), labelled(embeddings.test))
+    return kept if len(kept.bank.labels) and len(kept.test.labels) else None
 
 
-def _class_names(*known: Mapping[Any, ImageDataset | LabelledEmbeddings]) -> list[str]:
-    """What the data set calls its classes, in UTF-8 also where they are folders whose names are not."""
-    names = max((held.class_names for splits in known for held in splits.values()), key=len, default=())
+def _class_names(*known: Sequence[ImageDataset | LabelledEmbeddings]) -> list[str]:
+    """The data set's names of its classes, as UTF-8 even if they are folders with other names."""
+    names = max((held.class_names for splits in known for held in splits), key=len, default=())
     return [name.encode(errors="replace").decode() for name in names]
 
 

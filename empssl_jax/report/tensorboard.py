@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from sklearn.decomposition import PCA
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
@@ -57,10 +56,12 @@ def _write_patches(folder: Path, sheet: PatchSheet) -> None:
 def _write_projector(folder: Path, run: Run, findings: Findings) -> None:
     """Embeddings of the test images on the report's maps, with their classes and thumbnails."""
     assert run.embeddings is not None
-    test, shown = run.embeddings["test"], findings.map_images
+    test, shown = run.embeddings.test, findings.map_images
     (folder / "projector").mkdir(parents=True, exist_ok=True)
     vectors = test.embeddings[shown]
     if (size := min(DIMENSIONS, *vectors.shape)) < vectors.shape[1]:
+        from sklearn.decomposition import PCA
+
         vectors = PCA(size, random_state=0).fit_transform(vectors)
     np.savetxt(folder / "projector" / "tensors.tsv", vectors, fmt="%.5g", delimiter="\t")
     names = [" ".join(name.split()) for name in run.class_names]
@@ -68,7 +69,7 @@ def _write_projector(folder: Path, run: Run, findings: Findings) -> None:
     (folder / "projector" / "metadata.tsv").write_text("\n".join(["class\tkNN\timage", *rows]) + "\n")
     config = PROJECTOR_CONFIG
     if run.datasets is not None:
-        thumbnails = sprite([run.datasets["test"].images[i] for i in shown])
+        thumbnails = sprite([run.datasets.test.images[i] for i in shown])
         (folder / "projector" / "sprite.png").write_bytes(encoded(thumbnails.picture, exact=True))
         config += SPRITE_CONFIG.format(side=thumbnails.side)
     (folder / "projector_config.pbtxt").write_text(config + "}\n")

@@ -5,21 +5,18 @@ import gc
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
+from jaxtyping import PyTree
 
 from empssl_jax.config import RunConfig
-from empssl_jax.config.errors import UserError
-from empssl_jax.method.encoder import EncoderState
+from empssl_jax.config.command_options import CheckpointChoice
+from empssl_jax.config.errors import DivergenceError, StorageError, UserError
 from empssl_jax.run_folder.digests import array_digests, first_not_finite, is_sealed, seal
-from empssl_jax.run_folder.metrics import DivergenceError
-from empssl_jax.run_folder.workdir import StorageError
 from empssl_jax.runtime.distributed import first_process_first, is_first_process
-
-Which = int | Literal["latest", "best"]
 
 
 class _DamagedError(Exception):
@@ -89,7 +86,7 @@ class Checkpoints:
         """Step of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, encoder: EncoderState, optimizer: Any, loss: float) -> None:
+    def save(self, step: int, encoder: PyTree, optimizer: Any, loss: float) -> None:
         """Starts saving in the background.
 
         Raises:
@@ -124,14 +121,14 @@ class Checkpoints:
         with self._storage_errors():
             self._manager.wait_until_finished()
 
-    def restore_encoder(self, template: EncoderState, sharding: Sharding, which: Which) -> tuple[int, EncoderState]:
+    def restore_encoder(self, template: PyTree, sharding: Sharding, choice: CheckpointChoice) -> tuple[int, PyTree]:
         """The step and encoder of a checkpoint, see `restore`."""
-        step, items = self._restore(which, sharding, encoder=template)
+        step, items = self._restore(choice, sharding, encoder=template)
         return step, items["encoder"]
 
     def restore(
-        self, encoder: EncoderState, optimizer: Any, sharding: Sharding, which: Which
-    ) -> tuple[int, EncoderState, Any]:
+        self, encoder: PyTree, optimizer: Any, sharding: Sharding, choice: CheckpointChoice
+    ) -> tuple[int, PyTree, Any]:
         """The step, encoder and optimizer state of a checkpoint, as they were saved to the bit.
 
         A damaged newest checkpoint is passed over, with a warning, for the one before.
@@ -140,12 +137,12 @@ class Checkpoints:
             encoder: shapes and types, as `jax.eval_shape` makes them.
             optimizer: the same.
             sharding: where the arrays go.
-            which: a step, or the newest, or the one with the lowest loss.
+            choice: a step, or the newest, or the one with the lowest loss.
 
         Raises:
             UserError: there is no such checkpoint, or it is damaged or of another model.
         """
-        step, items = self._restore(which, sharding, encoder=encoder, optimizer=optimizer)
+        step, items = self._restore(choice, sharding, encoder=encoder, optimizer=optimizer)
         return step, items["encoder"], items["optimizer"]
 
     def set_aside_after(self, step: int) -> None:
@@ -164,8 +161,8 @@ class Checkpoints:
             place = place.with_name(place.name + "+")
         (self._folder / str(step)).rename(place)
 
-    def _restore(self, which: Which, sharding: Sharding, **templates: Any) -> tuple[int, dict[str, Any]]:
-        steps = self._find(which)
+    def _restore(self, choice: CheckpointChoice, sharding: Sharding, **templates: Any) -> tuple[int, dict[str, Any]]:
+        steps = self._find(choice)
         for step in steps:
             try:
                 return step, self._read(step, sharding, templates)
@@ -205,18 +202,18 @@ class Checkpoints:
             raise _DamagedError("its record is not as it was saved")
         return record
 
-    def _find(self, which: Which) -> list[int]:
+    def _find(self, choice: CheckpointChoice) -> list[int]:
         """The steps to try, in this order."""
         steps = self.steps()[::-1]
         if not steps:
             raise UserError(f"{self._folder} holds no checkpoint: train first, or give the --workdir of a trained run.")
-        if which == "latest":
+        if choice == "latest":
             return steps
-        if which == "best":
+        if choice == "best":
             return [self._best(steps)]
-        if which not in steps:
-            raise UserError(f"--step is {which}: {self._folder} has {', '.join(map(str, reversed(steps)))}.")
-        return [which]
+        if choice not in steps:
+            raise UserError(f"--step is {choice}: {self._folder} has {', '.join(map(str, reversed(steps)))}.")
+        return [choice]
 
     def _best(self, steps: Sequence[int]) -> int:
         """The step with the lowest loss, the newest if no loss is known."""

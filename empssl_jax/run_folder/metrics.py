@@ -13,19 +13,10 @@ import jax
 from jaxtyping import Array
 from tqdm import tqdm
 
-from empssl_jax.config.errors import UserError
+from empssl_jax.config.errors import DivergenceError
 from empssl_jax.run_folder.loggers import EventFile, Logger
-from empssl_jax.run_folder.step_files import drop_steps_from
-from empssl_jax.run_folder.timing import TimingFile
+from empssl_jax.run_folder.step_files import METRICS_FILE, PROBE_FILE, TimingFile, drop_steps_from
 from empssl_jax.runtime.distributed import is_first_process
-
-PROBE_FILE = "probe.jsonl"
-
-
-class DivergenceError(UserError):
-    """The loss or an update is not finite any more."""
-
-    exit_code = 1
 
 
 class MetricsWriter:
@@ -52,7 +43,7 @@ class MetricsWriter:
         coding_rate_bounds: tuple[float, float],
         loggers: Sequence[Logger] = (),
     ):
-        path, self._probe_path = workdir / "metrics.jsonl", workdir / PROBE_FILE
+        path, self._probe_path = workdir / METRICS_FILE, workdir / PROBE_FILE
         self._writes = is_first_process()
         if self._writes:
             drop_steps_from(path, first_step)
@@ -151,11 +142,3 @@ class MetricsWriter:
         if self._bar.disable:
             line = ", ".join(f"{name} {value}" for name, value in shown.items())
             print(f"step {step + 1}/{self._bar.total}: {line}", file=sys.stderr, flush=True)
-
-
-def image_progress(description: str, num_images: int) -> tqdm:
-    """A progress bar over images; a plain line where it cannot be drawn."""
-    bar = tqdm(total=num_images, desc=description, unit=" images", disable=None if is_first_process() else True)
-    if bar.disable and is_first_process():
-        print(f"{description}: {num_images} images", file=sys.stderr, flush=True)
-    return bar

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from empssl_jax.config.errors import UserError, one_line
-from empssl_jax.run_folder.workdir import replacing
+from empssl_jax.runtime.atomic_write import atomic_write
 from empssl_jax.runtime.distributed import is_first_process
 
 RESULTS_FILE = "results.json"
@@ -32,7 +32,7 @@ def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accurac
     """
     together = load_results(folder) | results
     if is_first_process():
-        with replacing(folder / RESULTS_FILE) as file:
+        with atomic_write(folder / RESULTS_FILE) as file:
             file.write((json.dumps(together, indent=2) + "\n").encode())
     return together
 

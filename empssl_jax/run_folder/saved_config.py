@@ -6,7 +6,7 @@ from pathlib import Path
 
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError, one_line
-from empssl_jax.run_folder.workdir import replacing
+from empssl_jax.runtime.atomic_write import atomic_write
 
 CONFIG_FILE = "config.json"
 IMAGES_FILE = "images.json"
@@ -34,7 +34,7 @@ def from_json(text: str | bytes, source: object) -> Config:
 
 def save_config(workdir: Path, config: Config) -> None:
     """Writes the config of a run into its folder."""
-    with replacing(workdir / CONFIG_FILE) as file:
+    with atomic_write(workdir / CONFIG_FILE) as file:
         file.write(to_json(config).encode())
 
 
@@ -48,7 +48,7 @@ def load_config(workdir: Path) -> Config:
 
 def save_image_size(workdir: Path, size: int) -> None:
     """Writes down the side in pixels of the training images, which the config leaves to the data set."""
-    with replacing(workdir / IMAGES_FILE) as file:
+    with atomic_write(workdir / IMAGES_FILE) as file:
         file.write(json.dumps({"size": size}).encode())
 
 

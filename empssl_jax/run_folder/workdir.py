@@ -11,24 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from empssl_jax.config.errors import UserError
+from empssl_jax.config.errors import InUseError, StorageError, UserError
 from empssl_jax.runtime.distributed import is_first_process
 
 LOCK_FILE = "lock"
 
 
-class InUseError(UserError):
-    """Another process is using the folder."""
-
-
-class StorageError(UserError):
-    """Something could not be written; what was saved before is intact."""
-
-    exit_code = 1
-
-
 @contextlib.contextmanager
-def claimed(workdir: Path, option: str = "workdir") -> Iterator[None]:
+def locked(workdir: Path, option: str = "workdir") -> Iterator[None]:
     """Makes the folder, which an option has named, and keeps every other job out of it.
 
     The lock is the operating system's, so that it ends with its process, however that ends. Of the processes of a job
@@ -82,14 +72,3 @@ def storage_errors(workdir: Path) -> Iterator[None]:
             f"--workdir {workdir} cannot be written to any more ({error.strerror or error}): the checkpoints in it are "
             "kept, and the same command resumes there once that is mended."
         ) from error
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when it is whole and on disk, and not before."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -7,7 +7,7 @@ import jax
 FIRST_STEP, LAST_STEP = 10, 15  # counted from the start or the resumption, when everything is compiled
 
 
-def traced(train_step, folder: Path):
+def with_profiler_trace(train_step, folder: Path):
     """A train step that does the same, and leaves a trace of its calls 10 to 15 in a folder.
 
     `tensorboard --logdir FOLDER` shows it, with the package tensorboard-plugin-profile.

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from empssl_jax.config.errors import UserError
-from empssl_jax.data import datasets as data
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.run_folder import checkpoints
+from empssl_jax.runtime.devices import device_mesh, replicated
 
 STEPS = (1, 2, 3)
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -43,7 +43,7 @@ def saved(tmp_path_factory):
 def restore(workdir: Path, which="latest"):
     with checkpoints.Checkpoints(workdir) as store:
         template = jax.eval_shape(lambda: state_of(1))
-        return store.restore(*template, data.replicated(data.device_mesh(1)), which)
+        return store.restore(*template, replicated(device_mesh(1)), which)
 
 
 def truncate(path: Path):
@@ -118,7 +118,7 @@ def test_damaged_checkpoints_are_set_aside_and_their_steps_saved_anew(saved, tmp
                 truncate(path)
     with checkpoints.Checkpoints(workdir) as store:
         template = jax.eval_shape(lambda: state_of(1))
-        step, *_ = store.restore(*template, data.replicated(data.device_mesh(1)), "latest")
+        step, *_ = store.restore(*template, replicated(device_mesh(1)), "latest")
         assert step == 1
         store.set_aside_after(step)
         assert store.latest_step() == 1

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,15 @@ import optax
 import pytest
 
 from empssl_jax import training
-from empssl_jax.command_line import parse_train_options
+from empssl_jax.config.config_files import parse_train_options
+from empssl_jax.config.errors import DivergenceError
 from empssl_jax.data import datasets as data
-from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.data.batches import shuffled_batches
+from empssl_jax.data.datasets import load_datasets
 from empssl_jax.method import train_step
 from empssl_jax.method.train_step import create_state
 from empssl_jax.run_folder.checkpoints import Checkpoints
-from empssl_jax.run_folder.metrics import DivergenceError
+from empssl_jax.runtime.devices import device_mesh, replicated
 from tests.test_end_to_end import DIGITS, REPOSITORY
 
 STEP = 7
@@ -26,8 +27,8 @@ pytestmark = pytest.mark.long
 
 def in_an_image(patch, config, value):
     """Into the patches of one image of that step."""
-    dataset = evaluation.load_datasets(config)["train"]
-    batch = next(data.batches(dataset, config.training.batch_size, config.training.seed, STEP, STEP + 1))
+    dataset = load_datasets(config)["train"]
+    batch = next(shuffled_batches(dataset, config.training.batch_size, config.training.seed, STEP, STEP + 1))
     spared = train_step.multi_patch
 
     def multi_patch(*args, indices, **options):
@@ -76,8 +77,8 @@ def in_a_gradient(patch, config, value):
 @pytest.mark.parametrize("damage", [in_an_image, in_a_parameter, in_a_gradient], ids=lambda damage: damage.__name__)
 def test_the_run_stops_at_the_step_and_keeps_what_is_good(damage, value, tmp_path, monkeypatch):
     options = [*DIGITS, "--max-epochs", "4", "--precision", "float32", "--workdir", str(tmp_path)]
-    config = parse_train_options(options, Path("unused"))
-    monkeypatch.setattr(data, "device_mesh", functools.partial(data.device_mesh, 1))
+    config = parse_train_options(options)
+    monkeypatch.setattr(data, "device_mesh", functools.partial(device_mesh, 1))
     damage(monkeypatch, config, value)
     with pytest.raises(DivergenceError, match=f"Step {STEP} has"):
         training.train(config)
@@ -88,7 +89,7 @@ def test_the_run_stops_at_the_step_and_keeps_what_is_good(damage, value, tmp_pat
         assert store.latest_step() == 6
         optimizer = training.make_optimizer(config.training, lambda step: 0.1)
         template = jax.eval_shape(lambda: create_state(config, optimizer))
-        _, *state = store.restore(template.encoder, template.optimizer, data.replicated(data.device_mesh()), "latest")
+        _, *state = store.restore(template.encoder, template.optimizer, replicated(device_mesh()), "latest")
     assert all(np.isfinite(array).all() for array in jax.tree.leaves(state))
 
 

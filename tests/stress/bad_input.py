@@ -197,7 +197,7 @@ def valid_values(field: dataclasses.Field, annotation: object) -> st.SearchStrat
     if not isinstance(allowed, checks.Range):
         return st.just(field.default)
     high = min(allowed.high, TINY.get(field.name, allowed.high))
-    inside = st.integers(allowed.low, high) if allowed.whole else st.floats(allowed.low, high)
+    inside = st.integers(allowed.low, high) if allowed.is_integer else st.floats(allowed.low, high)
     return st.sampled_from([allowed.low, high]) | inside
 
 

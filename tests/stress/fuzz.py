@@ -24,17 +24,19 @@ import numpy as np
 import tyro
 from hypothesis import strategies as st
 
-from empssl_jax.command_line import load_config, parse_train_options
 from empssl_jax.config import Config
+from empssl_jax.config.config_files import parse_train_options, read_config_file
 from empssl_jax.config.errors import UserError
-from empssl_jax.data import datasets as data
 from empssl_jax.data import decoding
-from empssl_jax.evaluation import embeddings
-from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.data.batches import Batch
+from empssl_jax.evaluation import embedding_files, embeddings
+from empssl_jax.evaluation.evaluate import measure_knn, measure_linear
 from empssl_jax.method import losses
 from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
 from empssl_jax.run_folder import saved_config
 from empssl_jax.run_folder import step_files as json_lines
+from empssl_jax.run_folder.results import add_results, load_results
+from empssl_jax.runtime.devices import device_mesh
 from tests.stress import bad_input
 from tests.stress.bad_input import FLAGS, GROUPS, OPTIONS
 
@@ -63,7 +65,7 @@ def run_config_file(content: bytes, folder: Path) -> None:
     """A config file is refused or gives a config."""
     path = folder / "config.py"
     path.write_bytes(content)
-    assert isinstance(load_config(path), Config)
+    assert isinstance(read_config_file(str(path)), Config)
 
 
 def parse(arguments: list[str], folder: Path) -> None:
@@ -71,7 +73,7 @@ def parse(arguments: list[str], folder: Path) -> None:
     shown = io.StringIO()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
-            parsed = parse_train_options(arguments, REPOSITORY / "configs" / "digits.py")
+            parsed = parse_train_options(["--config", "digits", *arguments])
         assert isinstance(parsed, Config)
     except SystemExit as error:
         assert shown.getvalue()
@@ -85,20 +87,20 @@ def load_embeddings(content: bytes, folder: Path) -> None:
     """Embeddings are refused or finite, each with a class below their number or with -1 for none."""
     path = folder / "test.npz"
     path.write_bytes(content)
-    loaded = embeddings.load_embeddings(path)
+    loaded = embedding_files.load_embeddings(path)
     assert loaded.embeddings.dtype == np.float32
     assert len(loaded.embeddings) == len(loaded.labels) > 0
     assert np.isfinite(np.linalg.norm(loaded.embeddings, axis=1)).all()
-    assert -1 <= loaded.labels.min() <= loaded.labels.max() < loaded.num_classes <= embeddings.MAX_CLASSES
+    assert -1 <= loaded.labels.min() <= loaded.labels.max() < loaded.num_classes <= embedding_files.MAX_CLASSES
 
 
 def add_to_results(content: bytes, folder: Path) -> None:
     """Results are refused, or what they hold is still there after others are added."""
     path = folder / "results.json"
     path.write_bytes(content)
-    before = evaluation.load_results(folder)
-    after = evaluation.add_results(folder, {"new": {"top1": 0.5, "top5": 1.0}})
-    assert repr(after | before) == repr(evaluation.load_results(folder) | before)
+    before = load_results(folder)
+    after = add_results(folder, {"new": {"top1": 0.5, "top5": 1.0}})
+    assert repr(after | before) == repr(load_results(folder) | before)
     assert before.keys() <= after.keys()
 
 
@@ -123,14 +125,14 @@ def prepare(made: Config, steps_per_epoch: int = 2):
     """The optimizer and the train step of a config, on one device."""
     schedule = learning_rate_schedule(made.training, steps_per_epoch)
     optimizer = make_optimizer(made.training, schedule)
-    return optimizer, make_train_step(made, optimizer, schedule, steps_per_epoch, data.device_mesh(1))
+    return optimizer, make_train_step(made, optimizer, schedule, steps_per_epoch, device_mesh(1))
 
 
-def batch_of(made: Config, side: int) -> data.Batch:
+def batch_of(made: Config, side: int) -> Batch:
     """Images of noise."""
     size = made.training.batch_size
     images = np.random.RandomState(0).randint(0, 256, (size, side, side, 3)).astype(np.uint8)
-    return data.Batch(images, np.arange(size, dtype=np.int32))
+    return Batch(images, np.arange(size, dtype=np.int32))
 
 
 def resolved(made: Config) -> Config:
@@ -146,7 +148,7 @@ def trace(example: tuple[Config, int], folder: Path) -> None:
     state, batch = jax.eval_shape(lambda: create_state(made, optimizer)), batch_of(made, side)
     after, _ = jax.eval_shape(step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    embedded = jax.eval_shape(embeddings.make_embed(made, data.device_mesh(1)), state.encoder, *batch)
+    embedded = jax.eval_shape(embeddings.make_embed(made, device_mesh(1)), state.encoder, *batch)
     assert embedded.shape == (made.training.batch_size, embeddings.embedding_dim(made))
 
 
@@ -185,9 +187,9 @@ def measure(example: tuple[float, Config], folder: Path) -> None:
         for _ in range(2)
     ]
     both = dict(zip(("train", "test"), labelled, strict=True))
-    accuracies = [evaluation.measure_knn(both, made.evaluation, data.device_mesh())]
+    accuracies = [measure_knn(both, made.evaluation, device_mesh())]
     if made.evaluation.linear_epochs > 0:
-        accuracies += evaluation.measure_linear(both, made.evaluation, made.training.seed, data.device_mesh()).values()
+        accuracies += measure_linear(both, made.evaluation, made.training.seed, device_mesh()).values()
     for accuracy in accuracies:
         assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 1
 

@@ -26,7 +26,8 @@ import tyro
 from benchmarks.measure import environment
 from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
-from empssl_jax.data import datasets as data
+from empssl_jax.config.command_options import EvaluateOptions
+from empssl_jax.data.datasets import load_split
 from empssl_jax.evaluation import evaluate as evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -112,10 +113,10 @@ def train(workdir: Path, minutes: float) -> tuple[int, list[dict[str, float]]]:
 def evaluate(workdir: Path, times: int) -> list[dict[str, float]]:
     """Evaluates the run so often; returns a sample after each."""
     samples = []
-    options = evaluation.EvaluateOptions(workdir=str(workdir), evaluation=config(str(workdir)).evaluation)
+    options = EvaluateOptions(workdir=str(workdir), evaluation=config(str(workdir)).evaluation)
     for number in range(times):
         with (workdir / "log").open("a") as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
-            evaluation.evaluate(options)
+            evaluation.evaluate(options, write_report=lambda *_: None)
         samples.append({"evaluations": float(number)} | sample())
     return samples
 
@@ -133,5 +134,5 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     # Read once here, so that the first sample is not of an empty process.
-    data.load(config("unused").data, "train", None)
+    load_split(config("unused").data, "train", None)
     main(tyro.cli(Options, description=__doc__))

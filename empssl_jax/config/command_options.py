@@ -1,0 +1,85 @@
+"""The options of every command but `train`, whose options are those of a run (options.py)."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+from empssl_jax.config.options import DistributedConfig, EmbeddingConfig, EvaluationConfig, RunConfig
+
+CheckpointChoice = int | Literal["latest", "best"]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to evaluate."""
+
+    # Folder of a run of train.py. With several, such as runs/*, missing measurements are made and all are compared.
+    workdir: str = RunConfig.workdir
+    # Checkpoint to restore: its step, the newest ("latest"), or the one with the lowest loss ("best").
+    step: CheckpointChoice = "latest"
+    # Folder with train.npz and test.npz to evaluate instead of a checkpoint.
+    embeddings: str | None = None
+    # Folder of prepared TFDS data sets. Default: the run's, then $TFDS_DATA_DIR, then ~/tensorflow_datasets.
+    data_dir: str | None = None
+    # Folder for decoded images. Default: the run's, then empssl_jax/images in the user's cache folder.
+    cache_dir: str | None = None
+    evaluation: OmitArgPrefixes[EvaluationConfig] = dataclasses.field(default_factory=EvaluationConfig)
+    distributed: OmitArgPrefixes[DistributedConfig] = dataclasses.field(default_factory=DistributedConfig)
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """What to embed, and with which encoder."""
+
+    # One image file, or a folder of them, subfolders included.
+    images: str
+    # Folder of a run.
+    workdir: str = RunConfig.workdir
+    # File to write: `embeddings` (N, E) float32; `files`, their N names relative to the folder; and `unreadable`, the
+    # names of files that were skipped.
+    output: str = "embeddings.npz"
+    # Checkpoint to use: its step, the newest ("latest"), or the one with the lowest loss ("best").
+    step: CheckpointChoice = "latest"
+    embedding: OmitArgPrefixes[EmbeddingConfig] = dataclasses.field(default_factory=EmbeddingConfig)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Which weights to export, and where to."""
+
+    # Folder of a run.
+    run: Positional[str]
+    # A .safetensors file, or a file for torch.load, which needs PyTorch.
+    format: Literal["safetensors", "torch"] = "safetensors"
+    # Checkpoint to export: its step, the newest ("latest"), or the one with the lowest loss ("best").
+    step: CheckpointChoice = "latest"
+    # File to write. Default: weights.safetensors or weights.pt in the run's folder.
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Which weights to import, and where to."""
+
+    # A .safetensors file, or one of torch.save (.pt, .pth), which needs PyTorch.
+    file: Positional[str]
+    # Folder of the new run.
+    workdir: str
+    # Python file with the rest of the run's config, such as configs/cifar10.py. Default: what the exported run had, or
+    # else the defaults. The encoder's sizes come from the weights.
+    config: str | None = None
+    # The file holds a ResNet without heads, such as torchvision's. Its classifier is dropped; both heads are drawn
+    # with the config's sizes and seed.
+    fresh_heads: bool = False
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Which run to report on."""
+
+    # Folder of a run of train.py.
+    run: Positional[str]
+    # Folder of prepared TFDS data sets. Default: the run's, then $TFDS_DATA_DIR, then ~/tensorflow_datasets.
+    data_dir: str | None = None

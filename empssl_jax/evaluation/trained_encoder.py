@@ -1,0 +1,32 @@
+"""The encoder in a checkpoint of a run."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from empssl_jax.config import Config
+from empssl_jax.config.command_options import CheckpointChoice
+from empssl_jax.method.encoder import EncoderState, encoder_template
+from empssl_jax.run_folder.checkpoints import Checkpoints
+from empssl_jax.run_folder.saved_config import load_config
+from empssl_jax.runtime.devices import device_mesh, replicated
+
+
+class TrainedEncoder(NamedTuple):
+    """An encoder and the run it comes from."""
+
+    config: Config
+    state: EncoderState  # on all devices
+    step: int  # of the checkpoint
+
+
+def restore_encoder(folder: Path, choice: CheckpointChoice) -> TrainedEncoder:
+    """The encoder of a run, which may still be training; the folder is only read.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or it is damaged.
+    """
+    config = load_config(folder)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        template, sharding = encoder_template(config.model), replicated(device_mesh())
+        step, state = checkpoints.restore_encoder(template, sharding, choice)
+    return TrainedEncoder(config, state, step)

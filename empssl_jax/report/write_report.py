@@ -1,0 +1,71 @@
+"""Writes a run's report."""
+
+import dataclasses
+import sys
+import warnings
+from pathlib import Path
+
+from empssl_jax.config import Config
+from empssl_jax.config.command_options import ReportOptions
+from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.data.datasets import Datasets, load_datasets
+from empssl_jax.report.findings import examine
+from empssl_jax.report.page import render
+from empssl_jax.report.pictures import training_patches
+from empssl_jax.report.run import read_run
+from empssl_jax.report.tensorboard import write_pictures
+from empssl_jax.run_folder.saved_config import load_config
+from empssl_jax.runtime.atomic_write import atomic_write
+from empssl_jax.runtime.distributed import is_first_process
+
+REPORT_FILE = "report.html"
+
+
+def write_report(workdir: Path, config: Config, datasets: Datasets | None) -> Path:
+    """Writes the page of a run, and its pictures for TensorBoard; returns the page's path.
+
+    Args:
+        workdir: folder of the run; whatever it does not hold yet is left out of the page.
+        config: how the run was trained and measured.
+        datasets: "train", "bank" and "test", as the run uses them; None leaves the pictures out.
+    """
+    run = read_run(workdir, config, datasets)
+    sheet = training_patches(config, run.datasets.train) if run.datasets else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scikit-learn and UMAP, about their own ways
+        seed = config.training.seed
+        findings = examine(run.embeddings, config.evaluation, seed) if run.embeddings else None
+    path = workdir / REPORT_FILE
+    with atomic_write(path) as file:
+        file.write(render(run, sheet, findings).encode())
+    write_pictures(run, sheet, findings)
+    return path
+
+
+def try_to_report(workdir: Path, config: Config, datasets: Datasets | None) -> None:
+    """Writes the report in the first process; whatever goes wrong is told in a sentence and harms no run."""
+    if not is_first_process():
+        return
+    try:
+        print(f"wrote {write_report(workdir, config, datasets)}")
+    except Exception as error:  # the run is done and saved, and must not end as a failure because of a picture
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        print(
+            f"warning: {workdir / REPORT_FILE} could not be written ({reason}): the run is complete, and `empssl "
+            f"report {workdir}` tries again.",
+            file=sys.stderr,
+        )
+
+
+def report_run(options: ReportOptions) -> None:
+    """Writes the report of a run. If the data set is not available, warns and leaves the images out."""
+    folder = Path(options.run)
+    config = load_config(folder)
+    if options.data_dir is not None:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, data_dir=options.data_dir))
+    datasets: Datasets | None = None
+    try:
+        datasets = load_datasets(config)
+    except UserError as error:
+        print(f"warning: the report has no pictures, since the images cannot be had: {error}", file=sys.stderr)
+    print(f"wrote {write_report(folder, config, datasets)}")

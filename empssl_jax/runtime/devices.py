@@ -1,0 +1,48 @@
+"""The mesh of all devices, how arrays lie on it, and the ways to it and back."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, Shaped
+
+DATA_AXIS = "data"  # the mesh axis that splits the images of a batch over devices
+
+
+def device_mesh(num_devices: int | None = None) -> Mesh:
+    """All devices, or the first `num_devices`, along the axis that splits the images of a batch."""
+    devices = jax.devices()[:num_devices]
+    return jax.make_mesh((len(devices),), (DATA_AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+
+
+def split_images(mesh: Mesh) -> NamedSharding:
+    """Each device holds its share of the images."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Each device holds a full copy."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def own_rows(mesh: Mesh, num_rows: int) -> Int[np.ndarray, " K"]:
+    """The rows that this process's devices hold of an array split by `split_images`, ascending."""
+    indices = split_images(mesh).addressable_devices_indices_map((num_rows,)).values()
+    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in indices]))
+
+
+def rows_to_devices(
+    own: Shaped[jax.Array | np.ndarray, "K *rest"], mesh: Mesh, num_rows: int
+) -> Shaped[jax.Array, "N *rest"]:
+    """The global array of `num_rows` rows, split over all devices. Each process passes its `own_rows`."""
+    return jax.make_array_from_process_local_data(split_images(mesh), own, (num_rows, *own.shape[1:]))
+
+
+def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has in full, on the devices. Each process sends what its own devices hold."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """An array that is split over devices, in full, on the host of each process."""
+    return multihost_utils.process_allgather(array, tiled=True)

@@ -1,0 +1,44 @@
+"""What a user sees of an error: one sentence and an exit code, never a stack trace."""
+
+import contextlib
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+
+from empssl_jax.config.errors import UserError, one_line
+
+
+@contextlib.contextmanager
+def user_errors_exit() -> Iterator[None]:
+    """Turns errors that the user can fix into a sentence and an exit code, and Ctrl-C into exit code 130.
+
+    These are UserError, a failure of the file system, and too little memory.
+    """
+    _silence_background_threads()
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        print(f"error: {one_line(error)}: free the disk, fix the file or give another folder.", file=sys.stderr)
+        raise SystemExit(UserError.exit_code) from None
+    except (MemoryError, RuntimeError) as error:
+        # XLA's errors have no class of their own for this; a GPU's and a CPU's read differently.
+        if not (isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|Out of memory", str(error))):
+            raise
+        remedy = "lower --batch-size, --embedding-batch-size, --train-patches or --width, or give --remat"
+        print(f"error: out of memory ({one_line(error)}): {remedy}.", file=sys.stderr)
+        raise SystemExit(UserError.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _silence_background_threads() -> None:
+    """Keeps stack traces of Orbax's and TensorStore's threads off the terminal. Their errors also reach the run."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
