@@ -28,7 +28,7 @@ def checked_modules() -> list[str]:
     return [f"empssl_jax.{name}" for name in modules if not name.startswith(UNCHECKED)]
 
 
-jaxtyping.install_import_hook(checked_modules(), "beartype.beartype")
+jaxtyping.install_import_hook(checked_modules(), "typecheck.checked")
 
 GOLDEN = Path(__file__).parent / "golden"
 

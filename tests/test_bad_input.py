@@ -153,7 +153,7 @@ def test_the_table_is_shown_even_if_it_cannot_be_written(embeddings_folder, monk
     shown = capsys.readouterr()
     assert "kNN  100.00%  100.00%" in shown.out
     assert shown.err == (
-        "error: [Errno 28] No space left on device: free the disk, mend the file or give another folder.\n"
+        "error: [Errno 28] No space left on device: free the disk, fix the file or give another folder.\n"
     )
 
 

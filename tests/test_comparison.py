@@ -29,7 +29,9 @@ def write_run(folder, seed, top1, top5, linear=True, **training):
 
 
 def compare(*folders, options=()):
-    comparison.evaluate_all(parse_evaluations(["--workdir", *map(str, folders), *options]), write_report=None)
+    comparison.evaluate_all(
+        parse_evaluations(["--workdir", *map(str, folders), *options]), write_report=lambda *_: None
+    )
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def test_mean_and_spread_over_seeds(tmp_path, no_evaluation, capsys):
     assert "differ only in --seed" in table
     printed = capsys.readouterr().out
     assert table in printed
-    assert f"passed over, since they are no runs: {tmp_path / 'notes.txt'}" in printed
+    assert f"skipping folders that are not runs: {tmp_path / 'notes.txt'}" in printed
     assert no_evaluation == []
 
 

@@ -27,7 +27,7 @@ def source_of(contents, memory=0, **options) -> Source:
     def read(numbers):
         return [Example(contents[i], i % 3 - 1, f"{i:03}.png") for i in numbers]
 
-    known = {"name": "pictures train", "place": "here", "fingerprint": "1", "strict": False, "remedy": "mend it"}
+    known = {"name": "pictures train", "location": "here", "fingerprint": "1", "strict": False, "remedy": "mend it"}
     return Source(size=len(contents), read=read, memory=memory, **(known | options))
 
 
@@ -84,7 +84,7 @@ def test_images_are_decoded_once(stored, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changed", "side", "files"), [({"fingerprint": "2"}, None, 3), ({}, 4, 6), ({"place": "there"}, None, 6)]
+    ("changed", "side", "files"), [({"fingerprint": "2"}, None, 3), ({}, 4, 6), ({"location": "there"}, None, 6)]
 )
 def test_other_images_are_decoded_anew_and_replace_those_of_the_same_place(stored, tmp_path, changed, side, files):
     others = [png(pixels(1000 + i)) for i in range(50)]
@@ -172,7 +172,7 @@ def test_a_full_disk_gets_a_sentence_and_is_left_as_it_was(tmp_path, monkeypatch
         def write(self, content):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_store, "replacing", lambda path: Full())
+    monkeypatch.setattr(image_store, "atomic_write", lambda path: Full())
     with pytest.raises(UserError, match=r"^--cache-dir .* cannot be written to \(No space left on device\): .* GB"):
         load_images(source_of(CONTENTS), None, str(tmp_path))
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]

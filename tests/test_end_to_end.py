@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from empssl_jax import command_line
-from empssl_jax.runtime import compilation, distributed, interruption
+from empssl_jax.runtime import compilation, distributed, interruption, user_errors
 from tests.stress.faults import NOT_INHERITED
 
 REPOSITORY = Path(__file__).parent.parent
@@ -220,7 +219,7 @@ def run_here(monkeypatch, capsys):
     monkeypatch.setattr(compilation, "keep_compiled_programs", lambda: None)
     monkeypatch.setattr(distributed, "processes", contextlib.nullcontext)
     monkeypatch.setattr(interruption, "end_at_sigterm", lambda: None)
-    monkeypatch.setattr(command_line, "_silence_background_threads", lambda: None)
+    monkeypatch.setattr(user_errors, "_silence_background_threads", lambda: None)
 
     def run_script(script, *options):
         monkeypatch.setattr(sys, "argv", [script, *map(str, options)])

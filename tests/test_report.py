@@ -26,10 +26,10 @@ from empssl_jax.config import DataConfig
 from empssl_jax.data.batches import shuffled_batches
 from empssl_jax.data.datasets import Datasets
 from empssl_jax.evaluation.embedding_files import save_embeddings
-from empssl_jax.evaluation.embeddings import LabelledEmbeddings
+from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import training_patches_key
-from empssl_jax.report import charts, findings, pictures, remarks, write_report
+from empssl_jax.report import charts, findings, pictures, remarks, tables, write_report
 from empssl_jax.report.run import read_run
 
 
@@ -311,7 +311,7 @@ def test_a_folder_with_nothing_but_a_config_has_a_page(written, tmp_path):
 
 def test_a_report_that_fails_is_told_in_a_sentence_and_harms_nothing(written, tmp_path, capsys):
     (tmp_path / "results.json").write_text("no JSON")
-    report.try_to_report(tmp_path, CONFIG, None)
+    write_report.try_to_report(tmp_path, CONFIG, None)
     output = capsys.readouterr()
     assert re.fullmatch(r"warning: .*report\.html could not be written .*tries again\.\n", output.err)
     assert output.out == ""
@@ -319,8 +319,8 @@ def test_a_report_that_fails_is_told_in_a_sentence_and_harms_nothing(written, tm
 
 
 def test_only_the_first_process_writes(written, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "is_first_process", lambda: False)
-    report.try_to_report(tmp_path, CONFIG, None)
+    monkeypatch.setattr(write_report, "is_first_process", lambda: False)
+    write_report.try_to_report(tmp_path, CONFIG, None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -358,10 +358,10 @@ def test_many_classes_are_listed_by_their_mistakes(tmp_path):
     labels = np.repeat(np.arange(30), 4).astype(np.int32)
     names = tuple(f"class {number}" for number in range(30))
     train, test = (LabelledEmbeddings(np.float32(random.standard_normal((120, 6))), labels, names) for _ in range(2))
-    found = findings.examine(train, test, CONFIG.evaluation, 0)
+    found = findings.examine(Embeddings(train, test), CONFIG.evaluation, 0)
     assert len(findings.map_classes(labels)) == 10
     assert set(labels[found.map_images]) == set(findings.map_classes(labels).tolist())
-    pairs = report.page.worst_pairs(found.confusion, [str(n) for n in range(30)])
+    pairs = tables.worst_pairs(found.confusion, [str(n) for n in range(30)])
     counts = [count for _, _, count in pairs]
     assert counts == sorted(counts, reverse=True)
     assert all(found.confusion[int(shows), int(taken)] == count for shows, taken, count in pairs)

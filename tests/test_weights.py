@@ -14,11 +14,10 @@ from conftest import from_torch_layout, leaf, torch_names, torch_weights
 from flax import nnx
 
 import empssl_jax
-from empssl_jax import training
+from empssl_jax import command_line, training
 from empssl_jax.config import ModelConfig
 from empssl_jax.config.errors import UserError
 from empssl_jax.inference import torch_names as names_module
-from empssl_jax.inference import weights
 from empssl_jax.method import encoder as models
 from empssl_jax.method.random_keys import parameters_key
 from empssl_jax.method.resnet import BACKBONES
@@ -48,6 +47,11 @@ def official(golden):
     return numbers, {name: np.float32(array) for name, array in drawn.items()} | counters
 
 
+def run_command(arguments):
+    """`empssl export ...` and `empssl import ...`, with errors raised."""
+    command_line.COMMANDS[arguments[0]].run(arguments[1:], "empssl")
+
+
 def save(path, arrays, metadata=None):
     path.write_bytes(safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata))
     return str(path)
@@ -63,7 +67,7 @@ def relative_error(ours, theirs) -> float:
 
 def test_golden_official_checkpoint(official, tmp_path):
     numbers, arrays = official
-    weights.main(["import", save(tmp_path / "a.safetensors", arrays), "--workdir", str(tmp_path / "run")])
+    run_command(["import", save(tmp_path / "a.safetensors", arrays), "--workdir", str(tmp_path / "run")])
     encoder = empssl_jax.load(tmp_path / "run")
     assert encoder.step == 0
     assert encoder.config.model == OFFICIAL
@@ -97,8 +101,8 @@ def test_export_then_import_is_exact(tiny_run, tmp_path, kind):
     if kind == "torch":
         pytest.importorskip("torch", reason="pip install -e '.[torch]'")
     file, workdir = tmp_path / f"new/weights.{'pt' if kind == 'torch' else kind}", tmp_path / "run"
-    weights.main(["export", str(tiny_run), "--format", kind, "--step", "1", "--output", str(file)])
-    weights.main(["import", str(file), "--workdir", str(workdir)])
+    run_command(["export", str(tiny_run), "--format", kind, "--step", "1", "--output", str(file)])
+    run_command(["import", str(file), "--workdir", str(workdir)])
     ours, theirs = empssl_jax.load(workdir), empssl_jax.load(tiny_run, 1)
     assert_equal(ours.state, theirs.state)
     assert (ours.step, ours.image_size) == (0, theirs.image_size)
@@ -116,7 +120,7 @@ def test_export_then_import_is_exact(tiny_run, tmp_path, kind):
 
 
 def test_metadata_say_how_to_build_the_encoder(tiny_run):
-    weights.main(["export", str(tiny_run)])
+    run_command(["export", str(tiny_run)])
     with safetensors.safe_open(tiny_run / "weights.safetensors", framework="numpy") as file:
         metadata = file.metadata()
         assert file.get_tensor("backbone.bn1.num_batches_tracked") == 2
@@ -141,8 +145,8 @@ def test_a_torchvision_resnet_gets_heads_as_training_begins_with(tmp_path):
     file = save(tmp_path / "a.safetensors", resnet | {"fc.weight": np.eye(2), "fc.bias": np.zeros(2)})
     command = ["import", file, "--workdir", str(tmp_path / "run"), "--config", str(tmp_path / "config.py")]
     with pytest.raises(UserError, match="These are not the arrays of an EMP-SSL encoder"):
-        weights.main(command)
-    weights.main([*command, "--fresh-heads"])
+        run_command(command)
+    run_command([*command, "--fresh-heads"])
     encoder = empssl_jax.load(tmp_path / "run")
     assert encoder.config.model == model
     assert_equal(encoder.state, begun._replace(params=begun.params | {"backbone": other.params["backbone"]}))
@@ -171,21 +175,21 @@ def test_what_does_not_fit_is_refused_by_name(official, tmp_path, case):
     change, message = REFUSED[case]
     file = save(tmp_path / "a.safetensors", change(official[1]))
     with pytest.raises(UserError, match=message):
-        weights.main(["import", file, "--workdir", str(tmp_path / "run")])
+        run_command(["import", file, "--workdir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_with_a_run_is_refused(official, tiny_run, tmp_path):
     file = save(tmp_path / "a.safetensors", official[1])
     with pytest.raises(UserError, match=r"--workdir is .*: that folder holds a run, so give another one"):
-        weights.main(["import", file, "--workdir", str(tiny_run)])
+        run_command(["import", file, "--workdir", str(tiny_run)])
 
 
 def test_files_of_something_else_are_refused(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"no tensors")
     for file, message in (("a.safetensors", "cannot be read"), ("b.safetensors", "There is no file")):
         with pytest.raises(UserError, match=message):
-            weights.main(["import", str(tmp_path / file), "--workdir", str(tmp_path / "run")])
+            run_command(["import", str(tmp_path / file), "--workdir", str(tmp_path / "run")])
 
 
 def test_without_torch_its_files_are_refused_with_the_remedy(tiny_run, tmp_path, monkeypatch):
@@ -196,7 +200,7 @@ def test_without_torch_its_files_are_refused_with_the_remedy(tiny_run, tmp_path,
         ["import", str(tmp_path / "a.pt"), "--workdir", "x"],
     ):
         with pytest.raises(UserError, match=r'need PyTorch: pip install "empssl_jax\[torch\]", or use a .safetensors'):
-            weights.main(command)
+            run_command(command)
 
 
 def test_a_torch_file_cannot_run_code(tmp_path):
@@ -208,7 +212,7 @@ def test_a_torch_file_cannot_run_code(tmp_path):
 
     torch.save({"x": Bad()}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="a state dictionary and nothing else"):
-        weights.main(["import", str(tmp_path / "a.pt"), "--workdir", str(tmp_path / "run")])
+        run_command(["import", str(tmp_path / "a.pt"), "--workdir", str(tmp_path / "run")])
     assert not (tmp_path / "run_by_the_file").exists()
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from empssl_jax import config
 from empssl_jax.config import Config
-from empssl_jax.config import errors as checks
+from empssl_jax.config import checked_fields as checks
 from empssl_jax.run_folder import saved_config
 
 GROUPS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
