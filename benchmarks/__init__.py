@@ -1,3 +1,3 @@
-"""What is measured: empssl_jax against a plain PyTorch version of the same work, and against the machine's limits."""
+"""Measurements of speed and memory: empssl_jax against plain PyTorch, and against the limits of the machine."""
 
-import empssl_jax  # noqa: F401  (before JAX: it sets what XLA reads when it starts)
+import empssl_jax  # noqa: F401  (before JAX, because it sets flags that XLA reads when it starts)

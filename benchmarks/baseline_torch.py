@@ -1,8 +1,8 @@
-"""EMP-SSL in plain PyTorch, the way its users write it: the yardstick that `benchmarks.compare` measures against.
+"""EMP-SSL in plain, idiomatic PyTorch: the baseline that `benchmarks.compare` measures against.
 
 Written from the paper (arXiv 2304.03977): torchvision's ResNet-18, its transforms on PIL images in DataLoader workers,
-`torch.logdet` of the D x D matrix, SGD wrapped in LARS, autocast to bfloat16 and channels-last on GPU. Tested against
-the same golden numbers as the package. It needs the extra `bench`.
+`torch.logdet` of the D x D matrix, SGD wrapped in LARS, channels-last memory format, and autocast to bfloat16 on GPU.
+Tested against the same golden numbers as the package. Needs the extra `bench`.
 """
 
 import random
@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as PyTorch users call it
 import torchvision
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 
 class GaussianBlur:
-    """Blurs one image in ten, by 0.1 to 2 pixels."""
+    """Blurs an image with probability 0.1, with a radius of 0.1 to 2 pixels."""
 
     def __call__(self, image: PIL.Image.Image) -> PIL.Image.Image:
         if random.random() >= 0.1:
@@ -31,14 +31,14 @@ class GaussianBlur:
 
 
 class Solarize:
-    """Inverts the bright pixels of one image in ten."""
+    """Inverts the bright pixels of an image with probability 0.1."""
 
     def __call__(self, image: PIL.Image.Image) -> PIL.Image.Image:
         return PIL.ImageOps.solarize(image) if random.random() < 0.1 else image
 
 
-def patch_transform(patch_area: float = 0.25, patch_size: int = 32):
-    """One augmented patch of a PIL image, a tensor in [-1, 1]."""
+def patch_transform(patch_area: float = 0.25, patch_size: int = 32) -> transforms.Compose:
+    """The transform from a PIL image to one augmented patch, a tensor with values in [-1, 1]."""
     area = (patch_area, patch_area)
     return transforms.Compose(
         [
@@ -55,9 +55,9 @@ def patch_transform(patch_area: float = 0.25, patch_size: int = 32):
 
 
 class PatchDataset(Dataset):
-    """Items are (P, 3, size, size) patches of an image, and its label."""
+    """Each item is an image's patches (P, 3, size, size) and its label."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, num_patches: int, patch_size: int = 32):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, num_patches: int, patch_size: int = 32) -> None:
         self.images, self.labels, self.num_patches = images, labels, num_patches
         self.transform = patch_transform(patch_size=patch_size)
 
@@ -70,7 +70,7 @@ class PatchDataset(Dataset):
 
 
 def loader(dataset: Dataset, batch_size: int, workers: int, train: bool) -> DataLoader:
-    """Batches from worker processes; shuffled and whole ones only for training."""
+    """Batches from worker processes. Training shuffles, and drops an incomplete last batch."""
     torch.multiprocessing.set_sharing_strategy("file_system")
     return DataLoader(
         dataset,
@@ -79,16 +79,16 @@ def loader(dataset: Dataset, batch_size: int, workers: int, train: bool) -> Data
         drop_last=train,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        # JAX's threads do not survive a fork in the process that measures both.
+        # The process that measures both sides also runs JAX, whose threads do not survive a fork.
         multiprocessing_context="forkserver" if workers else None,
         persistent_workers=workers > 0,
     )
 
 
 class Encoder(nn.Module):
-    """ResNet-18 for small images, the hidden layer (embeddings), and the projection."""
+    """ResNet-18 for small images, the hidden layer, whose output is the embedding, and the projector."""
 
-    def __init__(self, width: int = 64, hidden_dim: int = 4096, projection_dim: int = 1024):
+    def __init__(self, width: int = 64, hidden_dim: int = 4096, projection_dim: int = 1024) -> None:
         super().__init__()
         resnet = torchvision.models.resnet18()
         if width != 64:
@@ -113,7 +113,7 @@ class Encoder(nn.Module):
 
 
 def coding_rate(projections: Tensor, eps: float = 0.2) -> Tensor:
-    """Mean over the patches of the coding rate of (P, B, D) unit vectors."""
+    """Coding rate of (P, B, D) unit vectors, averaged over the P patches."""
     _, num_images, dim = projections.shape
     identity = torch.eye(dim, device=projections.device)
     rates = [torch.logdet(identity + dim / (num_images * eps) * z.T @ z) / 2 for z in projections]
@@ -121,20 +121,20 @@ def coding_rate(projections: Tensor, eps: float = 0.2) -> Tensor:
 
 
 def similarity(projections: Tensor) -> Tensor:
-    """Mean cosine similarity of (P, B, D) projections to the mean of their image."""
+    """Mean cosine similarity of (P, B, D) projections to the mean projection of their image."""
     mean = projections.mean(dim=0, keepdim=True)
     return F.cosine_similarity(projections, mean, dim=-1).mean()
 
 
 def emp_ssl_loss(projections: Tensor, invariance_coefficient: float = 200.0, eps: float = 0.2) -> Tensor:
-    """The loss of (P, B, D) unit vectors."""
+    """The EMP-SSL loss of (P, B, D) unit vectors."""
     return -coding_rate(projections, eps) - invariance_coefficient * similarity(projections)
 
 
 class LARS:
-    """Wraps SGD: scales the gradients of kernels by a trust ratio, clipped at the learning rate, then steps."""
+    """Wraps SGD: scales the gradients of kernels by a trust ratio, clipped at the learning rate, before each step."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weight_decay: float, trust_coefficient: float = 0.005):
+    def __init__(self, optimizer: torch.optim.Optimizer, weight_decay: float, trust_coefficient: float = 0.005) -> None:
         self.optimizer, self.weight_decay, self.trust_coefficient = optimizer, weight_decay, trust_coefficient
 
     def zero_grad(self) -> None:
@@ -157,21 +157,19 @@ class LARS:
         parameter.grad.add_(parameter, alpha=self.weight_decay).mul_(ratio)
 
 
-def make_optimizer(
-    model: nn.Module, steps: int, learning_rate: float = 0.3
-) -> tuple[LARS, torch.optim.lr_scheduler.LRScheduler]:
-    """LARS with Nesterov momentum, and its half cosine over all steps."""
+def make_optimizer(model: nn.Module, steps: int, learning_rate: float = 0.3) -> tuple[LARS, LRScheduler]:
+    """LARS around SGD with Nesterov momentum, and a schedule: half a cosine over all steps."""
     sgd = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9, nesterov=True)
-    return LARS(sgd, weight_decay=1e-4), torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=steps)
+    return LARS(sgd, weight_decay=1e-4), CosineAnnealingLR(sgd, T_max=steps)
 
 
 def to_device(patches: Tensor, device: torch.device) -> Tensor:
-    """(B, P, 3, H, W) to (P B, 3, H, W), patch by patch, in the layout that convolutions like best."""
+    """Moves patches (B, P, 3, H, W) to the device as (P B, 3, H, W), ordered by patch, in channels-last layout."""
     patches = patches.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
     return patches.contiguous(memory_format=torch.channels_last)
 
 
-def train_step(model: nn.Module, optimizer: LARS, scheduler, patches: Tensor, num_patches: int) -> Tensor:
+def train_step(model: nn.Module, optimizer: LARS, scheduler: LRScheduler, patches: Tensor, num_patches: int) -> Tensor:
     """One update on (P B, 3, H, W) patches; returns the loss on the device."""
     with torch.autocast(patches.device.type, torch.bfloat16, enabled=patches.is_cuda):
         _, projections = model(patches)
@@ -196,7 +194,7 @@ def train(
 
 @torch.no_grad()
 def embed(model: nn.Module, batches: DataLoader, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean embedding of each image's patches (N, E), and labels."""
+    """Embeddings (N, E), each the mean over an image's patches, and labels (N,)."""
     model.eval()
     embeddings, labels = [], []
     for patches, batch_labels in batches:
@@ -208,7 +206,7 @@ def embed(model: nn.Module, batches: DataLoader, device: torch.device) -> tuple[
 
 
 def knn_scores(queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
-    """Weighted votes (Q, classes) of the k nearest of the bank by cosine similarity, 256 queries at a time."""
+    """Weighted votes (Q, classes) of the k nearest bank vectors by cosine similarity, 256 queries at a time."""
     bank = F.normalize(bank).T.contiguous()
     scores = []
     for chunk in F.normalize(queries).split(256):
@@ -219,7 +217,7 @@ def knn_scores(queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, 
 
 
 def linear_probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, epochs: int) -> float:
-    """Accuracy on `test` of a linear classifier after its last epoch: SGD on batches of 100 from a DataLoader."""
+    """Test accuracy of a linear classifier after its last epoch: SGD on batches of 100 from a DataLoader."""
     device = train[0].device
     classifier = nn.Linear(train[0].shape[1], num_classes).to(device)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-5)

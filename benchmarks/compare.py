@@ -1,11 +1,12 @@
-"""Measures empssl_jax against the plain PyTorch version of the same work, both in turn, in one run.
+"""Measures empssl_jax against a plain PyTorch version of the same work, in alternating runs.
 
     pip install -e ".[bench]"
     python -m benchmarks.compare [--only train_step lars_update] [--output FILE.json]
 
-It prints a Markdown table, and writes it and JSON row by row as they come; a later call replaces the rows it measures
-and keeps the others. Without torch only our side is measured. Both sides start from data on the device, except that
-images become patches inside ours, and in DataLoader workers in theirs; theirs gets the patches of a train step ready.
+Prints a Markdown table, and writes it and a JSON file after each row. A later call replaces the rows that it measures
+and keeps the others. Without torch, only empssl_jax is measured. Both sides start from data on the device, except that
+images become patches inside empssl_jax's compiled programs and in the baseline's DataLoader workers. The baseline's
+train step starts from ready patches.
 """
 
 import json
@@ -33,20 +34,20 @@ if HAS_TORCH:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A row of functions of one name in ours.py and theirs.py."""
+    """A row of the table, measured by the functions of the same name in ours.py and theirs.py."""
 
     title: str
     function: str
-    argument: str | None = None  # the size that the functions get besides all sizes
-    amount: Callable[[Sizes], float] | None = None  # of patches in a run; None for a row in seconds
+    argument: str | None = None  # field of Sizes that the functions get as a second argument
+    amount: Callable[[Sizes], float] | None = None  # patches in a run; None for a row in seconds
     target: str = ""
     is_long: bool = False  # takes minutes on two cores
 
     def works(self, size: Sizes) -> tuple[Work, Work | None]:
-        """The work of both sides."""
+        """The work of both sides; the second is None without torch."""
         arguments = (size,) if self.argument is None else (size, getattr(size, self.argument))
-        other = getattr(theirs, self.function)(*arguments) if HAS_TORCH else None
-        return getattr(ours, self.function)(*arguments), other
+        baseline = getattr(theirs, self.function)(*arguments) if HAS_TORCH else None
+        return getattr(ours, self.function)(*arguments), baseline
 
 
 BENCHMARKS = {
@@ -90,18 +91,18 @@ BENCHMARKS = {
 class Options:
     """What to measure."""
 
+    # Names of the rows to measure.
     only: tuple[str, ...] = (*BENCHMARKS, "start", "limits")
-    """Names of rows."""
+    # Sizes of the work: auto suits the device, TINY is for a rehearsal.
     size: Literal["auto", "TINY"] = "auto"
-    """auto suits the device, TINY is for a rehearsal."""
+    # JSON file to write. The table is written beside it, with the suffix .md.
     output: Path = RESULTS / "compare.json"
-    """Where the JSON goes; the table goes beside it, with the ending .md."""
 
 
 def run(benchmark: Benchmark, size: Sizes) -> Row:
     """Measures a row."""
     repeats = size.long_repeats if benchmark.is_long else size.repeats
-    # What takes minutes is not run once more for the seconds that a warm-up would save.
+    # A warm-up of a long row takes minutes and would remove only seconds of compilation.
     seconds = measure.compare(*benchmark.works(size), repeats, warm_up=not benchmark.is_long)
     amount = benchmark.amount(size) if benchmark.amount else None
     unit = "patches/s" if benchmark.amount else "s"
@@ -109,7 +110,7 @@ def run(benchmark: Benchmark, size: Sizes) -> Row:
 
 
 def start_up(size_name: str) -> Iterator[Row]:
-    """Rows of whole processes that make one train step: ours without and with a compilation cache, theirs."""
+    """Rows of new processes that make one train step: ours with an empty and a filled compilation cache, and theirs."""
 
     def first_step(side: str, cache: str) -> dict[str, float]:
         command = [sys.executable, "-m", "benchmarks.first_step", side, size_name]
@@ -118,10 +119,10 @@ def start_up(size_name: str) -> Iterator[Row]:
 
     with tempfile.TemporaryDirectory() as cache:
         cold, warm = first_step("ours", cache), first_step("ours", cache)
-    other = first_step("theirs", "") if HAS_TORCH else None
+    baseline = first_step("theirs", "") if HAS_TORCH else None
 
     def row(name: str, key: str, mine: dict[str, float], *, unit: str, scale: float = 1.0, target: str = "") -> Row:
-        theirs = [other[key] * scale] if other and other[key] else []
+        theirs = [baseline[key] * scale] if baseline and baseline[key] else []
         return measure.make_row(name, ([mine[key] * scale], theirs), amount=None, unit=unit, target=target)
 
     step, compiled, cached = "start of Python to the end of the first step", "compilation of the train step", "cached"
@@ -136,12 +137,12 @@ def start_up(size_name: str) -> Iterator[Row]:
 
 def main(options: Options) -> None:
     """Measures the rows and writes them."""
-    known = (*BENCHMARKS, "start", "limits")
-    require(set(options.only) <= set(known), "only", options.only, f"choose from {', '.join(known)}")
+    names = (*BENCHMARKS, "start", "limits")
+    require(set(options.only) <= set(names), "only", options.only, f"choose from {', '.join(names)}")
     size_name = options.size if options.size != "auto" else "CPU" if jax.default_backend() == "cpu" else "ACCELERATOR"
     size: Sizes = getattr(sizes, size_name)
-    before = json.loads(options.output.read_text()) if options.output.exists() else {}
-    content = {"rows": before.get("rows", {}), "limits": before.get("limits", {})}
+    previous = json.loads(options.output.read_text()) if options.output.exists() else {}
+    content = {"rows": previous.get("rows", {}), "limits": previous.get("limits", {})}
 
     def write(name: str, row: Row) -> None:
         content["rows"][name] = row

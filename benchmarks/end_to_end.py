@@ -1,12 +1,12 @@
-"""One epoch of CIFAR-10, embeddings, kNN and the linear classifier, from the start of Python to the results.
+"""Times one epoch of CIFAR-10, embeddings, kNN and the linear classifier, from the start of Python to the results.
 
     python -m benchmarks.end_to_end ours --workdir RUN [options of train.py]
     python -m benchmarks.end_to_end theirs --workdir RUN [options of train.py]
 
-`ours` runs train.py and eval.py as a user does. `theirs` does the same work by the PyTorch baseline: the same images,
-batches, patches and measures, patches made by a DataLoader worker a core. Both write RUN/end_to_end.json: accuracies
-and seconds, which are those since the last start where `ours` was stopped and goes on; its training_seconds are of all.
-Half a day on two CPU cores with the defaults: it belongs on a GPU.
+`ours` runs train.py and eval.py as a user does. `theirs` does the same work with the PyTorch baseline: the same images,
+training batches, patches and measurements, with one DataLoader worker per core. Both write accuracies and seconds to
+RUN/end_to_end.json. If `ours` was interrupted and resumes, `seconds` counts from its last start, and
+`training_seconds` covers the whole training. The defaults take half a day on two CPU cores; they are meant for a GPU.
 """
 
 import json
@@ -29,8 +29,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def ours(config: Config, arguments: list[str]) -> dict[str, float]:
-    """train.py and eval.py, each a process of its own, as users run them; eval.py embeds anew."""
-    signal.signal(signal.SIGTERM, lambda *_: None)  # which `timeout` sends to train.py too: wait until that has saved
+    """Runs train.py and eval.py as users do, each in its own process; eval.py computes the embeddings again."""
+    # `timeout` sends SIGTERM to train.py too. Ignore it here, and wait until train.py has saved.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     for command in (["train.py", *arguments, "--no-report"], ["eval.py", "--workdir", config.run.workdir]):
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     workdir = Path(config.run.workdir)
@@ -40,7 +41,7 @@ def ours(config: Config, arguments: list[str]) -> dict[str, float]:
 
 
 def theirs(config: Config) -> dict[str, float]:
-    """The same by the baseline."""
+    """Does the same work with the baseline."""
     import torch
 
     from benchmarks import baseline_torch as baseline
@@ -51,7 +52,7 @@ def theirs(config: Config) -> dict[str, float]:
     model = model.to(device, memory_format=torch.channels_last)
     datasets = load_datasets(config)
 
-    def loader(split: str, num_patches: int, batch_size: int, train: bool):
+    def loader(split: str, num_patches: int, batch_size: int, train: bool) -> baseline.DataLoader:
         images, labels = getattr(datasets, split)[:2]
         dataset = baseline.PatchDataset(images, labels, num_patches, config.patches.patch_size)
         return baseline.loader(dataset, batch_size, workers, train)
@@ -65,13 +66,13 @@ def theirs(config: Config) -> dict[str, float]:
     embedded = {split: baseline.embed(model, loader(split, patches, 50, False), device) for split in SPLITS}
     train, test = embedded["train"], embedded["test"]
     options = config.evaluation
-    scores = baseline.knn_scores(test[0], *train, 10, options.num_neighbours, options.temperature)
+    scores = baseline.knn_scores(test[0], train[0], train[1], 10, options.num_neighbours, options.temperature)
     knn = (scores.argmax(dim=1) == test[1]).float().mean().item()
     return {"kNN": knn, "linear": baseline.linear_probe(train, test, 10, options.linear_epochs)}
 
 
 def main(side: str, arguments: list[str]) -> None:
-    """Runs a side and writes what it took."""
+    """Runs one side, and writes its accuracies and seconds."""
     config = parse_train_options(arguments)
     workdir = Path(config.run.workdir)
     workdir.mkdir(parents=True, exist_ok=True)

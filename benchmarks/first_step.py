@@ -1,9 +1,9 @@
-"""A process that starts, makes one train step of the full model, and says what it took: {ours, theirs}.
+"""Makes one train step of the full model in a new process, and reports time and memory.
 
-    python -m benchmarks.first_step ours
+    python -m benchmarks.first_step {ours,theirs} [CPU|ACCELERATOR|TINY]
 
-It prints one line of JSON: seconds from the start of Python to the end of the step, those of compilation, and the
-highest memory of the host and of the device in bytes.
+Prints one line of JSON: seconds from the start of Python to the end of the step, seconds of compilation, and the peak
+memory of the host and of the device in bytes.
 """
 
 import json
@@ -11,11 +11,15 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # at run time, these imports come after START and count as start-up
+    from benchmarks.sizes import Sizes
 
 START = time.perf_counter()
 
 
-def ours(sizes) -> dict[str, float]:
+def ours(sizes: "Sizes") -> dict[str, float]:
     """Our first step, with the compilation cache that the environment names."""
     import jax
 
@@ -32,7 +36,7 @@ def ours(sizes) -> dict[str, float]:
     return {"compilation_seconds": compilation, "device_bytes": device.get("peak_bytes_in_use", 0)}
 
 
-def theirs(sizes) -> dict[str, float]:
+def theirs(sizes: "Sizes") -> dict[str, float]:
     """The baseline's first step."""
     import torch
 
@@ -44,17 +48,17 @@ def theirs(sizes) -> dict[str, float]:
 
 
 def peak_host_bytes() -> int:
-    """The most memory that this process has held; `ru_maxrss` would count that of the process that started it."""
+    """Peak memory of this process in bytes. `ru_maxrss` would include the process that started it."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
+    return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0])
 
 
 def main(side: str, size: str) -> None:
-    """Makes the step and prints what it took."""
+    """Makes the step and prints its time and memory."""
     from benchmarks import sizes
 
-    taken = {"ours": ours, "theirs": theirs}[side](getattr(sizes, size))
-    print(json.dumps({"seconds": time.perf_counter() - START, "host_bytes": peak_host_bytes(), **taken}))
+    measured = {"ours": ours, "theirs": theirs}[side](getattr(sizes, size))
+    print(json.dumps({"seconds": time.perf_counter() - START, "host_bytes": peak_host_bytes(), **measured}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How figures are taken: two ways to do the same work in turn, medians, and the machine and versions they belong to."""
+"""Timing: alternating runs of two implementations, their medians, and the machine and versions behind the figures."""
 
 import dataclasses
 import datetime
@@ -35,14 +35,14 @@ HAS_TORCH = has("torch")
 
 
 class Row(TypedDict):
-    """One line of a table; `theirs`, `ratio` and `spread` are None where the baseline was not measured."""
+    """One row of a table; `theirs`, `ratio` and `spread` are None if the baseline was not measured."""
 
     name: str
     ours: float
     theirs: float | None
     ratio: float | None  # above 1 where ours is better
     unit: str
-    spread: tuple[float, float] | None  # lowest and highest ratio of the pairs of runs
+    spread: tuple[float, float] | None  # lowest and highest ratio of paired runs
     target: str  # "" if there is none
     commit: str
     date: str
@@ -52,13 +52,13 @@ Work = Callable[[], Any]  # returns when the work is done
 
 
 def compare(ours: Work, theirs: Work | None, repeats: int, warm_up: bool = True) -> tuple[list[float], list[float]]:
-    """Seconds of each run of both, in turn; the second list is empty without `theirs`.
+    """Seconds of the runs of each, which alternate; the second list is empty without `theirs`.
 
     Args:
         ours: our work.
-        theirs: the baseline's, if it is at hand.
-        repeats: runs of each that count.
-        warm_up: whether a run of each comes first, for instance to compile.
+        theirs: the baseline's work, or None to measure only ours.
+        repeats: number of measured runs of each.
+        warm_up: whether each first runs once without being measured, for example to compile.
     """
     seconds: tuple[list[float], list[float]] = [], []
     for repeat in range(0 if warm_up else 1, repeats + 1):
@@ -74,14 +74,14 @@ def compare(ours: Work, theirs: Work | None, repeats: int, warm_up: bool = True)
 def make_row(
     name: str, seconds: tuple[list[float], list[float]], *, amount: float | None, unit: str, target: str = ""
 ) -> Row:
-    """A row of a table from the seconds of pairs of runs.
+    """A row of a table from the seconds of paired runs.
 
     Args:
-        name: of the row.
-        seconds: of our runs and theirs; theirs may be empty.
-        amount: of the unit's thing that one run does, as patches; None to report seconds, or whatever was counted.
-        unit: what the row's values are in, as "patches/s" or "s".
-        target: what it should reach.
+        name: title of the row.
+        seconds: seconds of our runs and of theirs, or another cost such as bytes; theirs may be empty.
+        amount: work in one run, for example its number of patches; None to report the costs themselves.
+        unit: unit of the row's values, such as "patches/s" or "s".
+        target: the ratio or value to reach.
     """
     values = [statistics.median(times) if times else None for times in seconds]
     if amount is not None:
@@ -89,13 +89,24 @@ def make_row(
     ratios = [b / a for a, b in zip(*seconds, strict=False)]
     spread = (min(ratios), max(ratios)) if ratios else None
     ratio = statistics.median(ratios) if ratios else None
-    assert values[0] is not None
-    figures = {"ours": values[0], "theirs": values[1], "ratio": ratio, "unit": unit, "spread": spread}
-    return Row(name=name, target=target, **figures, **_now())  # type: ignore[typeddict-item]
+    mine, theirs = values
+    assert mine is not None
+    now = _now()
+    return Row(
+        name=name,
+        target=target,
+        ours=mine,
+        theirs=theirs,
+        ratio=ratio,
+        unit=unit,
+        spread=spread,
+        commit=now["commit"],
+        date=now["date"],
+    )
 
 
 def environment() -> dict[str, Any]:
-    """The machine, the versions and the commit that figures belong to."""
+    """The machine, the versions and the commit that were measured."""
     versions = {}
     for package in ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "faiss-cpu"):
         if has(package.split("-")[0]):
@@ -123,7 +134,7 @@ def _now() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Short hash of the commit, with + if files differ from it."""
+    """Short hash of the commit, with + if tracked files differ from it; "unknown" outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -134,7 +145,7 @@ def _commit() -> str:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes a result and where it was taken as JSON, whole or not at all."""
+    """Writes a result and its environment as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"environment": environment(), **content}, indent=2) + "\n")
@@ -160,12 +171,12 @@ def _short(value: float) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of one a line; none if there is no file."""
+    """The objects of a file with one JSON object per line; empty if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Adds an object to such a file."""
+    """Appends a JSON object to such a file."""
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -173,7 +184,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 def checkpoint_embeddings(
     workdir: Path, options: EvaluationConfig, datasets: Datasets, step: CheckpointChoice = "latest"
 ) -> Embeddings:
-    """Embeddings of a run's checkpoint, made as the options say."""
+    """Embeddings of a run's checkpoint, computed with the given options."""
     encoder = load(workdir, step)
     config = dataclasses.replace(encoder.config, evaluation=options)
     return embed_datasets(config, encoder.state, datasets, device_mesh())

@@ -2,11 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
+from jaxtyping import Array, PyTree
 
 from benchmarks.measure import Work
 from benchmarks.sizes import Sizes, random_images, random_labels, random_vectors
@@ -14,31 +17,37 @@ from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.data.batches import Batch
 from empssl_jax.data.datasets import ImageDataset
 from empssl_jax.evaluation import embeddings, knn, linear
-from empssl_jax.method import encoder as models
 from empssl_jax.method import losses, patches
-from empssl_jax.method import random_keys as keys
-from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
+from empssl_jax.method.encoder import EncoderState, default_precision, encoder_graph, init_encoder
+from empssl_jax.method.random_keys import classifier_key
+from empssl_jax.method.train_step import (
+    TrainState,
+    create_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+)
 from empssl_jax.runtime.devices import device_mesh, replicated, split_images
 
 CLASSES = tuple("0123456789")
 
 
-def _until_done(work: Callable) -> Work:
+def _until_done(work: Callable[[], Any]) -> Work:
     return lambda: jax.block_until_ready(work())
 
 
 def make_config(sizes: Sizes, patch_size: int) -> Config:
-    """The full model at the sizes of the benchmark, in the precision that suits the device."""
+    """The full model at the benchmark's sizes, in the device's default precision."""
     return Config(
         patches=PatchConfig(train_patches=sizes.patches, patch_size=patch_size),
-        model=ModelConfig(precision=models.default_precision()),
+        model=ModelConfig(precision=default_precision()),
         training=TrainingConfig(batch_size=sizes.images),
         evaluation=EvaluationConfig(valid_patches=sizes.embedded_patches, linear_epochs=sizes.linear_epochs),
     )
 
 
-def traced_step(config: Config, num_devices: int = 1):
-    """The train step, traced but not compiled, a state and a batch on the devices."""
+def traced_step(config: Config, num_devices: int = 1) -> tuple[jax.stages.Traced, TrainState, Batch]:
+    """The train step, traced but not compiled, with a state and a batch on the devices."""
     mesh, steps_per_epoch = device_mesh(num_devices), 500
     schedule = learning_rate_schedule(config.training, steps_per_epoch)
     optimizer = make_optimizer(config.training, schedule)
@@ -46,18 +55,18 @@ def traced_step(config: Config, num_devices: int = 1):
     size = config.training.batch_size
     batch = Batch(random_images(size), np.arange(size, dtype=np.int32))
     batch = jax.device_put(batch, split_images(mesh))
-    step = make_train_step(config, optimizer, schedule, steps_per_epoch, mesh)
+    step: Any = make_train_step(config, optimizer, schedule, steps_per_epoch, mesh)
     return step.trace(state, batch), state, batch
 
 
-def compiled_step(config: Config, num_devices: int = 1):
-    """The same, compiled."""
+def compiled_step(config: Config, num_devices: int = 1) -> tuple[jax.stages.Compiled, TrainState, Batch]:
+    """`traced_step`, compiled."""
     step, state, batch = traced_step(config, num_devices)
     return step.lower().compile(), state, batch
 
 
 def augmentation(sizes: Sizes) -> Work:
-    """All patches of some images."""
+    """Augmented patches of images on the device."""
     images = jnp.asarray(random_images(sizes.augmented_images))
     make = functools.partial(patches.multi_patch, num_patches=sizes.patches, patch_size=sizes.patch_size)
     compiled = jax.jit(make)
@@ -65,27 +74,29 @@ def augmentation(sizes: Sizes) -> Work:
 
 
 def loss_and_gradient(sizes: Sizes, num_images: int) -> Work:
-    """Of ready projections of dimension 1024."""
+    """Loss and gradient of ready projections of dimension 1024."""
     projections = losses.normalise(jnp.asarray(random_vectors(sizes.patches, num_images, 1024)))
     gradient = jax.jit(jax.value_and_grad(lambda z: losses.emp_ssl_loss(z, 200.0, 0.2).total))
     return _until_done(lambda: gradient(projections))
 
 
 def lars_update(sizes: Sizes) -> Work:
-    """Of the full model, from gradients to new parameters."""
+    """The optimizer's update of the full model, from gradients to new parameters."""
     config = make_config(sizes, sizes.patch_size)
     optimizer = make_optimizer(config.training, learning_rate_schedule(config.training, 500))
     state = create_state(config, optimizer)
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))
-    def update(gradients, params, optimizer_state):
+    def update(
+        gradients: PyTree[Array], params: PyTree[Array], optimizer_state: optax.OptState
+    ) -> tuple[PyTree[Array], optax.OptState]:
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         return jax.tree.map(jnp.add, params, updates), optimizer_state
 
     gradients = jax.tree.map(lambda x: x * 1e-3, state.encoder.params)
     current = [state.encoder.params, state.optimizer]
 
-    def work():
+    def work() -> list[Any]:
         current[:] = update(gradients, *current)
         return current
 
@@ -93,14 +104,14 @@ def lars_update(sizes: Sizes) -> Work:
 
 
 def forward(sizes: Sizes) -> Work:
-    """Embeddings and projections of ready patches, with running statistics."""
+    """Embeddings and projections of ready patches, with BatchNorm's running statistics."""
     config = make_config(sizes, sizes.patch_size)
-    graph = models.encoder_graph(config.model)
-    state = models.init_encoder(config.model, jax.random.key(0))
+    graph = encoder_graph(config.model)
+    state = init_encoder(config.model, jax.random.key(0))
     x = jnp.asarray(random_vectors(sizes.images * sizes.patches, sizes.patch_size, sizes.patch_size, 3))
 
     @jax.jit
-    def run(state, x):
+    def run(state: EncoderState, x: Array) -> tuple[Array, Array]:
         encoder = nnx.merge(graph, *state)
         encoder.eval()
         return encoder(x)
@@ -109,11 +120,11 @@ def forward(sizes: Sizes) -> Work:
 
 
 def train_step(sizes: Sizes, patch_size: int) -> Work:
-    """Images to patches to new parameters."""
+    """A train step from images on the device to new parameters, patches included."""
     step, state, batch = compiled_step(make_config(sizes, patch_size))
     current = [state]
 
-    def work():
+    def work() -> dict[str, Array]:
         current[0], metrics = step(current[0], batch)
         return metrics
 
@@ -121,29 +132,29 @@ def train_step(sizes: Sizes, patch_size: int) -> Work:
 
 
 def embedding(sizes: Sizes) -> Work:
-    """Bag-of-features embeddings of images."""
+    """Bag-of-features embeddings of images in host memory."""
     config = make_config(sizes, sizes.patch_size)
     mesh = device_mesh(1)
     embed = embeddings.make_embed(config, mesh)
-    state = models.init_encoder(config.model, jax.random.key(0))
+    state = init_encoder(config.model, jax.random.key(0))
     dataset = ImageDataset(random_images(sizes.embedded_images), random_labels(sizes.embedded_images), CLASSES)
     return lambda: embeddings.embed_dataset(embed, state, dataset, 250, mesh, "images")
 
 
 def knn_scores(sizes: Sizes) -> Work:
-    """Votes of 20 neighbours."""
+    """Weighted votes of 20 neighbours."""
     queries, bank = (jnp.asarray(random_vectors(n, sizes.dim, seed=n)) for n in (sizes.queries, sizes.bank))
     labels = jnp.asarray(random_labels(sizes.bank))
-    options = {"num_classes": 10, "num_neighbours": 20, "temperature": 0.07}
-    return _until_done(lambda: knn.knn_scores(queries, bank, labels, **options))
+    scores = functools.partial(knn.knn_scores, num_classes=10, num_neighbours=20, temperature=0.07)
+    return _until_done(lambda: scores(queries, bank, labels))
 
 
-faiss_search = knn_scores  # what theirs does by faiss
+faiss_search = knn_scores  # theirs uses faiss
 
 
 def linear_probe(sizes: Sizes) -> Work:
-    """Training and testing, on the same images."""
+    """Training and testing a linear classifier on the same embeddings."""
     vectors, labels = random_vectors(sizes.linear_images, sizes.dim), random_labels(sizes.linear_images)
     split = embeddings.LabelledEmbeddings(vectors, labels.astype(np.int32), CLASSES)
     config = EvaluationConfig(linear_epochs=sizes.linear_epochs)
-    return _until_done(lambda: linear.linear_accuracy(keys.classifier_key(0), split, split, config, device_mesh(1)))
+    return _until_done(lambda: linear.linear_accuracy(classifier_key(0), split, split, config, device_mesh(1)))

@@ -1,11 +1,11 @@
-"""How time and memory of the train step grow with what is asked of it, and what does not grow.
+"""Measures how time and memory of the train step grow with devices, images, patches and the projection dimension.
 
     python -m benchmarks.scaling [--output benchmarks/results/scaling.json]
 
-Each quantity is doubled on its own, on a small model (width 16, patches of 16x16, hidden 1024, projection 256), whose
-step takes a second on two cores; the exponents of time and memory are the slopes of a line through their logarithms.
-Devices are virtual ones of the CPU unless there are real ones: they share the same cores, so that a time that stays
-the same means that dividing the work costs nothing.
+Each quantity is doubled on its own for a small model (width 16, patches of 16x16, hidden 1024, projection 256), whose
+step takes a second on two cores. The exponents of time and memory are slopes of lines fitted to their logarithms.
+Without accelerators, the devices are virtual ones that share the cores of the CPU: there, a constant time means that
+dividing the work has no cost. The memory of embedding and kNN is measured too.
 """
 
 import dataclasses
@@ -16,8 +16,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from empssl_jax.runtime.devices import device_mesh
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -30,7 +28,8 @@ from benchmarks import measure, ours
 from benchmarks.measure import RESULTS
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
 from empssl_jax.evaluation import embeddings, knn
-from empssl_jax.method import encoder as models
+from empssl_jax.method.encoder import init_encoder
+from empssl_jax.runtime.devices import device_mesh
 
 REPEATS = 3
 
@@ -39,14 +38,14 @@ REPEATS = 3
 class Options:
     """What to measure."""
 
+    # Sizes of the work. TINY is for a rehearsal.
     size: Literal["auto", "TINY"] = "auto"
-    """TINY is for a rehearsal."""
+    # JSON file to write. The tables are written beside it, with the suffix .md.
     output: Path = RESULTS / "scaling.json"
-    """Where the JSON goes; the tables go beside it, with the ending .md."""
 
 
 def base_config(tiny: bool) -> Config:
-    """The step that is varied."""
+    """The config whose quantities are varied one at a time."""
     return Config(
         patches=PatchConfig(patch_size=16, train_patches=4 if tiny else 16),
         model=ModelConfig(
@@ -57,7 +56,7 @@ def base_config(tiny: bool) -> Config:
 
 
 def varied(config: Config, quantity: str, value: int) -> Config:
-    """The config with one quantity at another value."""
+    """The config with another value of one quantity; unchanged for devices, which are no part of it."""
     groups = {"images": ("training", "batch_size"), "patches": ("patches", "train_patches")}
     groups |= {"projection_dim": ("model", "projection_dim")}
     if quantity == "devices":
@@ -67,7 +66,7 @@ def varied(config: Config, quantity: str, value: int) -> Config:
 
 
 def step_cost(config: Config, num_devices: int) -> dict[str, float]:
-    """Median seconds of a step, and XLA's temporary memory on each device in bytes."""
+    """Median seconds of a step, and XLA's temporary memory per device in bytes."""
     step, state, batch = ours.compiled_step(config, num_devices)
     times = []
     for _ in range(REPEATS + 1):
@@ -75,11 +74,17 @@ def step_cost(config: Config, num_devices: int) -> dict[str, float]:
         state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times[1:]), "temporary_bytes": step.memory_analysis().temp_size_in_bytes}
+    return {"seconds": statistics.median(times[1:]), "temporary_bytes": temporary_bytes(step)}
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """XLA's temporary memory of a compiled program, per device."""
+    analysis: Any = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes
 
 
 def exponent(values: list[int], costs: list[float]) -> float:
-    """Slope of the logarithm of the costs against that of the values."""
+    """Slope of the costs against the values on logarithmic scales; NaN for a single value."""
     if len(values) < 2:
         return float("nan")
     return float(np.polyfit(np.log(values), np.log(costs), 1)[0])
@@ -97,26 +102,25 @@ def step_growth(config: Config, quantity: str, values: list[int]) -> dict[str, A
 
 
 def embedding_memory(config: Config, num_patches: int) -> int:
-    """Temporary bytes of the compiled embedding pass."""
+    """Temporary memory of the compiled embedding function, in bytes."""
     config = dataclasses.replace(config, evaluation=EvaluationConfig(valid_patches=num_patches))
-    state = jax.eval_shape(lambda: models.init_encoder(config.model, jax.random.key(0)))
+    state = jax.eval_shape(lambda: init_encoder(config.model, jax.random.key(0)))
     images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.uint8)
     indices = jax.ShapeDtypeStruct((16,), jnp.int32)
-    embed = embeddings.make_embed(config, device_mesh(1))
-    return embed.lower(state, images, indices).compile().memory_analysis().temp_size_in_bytes
+    embed: Any = embeddings.make_embed(config, device_mesh(1))
+    return temporary_bytes(embed.lower(state, images, indices).compile())
 
 
 def knn_memory(num_queries: int) -> int:
-    """Temporary bytes of compiled kNN against a bank of 2,000."""
+    """Temporary memory of compiled kNN against a bank of 2,000 embeddings, in bytes."""
     shapes = (jax.ShapeDtypeStruct((n, 64), jnp.float32) for n in (num_queries, 2000))
     labels = jax.ShapeDtypeStruct((2000,), jnp.int32)
-    options = {"num_classes": 10, "num_neighbours": 20, "temperature": 0.07}
-    scores = jax.jit(functools.partial(knn.knn_scores, **options))
-    return scores.lower(*shapes, labels).compile().memory_analysis().temp_size_in_bytes
+    scores = jax.jit(functools.partial(knn.knn_scores, num_classes=10, num_neighbours=20, temperature=0.07))
+    return temporary_bytes(scores.lower(*shapes, labels).compile())
 
 
 def markdown(steps: dict[str, Any]) -> str:
-    """A table for each quantity."""
+    """A Markdown table for each quantity."""
     lines = []
     for quantity, table in steps.items():
         lines += [f"| {quantity} | " + " | ".join(map(str, table["values"])) + " | exponent |"]
@@ -129,7 +133,7 @@ def markdown(steps: dict[str, Any]) -> str:
 
 
 def main(options: Options) -> None:
-    """Measures and writes everything."""
+    """Measures every quantity and writes the JSON file and the tables."""
     tiny = options.size == "TINY"
     config = base_config(tiny)
     quantities = {"devices": [1, 2, 4, 8], "images": [8, 16, 32, 64], "patches": [4, 8, 16, 32]}
@@ -147,8 +151,8 @@ def main(options: Options) -> None:
     measure.write(options.output, content)
     table = markdown(content["train step"])
     for name in ("embedding", "kNN"):
-        (what, values), (_, memory) = content[name].items()
-        table += f"\n{name}: temporary MB at {values} {what}: {[round(value / 1e6, 1) for value in memory]}\n"
+        (quantity, values), (_, memory) = content[name].items()
+        table += f"\n{name}: temporary MB at {values} {quantity}: {[round(value / 1e6, 1) for value in memory]}\n"
     options.output.with_suffix(".md").write_text(table)
     print(table)
 

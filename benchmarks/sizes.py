@@ -1,4 +1,4 @@
-"""How much work a run of each benchmark is."""
+"""The amount of work in one run of each benchmark."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes for two CPU cores, unless given; see CPU, ACCELERATOR and TINY."""
+    """Sizes of the benchmarks' work; the defaults are for two CPU cores."""
 
     images: int = 20  # of a train step; BatchNorm and the loss see images x patches
     patches: int = 20
@@ -24,24 +24,24 @@ class Sizes:
     linear_images: int = 10_000
     linear_epochs: int = 5
     repeats: int = 5
-    long_repeats: int = 1  # of what takes minutes on two cores
+    long_repeats: int = 1  # of benchmarks that take minutes on two cores
 
 
 CPU = Sizes()
 ACCELERATOR = Sizes(images=100, augmented_images=100, repeats=20, long_repeats=3)
-TINY = Sizes(2, 2, 8, 8, 4, 6, 4, 4, 2, 20, 40, 64, 40, 2, 1, 1)  # to rehearse
+TINY = Sizes(2, 2, 8, 8, 4, 6, 4, 4, 2, 20, 40, 64, 40, 2, 1, 1)  # for a rehearsal
 
 
 def random_images(count: int) -> np.ndarray:
-    """Noise: the work does not depend on what is seen."""
+    """Noise (count, 32, 32, 3), since the work does not depend on the content."""
     return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
 
 
 def random_vectors(*shape: int, seed: int = 0) -> np.ndarray:
-    """Standard normal, float32."""
+    """Standard normal numbers in float32."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def random_labels(count: int) -> np.ndarray:
-    """Ten classes."""
+    """Labels of ten classes."""
     return np.random.default_rng(1).integers(0, 10, count)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,8 +13,8 @@ from benchmarks.sizes import Sizes, random_images, random_labels, random_vectors
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _until_done(work: Callable) -> Work:
-    def run():
+def _until_done(work: Callable[[], Any]) -> Work:
+    def run() -> None:
         work()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
@@ -30,41 +31,41 @@ def _patches(sizes: Sizes, patch_size: int) -> torch.Tensor:
     return patches.to(DEVICE).contiguous(memory_format=torch.channels_last)
 
 
-def _loader(sizes: Sizes, num_images: int, num_patches: int):
+def _loader(sizes: Sizes, num_images: int, num_patches: int) -> baseline.DataLoader:
     dataset = baseline.PatchDataset(random_images(num_images), random_labels(num_images), num_patches, sizes.patch_size)
     workers = len(os.sched_getaffinity(0))
     return baseline.loader(dataset, max(1, min(50, num_images // (2 * workers))), workers, train=False)
 
 
 def augmentation(sizes: Sizes) -> Work:
-    """All patches of some images, by a worker a core."""
+    """Augmented patches of images, by one worker per core."""
     loader = _loader(sizes, sizes.augmented_images, sizes.patches)
     return lambda: sum(len(patches) for patches, _ in loader)
 
 
 def loss_and_gradient(sizes: Sizes, num_images: int) -> Work:
-    """Of ready projections of dimension 1024."""
+    """Loss and gradient of ready projections of dimension 1024."""
     z = torch.from_numpy(random_vectors(sizes.patches, num_images, 1024)).to(DEVICE)
     z = torch.nn.functional.normalize(z, dim=-1).requires_grad_()
     return _until_done(lambda: torch.autograd.grad(baseline.emp_ssl_loss(z), z))
 
 
 def lars_update(sizes: Sizes) -> Work:
-    """Of the full model, from gradients to new parameters."""
+    """The optimizer's update of the full model, from gradients to new parameters."""
     model = _model()
     optimizer, _ = baseline.make_optimizer(model, 500)
-    # LARS scales gradients where they are. Ones as small as these get the ratio 1, and stay what they are.
+    # LARS scales gradients in place. Gradients this small get the ratio 1, so repeated updates do not shrink them.
     for parameter in model.parameters():
         parameter.grad = parameter.detach() * 1e-3
     return _until_done(optimizer.step)
 
 
 def forward(sizes: Sizes) -> Work:
-    """Embeddings and projections of ready patches, with running statistics."""
+    """Embeddings and projections of ready patches, with BatchNorm's running statistics."""
     model, patches = _model().eval(), _patches(sizes, sizes.patch_size)
 
     @torch.no_grad()
-    def work():
+    def work() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
             model(patches)
 
@@ -72,7 +73,7 @@ def forward(sizes: Sizes) -> Work:
 
 
 def train_step(sizes: Sizes, patch_size: int) -> Work:
-    """Ready patches of 32x32 to new parameters, whatever `patch_size` ours has."""
+    """A train step from ready patches of 32x32 to new parameters, whatever `patch_size` ours has."""
     del patch_size
     model, patches = _model().train(), _patches(sizes, sizes.patch_size)
     optimizer, scheduler = baseline.make_optimizer(model, 500)
@@ -80,13 +81,13 @@ def train_step(sizes: Sizes, patch_size: int) -> Work:
 
 
 def embedding(sizes: Sizes) -> Work:
-    """Bag-of-features embeddings of images, their patches from a worker a core."""
+    """Bag-of-features embeddings of images, with patches from one worker per core."""
     model, loader = _model(), _loader(sizes, sizes.embedded_images, sizes.embedded_patches)
     return _until_done(lambda: baseline.embed(model, loader, DEVICE))
 
 
 def knn_scores(sizes: Sizes) -> Work:
-    """Votes of 20 neighbours."""
+    """Weighted votes of 20 neighbours."""
     queries, bank = (torch.from_numpy(random_vectors(n, sizes.dim, seed=n)) for n in (sizes.queries, sizes.bank))
     queries, bank = queries.to(DEVICE), bank.to(DEVICE)
     labels = torch.from_numpy(random_labels(sizes.bank)).to(DEVICE)
@@ -94,12 +95,12 @@ def knn_scores(sizes: Sizes) -> Work:
 
 
 def faiss_search(sizes: Sizes) -> Work:
-    """The 20 neighbours alone, by faiss on the CPU: building its flat index and searching it."""
+    """The 20 neighbours without the vote, by faiss on the CPU: builds a flat index and searches it."""
     import faiss
 
     queries, bank = (random_vectors(n, sizes.dim, seed=n) for n in (sizes.queries, sizes.bank))
 
-    def work():
+    def work() -> None:
         index = faiss.IndexFlatIP(sizes.dim)
         index.add(bank)
         index.search(queries, 20)
@@ -108,7 +109,7 @@ def faiss_search(sizes: Sizes) -> Work:
 
 
 def linear_probe(sizes: Sizes) -> Work:
-    """Training and testing, on the same images."""
+    """Training and testing a linear classifier on the same embeddings."""
     vectors = torch.from_numpy(random_vectors(sizes.linear_images, sizes.dim)).to(DEVICE)
     labels = torch.from_numpy(random_labels(sizes.linear_images)).to(DEVICE)
     split = (vectors, labels)

@@ -1,10 +1,10 @@
-"""Compiles the real train step for TPUs, on a machine without any, and reports what each chip would hold and exchange.
+"""Compiles the real train step for TPUs without a TPU, and reports the memory and the communication of each chip.
 
-python -m benchmarks.tpu_aot --topology v5e:2x4 --topology v5e:8x8
+    python -m benchmarks.tpu_aot --topology v5e:2x4 --topology v5e:8x8
 
-libtpu's compiler needs no more than the name of a topology. Each gets the same images a chip, so that the batch grows
-with the chips (weak scaling): whatever grows in the table sets the limit of scaling. Nothing runs, so no time is known.
-It needs the extra `tpu` and minutes a topology.
+libtpu's compiler needs only the name of a topology. Each chip gets the same number of images, so the batch grows with
+the number of chips (weak scaling), and any value that grows in the table limits scaling. Nothing runs, so no times are
+known. Needs the extra `tpu`, and minutes per topology.
 """
 
 import dataclasses
@@ -38,11 +38,11 @@ from empssl_jax.runtime.devices import DATA_AXIS, replicated, split_images
 from empssl_jax.runtime.user_errors import user_errors_exit
 
 IMAGE_SIDE = 32  # of CIFAR-10
-STEPS_PER_EPOCH = 100  # a constant of the program, of no effect on its size
+STEPS_PER_EPOCH = 100  # a constant in the program; its value has no effect on the size
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
-# An asynchronous collective is a -start and a -done. The -done is counted: its shape is the result and nothing else,
-# where that of most -starts has the operands in it too.
+# An asynchronous collective has a -start and a -done. The -done is counted, because its shape is that of the result
+# alone; the shape of most -starts includes the operands.
 _COLLECTIVE = re.compile(
     rf"^\s*(?:ROOT )?%?[\w.-]+ = (\((?:[^()]|\([^()]*\))*\)|\S+) ({'|'.join(KINDS)})(?:-done)?\(", re.MULTILINE
 )
@@ -53,22 +53,22 @@ _flat = tyro.conf.arg(name="")
 
 @dataclass(frozen=True)
 class Options:
-    """Which TPUs, and what they train."""
+    """The TPUs, and the training step that is compiled for them."""
 
+    # TPU generation and grid of chips, such as v5e:2x4. May be given several times.
     topology: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A generation and its grid of chips, as v5e:2x4; may be given several times."""
+    # Images of a step on each chip.
     images_per_chip: int = 100
-    """Images of a step on each chip."""
+    # JSON file to write.
     output: str = "benchmarks/results/tpu_aot.json"
-    """File that receives everything measured."""
     patches: Annotated[PatchConfig, _flat] = dataclasses.field(default_factory=PatchConfig)
     model: Annotated[ModelConfig, _flat] = dataclasses.field(default_factory=ModelConfig)
 
 
 def collectives(hlo: str) -> dict[str, dict[str, Any]]:
-    """Count, bytes of the results, and bytes and shape of the largest array, of each kind in a compiled program's text.
+    """Count, bytes of the results, and bytes and shape of the largest array, of each kind of collective in HLO text.
 
-    A tuple counts once, with the bytes of all its arrays. A collective inside a loop counts as if the loop ran once.
+    A tuple counts once, with the bytes of all its arrays. A collective in a loop counts as if the loop ran once.
     """
     found: dict[str, dict[str, Any]] = {}
     for shape, kind in _COLLECTIVE.findall(hlo):
@@ -81,12 +81,12 @@ def collectives(hlo: str) -> dict[str, dict[str, Any]]:
 
 
 def _bytes(bits: str | None, dimensions: str) -> int:
-    """Of an array without the padding of its layout; a truth value has no bits in its name and takes a byte."""
+    """Bytes of an array without the padding of its layout. pred has no number of bits in its name and takes a byte."""
     return -(-int(bits or 8) * math.prod(int(d) for d in dimensions.split(",") if d) // 8)
 
 
 def tpu_mesh(topology: str) -> Mesh:
-    """The chips of a topology along the axis of the data; raises UserError if libtpu does not know its name."""
+    """The chips of a topology along the data axis; raises UserError if libtpu does not know the topology."""
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except jax.errors.JaxRuntimeError as error:
@@ -96,31 +96,31 @@ def tpu_mesh(topology: str) -> Mesh:
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> Any:
-    """`make_train_step` for the chips of a mesh, none of which needs to exist: a `jax.stages.Compiled`."""
+    """The train step compiled for the chips of a mesh, which need not exist: a `jax.stages.Compiled`."""
     schedule = learning_rate_schedule(config.training, STEPS_PER_EPOCH)
     optimizer = make_optimizer(config.training, schedule)
     step: Any = make_train_step(config, optimizer, schedule, STEPS_PER_EPOCH, mesh)
     state = jax.eval_shape(functools.partial(create_state, config, optimizer))
     size = config.training.batch_size
     batch = Batch(np.empty((size, IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8), np.empty(size, np.int32))
-    return step.lower(_placed(state, replicated(mesh)), _placed(batch, split_images(mesh))).compile()
+    return step.lower(_abstract(state, replicated(mesh)), _abstract(batch, split_images(mesh))).compile()
 
 
-def _placed(arrays, sharding: NamedSharding):
-    """Their shapes, and where they would be."""
+def _abstract(arrays: Any, sharding: NamedSharding) -> Any:
+    """The arrays' shapes and types, with a sharding."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
 
 
 def measure(options: Options, topology: str, mesh: Mesh) -> dict[str, Any]:
-    """What the compiler says of one topology; bytes and FLOPs are those of one chip and step.
+    """The compiler's figures for one topology. Bytes and FLOPs are per chip and step.
 
-    The FLOPs are XLA's own count, which takes the body of a loop once (some of the coding rate's factorisation), and a
-    float32 product of several bfloat16 passes (the rest of the coding rate) as one.
+    The FLOPs are XLA's own count. It counts the body of a loop once (part of the coding rate's factorisation), and a
+    float32 product made of several bfloat16 passes (the rest of the coding rate) once.
 
     Raises:
-        UserError: it does not fit the memory of the chip.
+        UserError: the step does not fit the memory of the chip.
     """
-    # What "auto" means on the hardware that is compiled for, not on this one.
+    # "auto" means the default of the target hardware, not of this machine.
     precision = "bfloat16" if options.model.precision == "auto" else options.model.precision
     model = dataclasses.replace(options.model, precision=precision)
     batch_size = options.images_per_chip * mesh.size
@@ -131,7 +131,7 @@ def measure(options: Options, topology: str, mesh: Mesh) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        remedy = f"this does not fit the memory of a chip of {topology}, so give fewer"
+        remedy = f"the step does not fit the memory of a chip of {topology}, give fewer"
         raise UserError(f"--images-per-chip is {options.images_per_chip}: {remedy}.") from error
     return {
         "topology": topology,
@@ -147,8 +147,8 @@ def measure(options: Options, topology: str, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _memory(analysis) -> dict[str, int]:
-    """The outputs that take the place of donated arguments are in the total once."""
+def _memory(analysis: Any) -> dict[str, int]:
+    """Bytes by purpose. The total counts outputs that reuse the memory of donated arguments once."""
     memory = {
         "arguments": analysis.argument_size_in_bytes,
         "outputs": analysis.output_size_in_bytes,
@@ -159,7 +159,7 @@ def _memory(analysis) -> dict[str, int]:
 
 
 def format_table(measured: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table, a row a topology."""
+    """A Markdown table with one row per topology."""
     kinds = [kind for kind in KINDS if any(kind in row["collectives"] for row in measured)]
     memory = list(measured[0]["memory_bytes"])
     header = ["topology", "chips", "images", *(f"{name} MB" for name in memory), "TFLOP"]
@@ -182,21 +182,21 @@ def provenance() -> dict[str, Any]:
 
 
 def prepare_libtpu() -> None:
-    """Lets libtpu compile in this process, where JAX must not have touched a device; raises UserError without it."""
+    """Prepares libtpu to compile in this process, before JAX uses any device; raises UserError if it is missing."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu, which has the compiler for TPUs, is missing: pip install -e '.[tpu]'.")
-    # libtpu would ask a cloud's metadata server what machine this is and complain that there is none, and let a single
-    # process load it, as if that took hold of a TPU. Any host and accelerator will do: the topology is what counts.
+    # By default, libtpu queries a cloud's metadata server for the machine and complains if there is none, and only one
+    # process may load it, as if it used a TPU. Host and accelerator type are arbitrary: only the topology matters.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # What JAX runs itself while it traces stays off the TPUs that it would now look for.
+    # With libtpu enabled, JAX would look for TPUs. Operations that it runs while tracing belong on the CPU.
     jax.config.update("jax_platforms", "cpu")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Compiles for one topology after the other, rewrites the file after each, and prints the table."""
+    """Compiles for each topology in turn, rewrites the file after each, and prints the table."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     require(options.images_per_chip > 0, "images_per_chip", options.images_per_chip, "give a whole number above 0")
     if not options.topology:

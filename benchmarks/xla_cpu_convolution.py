@@ -1,24 +1,29 @@
-"""Shows two weaknesses of XLA's CPU convolutions that the package works around; run it again when JAX moves on.
+"""Measures two weaknesses of XLA's CPU convolutions that the package works around. Run it again for new JAX versions.
 
     python -m benchmarks.xla_cpu_convolution
 
-1. XLA's newer fusion backend against the older one (`empssl_jax/__init__.py` chooses the older one): milliseconds of
-   forward pass, input gradient and weight gradient of the five kinds of 3x3 convolutions in a ResNet-18, batch 32.
-2. A 3x3 convolution of a 2x2 map (512 channels, 200 patches) by XLA, by im2col, and as one dense product
-   (`resnet.Convolution` does the last).
+1. XLA's newer fusion backend against its older path, which `empssl_jax/__init__.py` selects: milliseconds of the
+   forward pass, input gradient and kernel gradient of the five kinds of 3x3 convolutions in a ResNet-18, batch 32.
+2. A 3x3 convolution of a 2x2 map (512 channels, 200 patches) by XLA, by im2col, and as one dense product, which is how
+   `resnet.Convolution` computes it.
 """
 
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jax import Array
 
 NEWER, OLDER = "", "--xla_cpu_experimental_ynn_fusion_type="
 LAYERS = ((32, 3, 64, 1), (32, 64, 64, 1), (32, 64, 128, 2), (16, 128, 128, 1), (8, 256, 256, 1))
 
 
-def milliseconds(work, *arguments) -> float:
-    """The shortest of five runs of a compiled function."""
+def milliseconds(work: Callable[..., "Array"], *arguments: "Array") -> float:
+    """Fastest of five runs of a compiled function."""
     import jax
 
     compiled = jax.jit(work).lower(*arguments).compile()
@@ -30,7 +35,7 @@ def milliseconds(work, *arguments) -> float:
     return 1000 * min(times)
 
 
-def three_passes(convolution, x, kernel) -> list[float]:
+def three_passes(convolution: Callable[..., "Array"], x: "Array", kernel: "Array") -> list[float]:
     """Milliseconds of the forward pass, the input's gradient and the kernel's gradient."""
     import jax
 
@@ -44,7 +49,7 @@ def three_passes(convolution, x, kernel) -> list[float]:
     ]
 
 
-def general(x, kernel, stride: int = 1):
+def general(x: "Array", kernel: "Array", stride: int = 1) -> "Array":
     """XLA's convolution."""
     import jax
 
@@ -54,8 +59,8 @@ def general(x, kernel, stride: int = 1):
     )
 
 
-def im2col(x, kernel):
-    """Nine shifted copies side by side, and one product."""
+def im2col(x: "Array", kernel: "Array") -> "Array":
+    """Concatenates nine shifted copies and computes one product."""
     import jax.numpy as jnp
 
     side, padded = x.shape[1], jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -63,12 +68,12 @@ def im2col(x, kernel):
     return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
-def dense(x, kernel):
-    """One product from the 4 positions of a 2x2 map to the same 4."""
+def dense(x: "Array", kernel: "Array") -> "Array":
+    """Computes one product from the 4 positions of a 2x2 map to the same 4."""
     import jax.numpy as jnp
 
-    whole = jnp.stack([jnp.stack([kernel[1 - i : 3 - i, 1 - j : 3 - j] for j in (0, 1)]) for i in (0, 1)])
-    return jnp.einsum("nabc,ijabcd->nijd", x, whole)
+    shifted = jnp.stack([jnp.stack([kernel[1 - i : 3 - i, 1 - j : 3 - j] for j in (0, 1)]) for i in (0, 1)])
+    return jnp.einsum("nabc,ijabcd->nijd", x, shifted)
 
 
 def layers() -> None:
@@ -98,7 +103,7 @@ def small_maps() -> None:
 
 
 def main() -> None:
-    """Runs each part in a process with its flags: XLA reads them once."""
+    """Runs each part in its own process with its flags, because XLA reads them once."""
     for title, part, flags in (
         ("newer fusions (JAX's default)", "layers", NEWER),
         ("older path (this package's)", "layers", OLDER),

@@ -1,12 +1,12 @@
-"""EMP-SSL on CIFAR-100 as published: the same as on CIFAR-10, every default is the paper's.
+"""EMP-SSL on CIFAR-100 as published: as on CIFAR-10, all defaults are the paper's.
 
     python train.py --config configs/cifar100.py
     python eval.py --workdir runs/cifar100
 
 Published, not measured here (linear classifier, top-1). The paper's abstract (arXiv 2304.03977): 58.5 % after one epoch
-and 70.1 % in less than ten. The authors' README: one epoch, 58.5 % (its command has `--epoch 2`, which is the length of
-the learning rate's cosine too); with 20 patches 55.1, 67.8 and 72.4 % after 1, 10 and 30 epochs, with 200 patches
-57.7, 70.1 and 73.3 %. For those: --max-epochs 30, --train-patches 200 --remat.
+and 70.1 % in less than ten. The authors' README: 58.5 % after one epoch (its command has `--epoch 2`, which also sets
+the length of the learning rate's cosine); with 20 patches 55.1, 67.8 and 72.4 % after 1, 10 and 30 epochs, with 200
+patches 57.7, 70.1 and 73.3 %. To train those: --max-epochs 30, and --train-patches 200 --remat for 200 patches.
 """
 
 from empssl_jax.config import Config, DataConfig, RunConfig

@@ -1,10 +1,10 @@
-"""CIFAR-10 as docs/recipe.md would do it: trained as published, embeddings of all stages, quarter by quarter, whitened.
+"""CIFAR-10 as docs/recipe.md recommends: trained as published; embeddings of all stages, in 2x2 cells, whitened.
 
     python train.py --config configs/cifar10_best.py
     python eval.py --workdir runs/cifar10_best
 
-For a GPU or TPU, where it has not been run yet. What it changes was chosen on training images at a quarter of the width
-(docs/recipe.md). configs/cifar10.py is the paper's recipe; the two train alike.
+For a GPU or TPU, where it has not been run yet. Its changes were chosen on training images with an encoder of a quarter
+of the width (docs/recipe.md). configs/cifar10.py is the paper's recipe; training is the same in both.
 """
 
 from empssl_jax.config import Config, EvaluationConfig, RunConfig

@@ -3,8 +3,8 @@
     python train.py --config configs/imagenet100.py
     python eval.py --workdir runs/imagenet100
 
-TFDS does not have it. It is made of ImageNet (ILSVRC 2012, from image-net.org), in folders of its classes, by the list
-of 100 classes to which the authors refer, imagenet100.txt of github.com/HobbitLong/CMC; links do:
+TFDS does not have it. Select the classes from ImageNet (ILSVRC 2012, from image-net.org, one folder a class) with the
+list that the authors refer to, imagenet100.txt in github.com/HobbitLong/CMC. Symbolic links are enough:
 
     mkdir -p imagenet100/train imagenet100/val
     while read -r class _; do
@@ -13,11 +13,12 @@ of 100 classes to which the authors refer, imagenet100.txt of github.com/HobbitL
 
 Published, not measured here (linear classifier, top-1). The paper's abstract (arXiv 2304.03977): 58.5 % after one epoch
 and 78.9 % in less than ten. The authors' README: 58.5 % after one epoch with 20 patches (its command has `--epoch 2`,
-which is the length of the learning rate's cosine too); 78.9 % after 10 with 200 patches.
+which also sets the length of the learning rate's cosine); 78.9 % after 10 with 200 patches.
 
-As in the authors' code: patches of 224x224 pixels from crops of a quarter of the area, of a random aspect ratio and
-resized by a cubic. Ours: images are first brought to 256x256 pixels, 25 GB on disk, where the authors crop the files as
-they are. A step has 2,000 patches of that size: too many for most GPUs without --remat or a smaller --batch-size.
+As in the authors' code, patches have 224x224 pixels; their crops have a quarter of the image's area and a random aspect
+ratio, and are resized bicubically. Unlike in the authors' code, which crops the original files, images are first
+resized to 256x256 pixels, which takes 25 GB on disk. A step has 2,000 patches of 224x224 pixels: too many for most GPUs
+without --remat or a smaller --batch-size.
 """
 
 from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig

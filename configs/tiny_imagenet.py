@@ -3,8 +3,8 @@
     python train.py --config configs/tiny_imagenet.py
     python eval.py --workdir runs/tiny_imagenet
 
-TFDS does not have it. Unpack cs231n.stanford.edu/tiny-imagenet-200.zip here, and move the validation images, which lie
-in one folder, to folders of their classes:
+TFDS does not have it. Unpack cs231n.stanford.edu/tiny-imagenet-200.zip here, and move the validation images, which are
+in one folder, to one folder a class:
 
     cd tiny-imagenet-200/val
     while read -r file class _; do mkdir -p $class && mv images/$file $class/; done < val_annotations.txt
@@ -13,7 +13,7 @@ in one folder, to folders of their classes:
 Published, not measured here (linear classifier, top-1). The paper's abstract (arXiv 2304.03977): 38.1 % after one epoch
 and 51.5 % in less than ten. The authors' README: 38.1 % after one epoch; 51.5 % after 10 with 200 patches.
 
-The authors' code has Tiny ImageNet in a comment where it has ImageNet-100, so this is that recipe: see imagenet100.py.
+In the authors' code, a comment names Tiny ImageNet next to ImageNet-100, so this is the recipe of imagenet100.py.
 """
 
 from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig

@@ -1,6 +1,6 @@
-"""The command `empssl` and its subcommands: parse the options, import what the command needs, run it.
+"""The command `empssl` and its subcommands: each parses its options, imports what it needs, and runs.
 
-Nothing here imports JAX before the options are parsed, which keeps `--help` and the refusal of wrong options fast.
+Nothing here imports JAX before the options are parsed. This keeps `--help` and errors about options fast.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ HELP = ("-h", "--help")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "empssl") -> None:
-    """Runs `empssl COMMAND [options]`; errors that the user can fix end the process with one sentence.
+    """Runs `empssl COMMAND [options]`. Errors that the user can fix are printed as one sentence and end the process.
 
     Args:
-        arguments: the command and its options; those of this process if not given.
-        prog: the program's name in --help.
+        arguments: the command and its options; by default those of this process.
+        prog: the program's name, shown by --help.
     """
     name, *options = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     with user_errors_exit():
@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "empssl") -> None:
 
 
 def _overview(prog: str) -> str:
-    rows = "\n".join(f"  {name:9}{command.does}" for name, command in COMMANDS.items())
+    rows = "\n".join(f"  {name:9}{command.summary}" for name, command in COMMANDS.items())
     return f"usage: {prog} COMMAND [options]\n\ncommands:\n{rows}\n\n{prog} COMMAND --help lists a command's options."
 
 
 def train(arguments: Sequence[str], prog: str) -> None:
-    """Trains a run, or resumes it."""
+    """Trains or resumes a run."""
     config = parse_train_options(arguments, prog)
     from empssl_jax import training
     from empssl_jax.runtime import compilation, distributed
@@ -63,7 +63,7 @@ def train(arguments: Sequence[str], prog: str) -> None:
 
 
 def evaluate(arguments: Sequence[str], prog: str) -> None:
-    """Measures one run; compares several."""
+    """Measures one run, or compares several."""
     options = parse_evaluations(arguments, prog)
     from empssl_jax.evaluation import comparison
     from empssl_jax.report.write_report import try_to_report
@@ -76,10 +76,10 @@ def evaluate(arguments: Sequence[str], prog: str) -> None:
 
 
 def compare(arguments: Sequence[str], prog: str) -> None:
-    """`evaluate` with the runs as positional arguments."""
+    """Like `evaluate`, with the runs as positional arguments."""
     runs = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     if not (runs or asks_for_help(arguments)):
-        raise UserError(f"{prog} names no run: give folders, as {prog} runs/a runs/b.")
+        raise UserError(f"{prog} names no run: give folders of runs, such as {prog} runs/a runs/b.")
     evaluate(["--workdir", *arguments] if runs else arguments, prog)
 
 
@@ -94,7 +94,7 @@ def embed(arguments: Sequence[str], prog: str) -> None:
 
 
 def export_weights(arguments: Sequence[str], prog: str) -> None:
-    """Writes a run's encoder into a file for PyTorch."""
+    """Writes a run's encoder to a file for PyTorch."""
     description = "Writes the encoder of a run to a file for PyTorch.\n\nExample: empssl export runs/cifar10"
     options = tyro.cli(ExportOptions, args=list(arguments), description=description, prog=prog)
     from empssl_jax.inference import weights
@@ -103,10 +103,10 @@ def export_weights(arguments: Sequence[str], prog: str) -> None:
 
 
 def import_weights(arguments: Sequence[str], prog: str) -> None:
-    """Makes a run from a file of weights."""
+    """Creates a run from a file of weights."""
     description = (
-        "Makes a run from a file of `export` or a checkpoint of the authors' code. Its step is 0; it can be trained "
-        "further.\n\nExample: empssl import weights.safetensors --workdir runs/imported"
+        "Creates a run from a file written by `export` or from a checkpoint of the authors' code. The run starts at "
+        "step 0 and can be trained further.\n\nExample: empssl import weights.safetensors --workdir runs/imported"
     )
     options = tyro.cli(ImportOptions, args=list(arguments), description=description, prog=prog)
     from empssl_jax.inference import weights
@@ -127,7 +127,7 @@ class Command(NamedTuple):
     """A subcommand."""
 
     run: Callable[[Sequence[str], str], None]  # takes the options and the program's name
-    does: str
+    summary: str
 
 
 COMMANDS = {
@@ -135,7 +135,7 @@ COMMANDS = {
     "eval": Command(evaluate, "measure a trained encoder by kNN and a linear classifier"),
     "embed": Command(embed, "embed image files with a trained encoder"),
     "export": Command(export_weights, "write a trained encoder to a file for PyTorch"),
-    "import": Command(import_weights, "make a run from a file of weights"),
+    "import": Command(import_weights, "create a run from a file of weights"),
     "report": Command(report, "write a run's report, an HTML page"),
     "compare": Command(compare, "measure and compare several runs"),
 }
@@ -152,23 +152,23 @@ class _Workdirs:
     workdir: tuple[str, ...] = (EvaluateOptions.workdir,)
 
 
-def parse_evaluate_options(arguments: Sequence[str], prog: str | None = None) -> EvaluateOptions:
-    """The options of `eval` for one run. Options that are not given have the values of the run in --workdir."""
+def parse_evaluate_options(arguments: Sequence[str], prog: str = "empssl eval") -> EvaluateOptions:
+    """The options of `eval` for one run. Options that are not given default to the values of the run in --workdir."""
     source, _ = first_options(_Workdir, arguments)
     config = _run_defaults(source.workdir, arguments) if source.embeddings is None else Config()
     run = config.run
     default = EvaluateOptions(data_dir=run.data_dir, cache_dir=run.cache_dir, evaluation=config.evaluation)
     description = (
         "Measures the embeddings of a trained encoder by kNN and a linear classifier. Defaults are those of the run."
-        "\n\nExample: empssl eval --workdir runs/cifar10"
+        f"\n\nExample: {prog} {'runs/a runs/b' if prog.endswith('compare') else '--workdir runs/cifar10'}"
     )
     return tyro.cli(EvaluateOptions, args=list(arguments), default=default, description=description, prog=prog)
 
 
-def parse_evaluations(arguments: Sequence[str], prog: str | None = None) -> list[EvaluateOptions]:
+def parse_evaluations(arguments: Sequence[str], prog: str = "empssl eval") -> list[EvaluateOptions]:
     """The options of `eval --workdir RUN [RUN ...] [options]`, for each run.
 
-    Among several folders, those without a config.json (runs/* may match some) are skipped with a message.
+    If several folders are given, those without a config.json (runs/* may match some) are skipped with a message.
 
     Raises:
         UserError: none of several folders is a run.
@@ -185,7 +185,7 @@ def parse_evaluations(arguments: Sequence[str], prog: str | None = None) -> list
 
 
 def parse_embed_options(arguments: Sequence[str], prog: str | None = None) -> EmbedOptions:
-    """The options of `embed`. Options that are not given have the values of the run's evaluation."""
+    """The options of `embed`. Options that are not given default to the values of the run's evaluation."""
     source, _ = first_options(_Workdir, arguments)
     evaluation = _run_defaults(source.workdir, arguments).evaluation
     run = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(EmbeddingConfig)}
@@ -199,7 +199,7 @@ def parse_embed_options(arguments: Sequence[str], prog: str | None = None) -> Em
 
 
 def _run_defaults(workdir: str, arguments: Sequence[str]) -> Config:
-    """The config of a run; for --help, the defaults if there is no run. Otherwise UserError if there is none."""
+    """The config of a run. If it cannot be loaded: the default config with --help, else UserError."""
     try:
         return load_config(Path(workdir))
     except UserError:
@@ -209,5 +209,5 @@ def _run_defaults(workdir: str, arguments: Sequence[str]) -> Config:
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether the arguments only ask for a list of the options."""
+    """Whether the arguments contain --help or -h."""
     return not set(HELP).isdisjoint(arguments)

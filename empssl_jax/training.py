@@ -1,8 +1,8 @@
-"""A run: the steps from its start or its newest checkpoint to the last, then embeddings, kNN and the report."""
+"""Trains a run from its start or its newest checkpoint, then embeds the images, measures kNN and writes the report."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from empssl_jax.config import Config, RunConfig, training_differences
 from empssl_jax.config.errors import UserError, require
-from empssl_jax.data.batches import count_steps, device_batches
+from empssl_jax.data.batches import Batch, count_steps, device_batches
 from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
 from empssl_jax.evaluation.evaluate import check_neighbours, embed_and_save, have_labels, measure_knn
 from empssl_jax.evaluation.online_probe import online_probe
@@ -22,6 +22,7 @@ from empssl_jax.method.encoder import EncoderState, default_precision
 from empssl_jax.method.losses import coding_rate_bounds
 from empssl_jax.method.train_step import (
     TrainState,
+    TrainStep,
     create_state,
     learning_rate_schedule,
     make_optimizer,
@@ -41,10 +42,10 @@ from empssl_jax.runtime.distributed import is_first_process, step_watchdog
 def train(config: Config) -> None:
     """Trains or resumes the run in `config.run.workdir`, then embeds the images and measures kNN.
 
-    SIGTERM and Ctrl-C save a checkpoint and raise SystemExit with 128 + the signal's number.
+    On SIGTERM or Ctrl-C, saves a checkpoint and raises SystemExit with 128 + the signal's number.
 
     Raises:
-        UserError: the options do not fit the data, the devices, or the run that is in the folder.
+        UserError: the options do not match the data, the devices, or the run that the folder already holds.
         DivergenceError: the loss, an update or a parameter is NaN or infinite.
         StorageError: the folder can no longer be written to.
     """
@@ -65,21 +66,22 @@ def train(config: Config) -> None:
 
 
 class Steps(NamedTuple):
-    """How many steps a run has."""
+    """Numbers of steps."""
 
     per_epoch: int
-    last: int  # of the whole run
+    last: int  # in the whole run
 
 
 def _count_steps(config: Config, dataset: ImageDataset) -> Steps:
     per_epoch = count_steps(dataset, config.training.batch_size)
     last = per_epoch * config.training.max_epochs
-    require(last < 2**31, "max_epochs", config.training.max_epochs, "those are more than 2147483647 steps")
+    remedy = "that makes more than 2147483647 steps, so give fewer epochs"
+    require(last < 2**31, "max_epochs", config.training.max_epochs, remedy)
     return Steps(per_epoch, last)
 
 
 def _complete_run(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: Path) -> None:
-    """All that a run writes: config, results before training, checkpoints, embeddings, results, report."""
+    """Saves the config, measures the untrained baseline, trains, then embeds, measures and reports, as configured."""
     if is_first_process():
         saved_config.save_config(workdir, config)
         saved_config.save_image_size(workdir, datasets.train.images.shape[1])
@@ -108,22 +110,23 @@ def _check_profile(config: Config, steps_left: int) -> None:
 
 
 def _check_workdir(workdir: Path, config: Config) -> int:
-    """Refuses a folder with checkpoints of a run that learns something else.
+    """Returns the step that training starts or resumes at.
 
-    Returns the step that training starts or resumes at.
+    Raises:
+        UserError: the folder holds checkpoints of a run with other training options, or a damaged results.json.
     """
-    load_results(workdir)  # refuses a damaged file now rather than after the training
+    load_results(workdir)  # raises an error for a damaged file before the training
     with Checkpoints(workdir) as store:
         newest = store.latest_step()
     differences = [] if newest is None else training_differences(config, saved_config.load_config(workdir))
     if differences:
         listed = ", ".join(differences)
-        raise UserError(f"--workdir {workdir} holds another run: {listed}; give those values or another folder.")
+        raise UserError(f"--workdir {workdir} holds another run: {listed}; give the former values or another folder.")
     return newest or 0
 
 
 def _fit(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: Path) -> EncoderState:
-    """Runs the remaining steps, or those up to a stop signal, and returns the trained encoder."""
+    """Runs the remaining steps and returns the trained encoder. On a stop signal, saves and raises SystemExit."""
     schedule = learning_rate_schedule(config.training, steps.per_epoch)
     optimizer = make_optimizer(config.training, schedule)
     train_step = make_train_step(config, optimizer, schedule, steps.per_epoch, mesh)
@@ -138,7 +141,7 @@ def _fit(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: 
         batches = device_batches(datasets.train, config.training, first_step, steps.last, mesh)
 
         def after_step(steps_done: int, state: TrainState, writer: MetricsWriter) -> bool:
-            """Probes and saves where that is due; returns whether to go on."""
+            """Probes and saves when due; returns whether to continue."""
             store.check()
             probe(steps_done, state.encoder, writer)
             stop = stop_signal(steps_done) is not None
@@ -156,28 +159,28 @@ def _fit(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: 
 
 
 def _run_steps(
-    train_step: Callable,
+    train_step: TrainStep,
     state: TrainState,
-    batches,
+    batches: Iterator[Batch],
     writer: MetricsWriter,
     after_step: Callable[[int, TrainState, MetricsWriter], bool],
     timeout: float,
 ) -> TrainState:
-    """A step for each batch, until there is none left or `after_step` returns False."""
+    """Trains on each batch until none is left or `after_step` returns False."""
     first_step = int(state.step)
     with step_watchdog(timeout) as step_done:
         for step, batch in enumerate(batches, start=first_step):
             state, metrics = train_step(state, batch)
             writer.add(step, metrics)
             if step > first_step:
-                step_done()  # the one before, which the writer has waited for
+                step_done()  # the previous step, which the writer has waited for
             if not after_step(step + 1, state, writer):
                 break
     return state
 
 
 def _checkpoint_is_due(config: RunConfig, steps_done: int, steps_per_epoch: int) -> bool:
-    """At the end of each epoch and every `checkpoint_every` steps."""
+    """Whether to save now: at the end of each epoch and every `checkpoint_every` steps."""
     return steps_done % (config.checkpoint_every or steps_per_epoch) == 0 or steps_done % steps_per_epoch == 0
 
 
@@ -185,14 +188,14 @@ def _metrics_writer(config: Config, workdir: Path, first_step: int, last_step: i
     training = config.training
     bounds = coding_rate_bounds(training.batch_size, config.model.projection_dim, training.coding_rate_eps)
     patches_per_step = training.batch_size * config.patches.train_patches
-    others = [loggers.WandbRun(config)] if config.run.wandb and is_first_process() else []
-    return MetricsWriter(workdir, first_step, last_step, patches_per_step, bounds, others)
+    extra_loggers = [loggers.WandbRun(config)] if config.run.wandb and is_first_process() else []
+    return MetricsWriter(workdir, first_step, last_step, patches_per_step, bounds, extra_loggers)
 
 
 def _initial_state(
     config: Config, optimizer: optax.GradientTransformation, store: Checkpoints, mesh: Mesh
 ) -> TrainState:
-    """The newest checkpoint's state, or a fresh one."""
+    """The state of the newest checkpoint, or a fresh state if there is none."""
     create = functools.partial(create_state, config, optimizer)
     sharding = replicated(mesh)
     if store.latest_step() is None:

@@ -1,3 +1,3 @@
-"""Questions about the method, answered by runs: what makes better embeddings, and what a minute buys."""
+"""Experiments with the method: which choices improve the embeddings, and how accuracy grows with time."""
 
-import empssl_jax  # noqa: F401  (before JAX: it sets what XLA reads when it starts)
+import empssl_jax  # noqa: F401  (before JAX, because it sets flags that XLA reads when it starts)

@@ -1,11 +1,11 @@
-"""Accuracy against minutes on two CPU cores: which encoder to train in the time there is.
+"""Measures accuracy against minutes on two CPU cores, for encoders and trainings of several sizes.
 
     python -m experiments.frontier [--points NAME ...] [--draw]
 
-Each point is configs/cifar10_cpu.py with other sizes, trained on the first 45,000 training images of CIFAR-10 and
-measured by kNN on the last 5,000 *training* images, so that the choice has not seen the test images. Minutes are those
-of train.py from its start to its end, training, embeddings and kNN, nothing else running. Points that are in
-experiments/results/frontier.jsonl are not run again; --draw makes docs/images/frontier.svg and prints the table.
+Each point is configs/cifar10_cpu.py with other sizes. It trains on the first 45,000 training images of CIFAR-10 and
+measures kNN on the last 5,000 *training* images, so the choice among the points uses no test images. Minutes are the
+wall time of train.py, which trains, embeds and measures kNN, with nothing else running. Points that are already in
+experiments/results/frontier.jsonl are not run again. --draw writes docs/images/frontier.svg and prints the table.
 """
 
 import subprocess
@@ -17,10 +17,11 @@ from typing import Any
 
 import tyro
 
-from benchmarks.measure import RESULTS, append_line, environment, read_lines
+from benchmarks.measure import append_line, environment, read_lines
 from empssl_jax.run_folder.results import load_results
 
 ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
 SPLITS = ["--train-split", "train[:45000]", "--test-split", "train[45000:]"]
 POINTS: dict[str, dict[str, int]] = {
     "width 16": {"width": 16, "max-epochs": 1},
@@ -32,22 +33,22 @@ POINTS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """Which points."""
+    """The points to run or to draw."""
 
+    # Names of the points to run.
     points: tuple[str, ...] = tuple(POINTS)
-    """Names of those to run."""
+    # Folder for the runs.
     folder: str = "runs/frontier"
-    """Where the runs live."""
+    # File for the results, one line per point.
     output: str = str(RESULTS / "frontier.jsonl")
-    """File that receives a line a point."""
+    # SVG file that --draw writes.
     picture: str = str(ROOT / "docs" / "images" / "frontier.svg")
-    """What --draw draws."""
+    # Draw the points in the output file and print their table, without running any.
     draw: bool = False
-    """Draw what is in the file and run nothing."""
 
 
 def run(name: str, workdir: Path) -> dict[str, Any]:
-    """Trains and measures a point."""
+    """Trains and measures a point; returns its line of the output file."""
     sizes = [f"--{option}={value}" for option, value in POINTS[name].items()]
     command = ["train.py", "--config", "configs/cifar10_cpu.py", *SPLITS, *sizes, "--workdir", str(workdir)]
     start = time.perf_counter()
@@ -57,7 +58,7 @@ def run(name: str, workdir: Path) -> dict[str, Any]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """The points in Markdown, the fastest first; in bold where no faster one is as good."""
+    """A Markdown table of the points, fastest first. Bold accuracies are above those of all faster points."""
     text = ["| encoder | minutes | kNN top-1 | kNN top-5 |", "| --- | --- | --- | --- |"]
     best = 0.0
     for line in sorted(lines, key=lambda line: line["minutes"]):
@@ -69,7 +70,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def picture(lines: list[dict[str, Any]]) -> str:
-    """The points as an SVG, minutes to the right and accuracy upwards."""
+    """An SVG of the points, with minutes on the horizontal and accuracy on the vertical axis."""
     width, height, left, bottom = 640, 360, 50, 40
     right = 10 * (max(line["minutes"] for line in lines) // 10 + 1)
     low = 5 * (min(100 * line["top1"] for line in lines) // 5)
@@ -89,16 +90,16 @@ def picture(lines: list[dict[str, Any]]) -> str:
         parts.append(f'<text x="{x(minutes):.1f}" y="{height - bottom + 20}" text-anchor="middle">{minutes}</text>')
     parts.append(f'<text x="{x(right / 2):.1f}" y="{height - 4}" text-anchor="middle">minutes on two cores</text>')
     for line in lines:
-        place = x(line["minutes"]), y(100 * line["top1"])
-        parts.append(f'<circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="4" fill="#2a6fbb"/>')
-        parts.append(f'<text x="{place[0] + 8:.1f}" y="{place[1] - 4:.1f}">{line["point"]}</text>')
+        column, row = x(line["minutes"]), y(100 * line["top1"])
+        parts.append(f'<circle cx="{column:.1f}" cy="{row:.1f}" r="4" fill="#2a6fbb"/>')
+        parts.append(f'<text x="{column + 8:.1f}" y="{row - 4:.1f}">{line["point"]}</text>')
     style = "text{font:12px sans-serif;fill:#777}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"><style>{style}</style>'
     return head + "".join(parts) + "</svg>\n"
 
 
 def main(options: Options) -> None:
-    """Runs the points that are missing, or draws those that are there."""
+    """Runs the points that the output file lacks, or draws those that it has."""
     output = Path(options.output)
     lines = read_lines(output)
     if options.draw:

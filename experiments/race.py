@@ -1,11 +1,11 @@
-"""Seconds of training until kNN (k = 10, by cosine) reaches an accuracy, read off the checkpoints of a run.
+"""Measures the seconds of training until kNN (k = 10, cosine similarity) reaches an accuracy, from a run's checkpoints.
 
     python train.py --config configs/cifar10_best.py --max-epochs 10 --max-to-keep 10 --workdir RUN
     python -m experiments.race --workdir RUN [--accuracy 0.9]
 
-Each checkpoint is measured on the whole test set, the oldest first, until one is good enough. The seconds are those of
-the training loop, compilation included, embedding and kNN not. RUN/race.jsonl keeps what was measured, and the same
-command goes on from there. The length of the run must have been chosen beforehand, since the learning rate's schedule
+Each checkpoint is measured on the full test set, oldest first, until one reaches the accuracy. The seconds are those of
+the training loop: they include compilation, but neither embedding nor kNN. Measurements are kept in RUN/race.jsonl, and
+the same command continues after them. Choose the number of epochs before training, because the learning-rate schedule
 depends on it.
 """
 
@@ -30,29 +30,29 @@ NUM_NEIGHBOURS = 10
 
 @dataclass(frozen=True)
 class Options:
-    """Which run, and how good is enough."""
+    """The run, and the accuracy to reach."""
 
+    # Folder of a run of train.py that kept its checkpoints.
     workdir: str
-    """Folder of a run of train.py that kept its checkpoints."""
+    # kNN top-1 accuracy to reach, from 0 to 1.
     accuracy: float = 0.9
-    """KNN top-1 accuracy to reach, from 0 to 1."""
 
 
 def main(options: Options) -> None:
-    """Measures checkpoints until one is good enough, and says when it was there."""
+    """Measures checkpoints until one reaches the accuracy, and prints its seconds of training."""
     workdir = Path(options.workdir)
     seconds = {line["step"] + 1: line["seconds"] for line in read_steps(workdir / TIMING_FILE)}
     with Checkpoints(workdir, read_only=True) as store:
         steps = store.steps()
     config = load_config(workdir)
     datasets = load_datasets(config)
-    measure = dataclasses.replace(config.evaluation, num_neighbours=NUM_NEIGHBOURS)
+    evaluation = dataclasses.replace(config.evaluation, num_neighbours=NUM_NEIGHBOURS)
     results = workdir / "race.jsonl"
     done = {line["step"]: line for line in read_steps(results)}
     for step in steps:
         if step not in done:
-            embeddings = checkpoint_embeddings(workdir, measure, datasets, step)
-            accuracy = measure_knn(embeddings, measure, device_mesh())
+            embeddings = checkpoint_embeddings(workdir, evaluation, datasets, step)
+            accuracy = measure_knn(embeddings, evaluation, device_mesh())
             done[step] = {"step": step, "seconds": seconds[step]} | accuracy
             append_line(results, done[step])
         print(f"step {step}, {done[step]['seconds']:.0f} s of training: kNN {100 * done[step]['top1']:.2f} %")

@@ -1,11 +1,11 @@
-"""Which choices make better embeddings: small runs, one factor at a time, never measured on test images.
+"""Compares choices of training and embedding in small runs, one factor at a time, without test images.
 
     python -m experiments.study [--images 45000] [--width 8] [--patches 10] [--rows NAME ...] [--seeds 1 2 3] [--table]
 
-Each run trains a small encoder for one epoch on the first training images of CIFAR-10, patches of 16x16 pixels, and
-measures kNN (k = 20, temperature 0.07) on the last 5,000 *training* images. Runs are kept in --folder, so that the same
-command goes on where it was stopped, and several processes may share the work. The results lie in
-experiments/results/study.jsonl; --table prints those of such runs.
+Each run trains a small encoder for one epoch on patches of 16x16 pixels of the first training images of CIFAR-10, and
+measures kNN (k = 20, temperature 0.07) on the last 5,000 *training* images. Runs are kept in --folder, so the same
+command resumes an interrupted study, and several processes may share the work. Results are appended to
+experiments/results/study.jsonl; --table prints those of the given sizes.
 """
 
 import collections
@@ -62,7 +62,7 @@ TRAINING: dict[str, Changes] = {
     "10 patches, 2 epochs": {"train_patches": 10, "max_epochs": 2},
     "batch 25, projections of 1024": {"batch_size": 25, "projection_dim": 1024},
 }
-# Other embeddings of the base runs; neighbours in this list that differ in whitening alone are computed once.
+# Other embeddings of the base runs. Consecutive rows that differ only in whitening share one computation.
 EVALUATION: dict[str, Changes] = {
     "as in training, 1 patch": {"valid_patches": 1},
     "as in training, 4 patches": {"valid_patches": 4},
@@ -86,43 +86,43 @@ EVALUATION: dict[str, Changes] = {
 
 @dataclass(frozen=True)
 class Options:
-    """What to run."""
+    """The runs to make or to print."""
 
+    # Training images, up to 45,000.
     images: int = 5000
-    """Training images, up to 45,000."""
+    # Width of the encoder.
     width: int = 16
-    """Of the encoder."""
+    # Training patches per image and epoch.
     patches: int = 20
-    """Training patches an image and epoch."""
+    # Names of the rows to run. Default: all.
     rows: tuple[str, ...] = ()
-    """Names of rows, all by default."""
+    # Seeds; each row runs once per seed.
     seeds: tuple[int, ...] = (1, 2, 3)
-    """A run of each row for each."""
+    # Folder for the runs.
     folder: str = "runs/study"
-    """Where the runs live."""
+    # File for the results, one line per run.
     output: str = "experiments/results/study.jsonl"
-    """File that receives a line a run."""
+    # Print the results in that file that have these sizes, and run nothing.
     table: bool = False
-    """Print what is in that file and run nothing."""
 
 
 def base(options: Options) -> Config:
-    """The runs that the others differ from."""
+    """The config of the base runs, which the others differ from."""
     sizes = {"train_split": f"train[:{options.images}]", "width": options.width, "train_patches": options.patches}
     return changed(BASE, sizes)
 
 
 def changed(config: Config, changes: Changes) -> Config:
-    """The config with other values of some options, whichever groups these belong to."""
+    """The config with other values of some options, by name, whichever group they belong to."""
     for field in dataclasses.fields(config):
         group = getattr(config, field.name)
-        ours = {name: value for name, value in changes.items() if hasattr(group, name)}
-        config = dataclasses.replace(config, **{field.name: dataclasses.replace(group, **ours)})
+        own = {name: value for name, value in changes.items() if hasattr(group, name)}
+        config = dataclasses.replace(config, **{field.name: dataclasses.replace(group, **own)})
     return config
 
 
 def trained(options: Options, name: str, seed: int) -> Path:
-    """The folder of a run, which is trained unless it has been."""
+    """Trains a run unless it is complete; returns its folder."""
     sizes = f"{options.images}-{options.width}-{options.patches}"
     workdir = Path(options.folder) / f"{name.replace(' ', '_')}-{sizes}-{seed}"
     run: Changes = {"seed": seed, "workdir": str(workdir), "valid_patches": 0}
@@ -131,22 +131,22 @@ def trained(options: Options, name: str, seed: int) -> Path:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Mean and spread of each row in Markdown, and by how much it differs from the base with the same seeds."""
+    """A Markdown table: mean and standard deviation of each row, and the difference from the base runs of its seeds."""
     by_row: dict[str, dict[int, float]] = collections.defaultdict(dict)
     for line in lines:
         by_row[line["row"]][line["seed"]] = 100 * line["top1"]
     text = ["| row | n | kNN top-1, mean (standard deviation) | against the base |", "| --- | --- | --- | --- |"]
     for name, accuracies in by_row.items():
-        shared = [accuracies[seed] - by_row["base"][seed] for seed in accuracies if seed in by_row["base"]]
+        differences = [accuracies[seed] - by_row["base"][seed] for seed in accuracies if seed in by_row["base"]]
         values = list(accuracies.values())
         spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
-        difference = f"{statistics.mean(shared):+.1f}" if shared else ""
+        difference = f"{statistics.mean(differences):+.1f}" if differences else ""
         text.append(f"| {name} | {len(values)} | {statistics.mean(values):.1f}{spread} | {difference} |")
     return "\n".join(text) + "\n"
 
 
 def main(options: Options) -> None:
-    """Runs what is missing, the first seed of all rows first."""
+    """Runs what the output file lacks: all rows with the first seed, then with the next."""
     output = Path(options.output)
     sizes = {"images": options.images, "width": options.width, "patches": options.patches}
     if options.table:
@@ -155,8 +155,8 @@ def main(options: Options) -> None:
     datasets, mesh = load_datasets(base(options)), device_mesh()
 
     @functools.lru_cache(maxsize=1)
-    def embeddings(workdir: Path, raw: EvaluationConfig) -> Embeddings:
-        return checkpoint_embeddings(workdir, raw, datasets)
+    def embeddings(workdir: Path, evaluation: EvaluationConfig) -> Embeddings:
+        return checkpoint_embeddings(workdir, evaluation, datasets)
 
     rows = options.rows or tuple(TRAINING | EVALUATION)
     for seed in options.seeds:
@@ -166,10 +166,10 @@ def main(options: Options) -> None:
                 continue
             try:
                 workdir = trained(options, name if name in TRAINING else "base", seed)
-                measure = EvaluationConfig(**EVALUATION[name]) if name in EVALUATION else BASE.evaluation
+                evaluation = EvaluationConfig(**EVALUATION[name]) if name in EVALUATION else BASE.evaluation
                 with locked(workdir):
-                    embedded = embeddings(workdir, dataclasses.replace(measure, whiten=False))
-                    append_line(output, key | measure_knn(embedded, measure, mesh))
+                    embedded = embeddings(workdir, dataclasses.replace(evaluation, whiten=False))
+                    append_line(output, key | measure_knn(embedded, evaluation, mesh))
             except InUseError as error:
                 print(error)
 

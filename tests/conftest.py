@@ -1,10 +1,12 @@
-"""Shapes in annotations are checked while the tests run; golden numbers come from tests/golden/."""
+"""Checks annotated shapes and types during the tests, and provides golden numbers and a tiny run."""
 
 import fcntl
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +14,17 @@ import jaxtyping
 import numpy as np
 import pytest
 
-# Eight virtual CPU devices, so that every test of the train step can choose between one and eight.
+# Eight virtual CPU devices, so that tests of the train step can use one or all.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-# Shapes are checked in every module but these: the config checks its values itself and is tested with wrong types, and
-# what users hand to the command line and to the encoder is refused by sentences of the package's own.
+# Annotations are checked in every module except these. The config checks its values itself and is tested with wrong
+# types, and the command line and the image encoder refuse wrong input with their own messages.
 UNCHECKED = ("config.", "command_line", "report.page", "inference.image_encoder", "inference.embed_files")
 PACKAGE = Path(__file__).parents[1] / "empssl_jax"
 
 
 def checked_modules() -> list[str]:
-    """The modules whose annotated shapes are checked."""
+    """The modules whose annotations are checked."""
     paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py") if path.stem[0] != "_"]
     modules = [".".join(path.parts) for path in paths]
     return [f"empssl_jax.{name}" for name in modules if not name.startswith(UNCHECKED)]
@@ -34,8 +36,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
-def golden():
-    """Loads tests/golden/NAME.npz as a dictionary."""
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """A function that loads tests/golden/NAME.npz as a dictionary."""
 
     def load(name: str) -> dict[str, np.ndarray]:
         with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
@@ -45,10 +47,10 @@ def golden():
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """The folder of a run on digits: 80 images in two steps, each saved, and 10 test images.
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on digits: two steps on 80 images, each saved, and 10 test images.
 
-    It is trained once and copied for each of pytest's processes.
+    The run is trained once and copied for each of pytest's processes.
     """
     own = tmp_path_factory.getbasetemp()
     trained = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "digits"
@@ -60,6 +62,7 @@ def tiny_run(tmp_path_factory):
 
 
 def train_tiny_run(workdir: Path) -> None:
+    """Trains the run of `tiny_run`."""
     from empssl_jax import config, training
 
     made = config.Config(
@@ -73,11 +76,11 @@ def train_tiny_run(workdir: Path) -> None:
     training.train(made)
 
 
-def torch_weights(names, seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Draws a torch state dictionary, name by name in the order given: the rule that the golden networks were made by.
+def torch_weights(names: Iterable[str], seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Draws a torch state dictionary in the given order of names, by the rule that the golden networks were made with.
 
-    running_mean is 0 and running_var 1; one-dimensional weights are 1 + 0.1 n, other one-dimensional arrays 0.1 n, and
-    kernels n sqrt(2 / fan_in), with n standard normal.
+    running_mean is 0 and running_var is 1. One-dimensional weights are 1 + 0.1 n, other one-dimensional arrays 0.1 n,
+    and kernels n sqrt(2 / fan_in), with n standard normal.
     """
     random = np.random.RandomState(seed)
     weights = {}
@@ -96,11 +99,11 @@ def torch_weights(names, seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[
     return weights
 
 
-def torch_names(names) -> dict[str, tuple[str, ...]]:
-    """For each name in a torch state dictionary the path of the same array in the encoder's state.
+def torch_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Maps each name in a torch state dictionary to the path of the same array in the encoder's state.
 
-    The names are those of torchvision's ResNets, or of the PyTorch Lightning reference, which numbers its layers, or of
-    the authors' checkpoints. Their biases before a BatchNorm have paths too, where the encoder has no array.
+    The names are those of torchvision's ResNets, of the PyTorch Lightning reference, which numbers its layers, or of
+    the authors' checkpoints. Biases before a BatchNorm also get paths, although the encoder has no such arrays.
     """
     heads = {"8.1": "hidden", "8.2": "hidden_norm", "projector.0": "projector", "projector.1": "projector_norm"}
     heads |= {"projector.3": "projection", "0": "backbone/stem", "1": "backbone/norm"}
@@ -110,17 +113,17 @@ def torch_names(names) -> dict[str, tuple[str, ...]]:
     parts = {f"conv{i}": f"conv{i}" for i in (1, 2, 3)} | {f"bn{i}": f"norm{i}" for i in (1, 2, 3)}
     parts |= {"downsample.0": "shortcut/layers/0", "downsample.1": "shortcut/layers/1"}
 
-    def place(module):
-        """Stage, number and part of a layer inside a block, None for any other."""
+    def position(module: str) -> tuple[str, int, str] | None:
+        """Stage, number and part of a layer in a residual block; None for other layers."""
         match = re.fullmatch(r"(layer[1-4]|[3-6])\.([0-9]+)\.(.+)", module)
-        return match and (match[1], int(match[2]), match[3])
+        return (match[1], int(match[2]), match[3]) if match else None
 
     names = [name for name in map(str, names) if not name.endswith("num_batches_tracked")]
     modules = {name: name.removeprefix("module.").removeprefix("backbone.").rsplit(".", 1)[0] for name in names}
-    blocks = sorted({block[:2] for module in modules.values() if (block := place(module))})
+    blocks = sorted({block[:2] for module in modules.values() if (block := position(module))})
     paths = {}
     for name, module in modules.items():
-        block = place(module)
+        block = position(module)
         path = f"backbone/blocks/{blocks.index(block[:2])}/{parts[block[2]]}" if block else heads[module]
         is_norm = "norm" in path.rsplit("/", 1)[-1] or path.endswith("layers/1")
         leaves = {
@@ -133,11 +136,11 @@ def torch_names(names) -> dict[str, tuple[str, ...]]:
     return paths
 
 
-def golden_state(state, names, seed: int):
-    """An encoder's state with the weights that `torch_weights` draws, in place of its own."""
+def golden_state(state: Any, names: Iterable[str], seed: int) -> Any:
+    """An encoder's state with its weights replaced by those that `torch_weights` draws."""
     state, paths = jax.tree.map(np.array, state), torch_names(names)
 
-    def tree_of(name):
+    def tree_of(name: str) -> Any:
         return state.batch_stats if "running" in name else state.params
 
     shapes = {name: to_torch_layout(leaf(tree_of(name), path)).shape for name, path in paths.items()}
@@ -157,8 +160,8 @@ def from_torch_layout(array: np.ndarray) -> np.ndarray:
     return np.transpose(array, {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim])
 
 
-def leaf(tree, path: tuple[str, ...]):
-    """The array at a path of nested dictionaries; block numbers may be integers there."""
+def leaf(tree: Any, path: tuple[str, ...]) -> Any:
+    """The array at a path in nested dictionaries, whose keys for block numbers may be integers."""
     for part in path:
         tree = tree[part] if part in tree else tree[int(part)]
     return tree

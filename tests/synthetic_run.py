@@ -1,7 +1,9 @@
-"""A run's folder made in a moment: digits, a hundred steps that go well, embeddings that hold some of the classes."""
+"""Writes the folder of a run without training: digits, a hundred good steps, and embeddings that separate classes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +24,13 @@ CONFIG = Config(
 
 
 def datasets(config: Config = CONFIG) -> Datasets:
+    """The images of the run."""
     train, test = (load_split(config.data, split, None) for split in ("train", "test"))
     return Datasets(train, train, test)
 
 
 def metrics_of(step: int) -> dict[str, float]:
-    """Rises to a plateau half way."""
+    """Metrics that improve until step 50 and then stay constant."""
     share = min(1.0, step / 50)
     rate, similarity = 0.4 + 0.2 * share, 0.6 + 0.3 * share
     return {
@@ -40,13 +43,15 @@ def metrics_of(step: int) -> dict[str, float]:
 
 
 def embeddings_of(labels: np.ndarray, seed: int) -> np.ndarray:
-    """A direction for each class, and noise."""
+    """One direction for each class, plus noise."""
     random = np.random.RandomState(seed)
     return np.float32(np.eye(10, 24)[labels] + 0.35 * random.standard_normal((len(labels), 24)))
 
 
-def write_run(folder: Path, config: Config = CONFIG, embed=embeddings_of) -> Embeddings:
-    """Writes the folder and returns the embeddings."""
+def write_run(
+    folder: Path, config: Config = CONFIG, embed: Callable[[np.ndarray, int], np.ndarray] = embeddings_of
+) -> Embeddings:
+    """Writes the folder and returns the embeddings; `embed` makes them from labels and a seed."""
     folder.mkdir(parents=True)
     saved_config.save_config(folder, config)
     steps = range(STEPS)
@@ -65,12 +70,15 @@ def write_run(folder: Path, config: Config = CONFIG, embed=embeddings_of) -> Emb
     return embeddings
 
 
-def write_lines(path: Path, lines: list[dict]) -> None:
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Writes one JSON object per line."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def knn_by_numpy(queries, bank, labels, neighbours, temperature, classes=10):
-    """Weighted kNN, image by image, in float64."""
+def knn_by_numpy(
+    queries: np.ndarray, bank: np.ndarray, labels: np.ndarray, neighbours: int, temperature: float, classes: int = 10
+) -> np.ndarray:
+    """Classes predicted by weighted kNN, one query at a time in float64."""
     unit = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in map(np.float64, (queries, bank))]
     predicted = []
     for query in unit[0]:

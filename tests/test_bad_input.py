@@ -153,7 +153,7 @@ def test_the_table_is_shown_even_if_it_cannot_be_written(embeddings_folder, monk
     shown = capsys.readouterr()
     assert "kNN  100.00%  100.00%" in shown.out
     assert shown.err == (
-        "error: [Errno 28] No space left on device: free the disk, fix the file or give another folder.\n"
+        "error: [Errno 28] No space left on device: free disk space, fix the file or give another folder.\n"
     )
 
 
@@ -280,13 +280,13 @@ REFUSED = {
     ),
     "floats": (
         {"images": [encoded(np.eye(8, dtype=np.float32), "tiff")]},
-        "Image 0 of pictures train .*mode is F, not of 8",
+        "Image 0 of pictures train .*mode is F instead of 8",
     ),
     "no image": ({"images": [GOOD, b"nonsense"]}, r"Image \d of pictures train cannot be decoded \(no known format\)"),
     "no bytes": ({"images": [b""]}, "no known format"),
     "half a JPEG": ({"images": [encoded(PIXELS, "jpeg")[:300]]}, "cannot be decoded"),
-    "not square": ({"images": [encoded(PIXELS[:4])]}, r"shapes \[\(4, 8, 3\)\]: they must be square and alike"),
-    "two sizes": ({"images": [GOOD, encoded(PIXELS[:4, :4])]}, r"\[\(4, 4, 3\), \(8, 8, 3\)\]: they must be square"),
+    "not square": ({"images": [encoded(PIXELS[:4])]}, r"shapes \[\(4, 8, 3\)\]: they must be squares of one size"),
+    "two sizes": ({"images": [GOOD, encoded(PIXELS[:4, :4])]}, r"\[\(4, 4, 3\), \(8, 8, 3\)\]: they must be squares"),
     "tensors": (
         {"images": [PIXELS], "image": features.Tensor(shape=(8, 8, 3), dtype=np.uint8)},
         "images of type Tensor",

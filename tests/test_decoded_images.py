@@ -155,7 +155,7 @@ def test_strict_sources_refuse_what_cannot_be_decoded(tmp_path):
 
 
 def test_none_that_can_be_decoded_gets_a_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"^None of the 3 images of pictures train can be decoded, as 000\.png \(no kn"):
+    with pytest.raises(UserError, match=r"^None of the 3 images of pictures train can be decoded, for example 000\.p"):
         load_images(source_of(BAD), None, str(tmp_path))
 
 

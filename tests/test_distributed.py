@@ -31,7 +31,7 @@ from tests.stress.faults import NOT_INHERITED
 # gradients jump now and then: the flat margins of digits put thousands of equal pixels on one side of a ReLU together.
 OPTIONS = [*DIGITS, "--max-epochs", "3", "--learning-rate", "1e-7", "--max-to-keep", "20"]
 STEPS = 15
-RESUMES = "Start all processes again by the same command: training resumes"
+RESUMES = "Start all processes again with the same command: training resumes"
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_a_damaged_part_is_made_again_and_other_parts_are_refused(photos, tiny_r
         run(photos, tiny_run, tmp_path / "out.npz")
     part = tmp_path / "out.npz.parts" / "0.npz"
     part.write_bytes(part.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="holds parts of other images, or by another encoder"):
+    with pytest.raises(UserError, match="holds parts of other images or by another encoder"):
         run(photos, tiny_run, tmp_path / "out.npz", step=1)
     np.testing.assert_array_equal(run(photos, tiny_run, tmp_path / "out.npz")["embeddings"], whole["embeddings"])
 
@@ -118,7 +118,7 @@ def test_unreadable_files_are_listed_with_their_number(photos, tiny_run, tmp_pat
         shutil.copy(photos / name, tmp_path / "in" / name)
     arrays = run(tmp_path / "in", tiny_run, tmp_path / "out.npz")
     assert arrays["files"].tolist() == ["a/000.png"]
-    assert "skipped 1 of 2 files, which cannot be read:\na/017.png: no known format" in capsys.readouterr().err
+    assert "skipped 1 of 2 files that cannot be read:\na/017.png: no known format" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kept", "message"), [("a/017.png", "none of 1 files can be read"), ("notes.txt", "no image")])

@@ -195,7 +195,7 @@ REFUSED = {
     "NaN": ("eval.py", lambda t: embeddings_folder(t, embeddings=NAN), "not finite"),
     "no archive": ("eval.py", with_bytes, "cannot be read"),
     "a pickle": ("eval.py", with_a_pickle, "cannot be read"),
-    "wrong shapes": ("eval.py", lambda t: embeddings_folder(t, labels=np.arange(3)), "labels (3,)"),
+    "wrong shapes": ("eval.py", lambda t: embeddings_folder(t, labels=np.arange(3)), "labels of shape (3,)"),
     "unequal dimensions": ("eval.py", lambda t: embeddings_folder(t, embeddings=np.eye(4, 3)), "dimensions [4, 3]"),
     "too many neighbours": ("eval.py", lambda t: [*embeddings_folder(t), "--num-neighbours", 5], "only 4 training"),
     "no config file": ("train.py", lambda t: ["--config", t / "none.py"], "cannot be used"),

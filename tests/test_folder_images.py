@@ -134,10 +134,10 @@ def test_files_that_cannot_be_decoded_are_listed_left_out_and_on_demand_refused(
         assert "a/1train.png" not in loaded.names
         assert loaded.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 4
         shown = capsys.readouterr().out
-        assert "left out 2 of 13 train images that cannot be decoded:" in shown
+        assert "skipped 2 of 13 train images that cannot be decoded:" in shown
         assert "'a/1train.png' (no known format)" in shown
         assert "'b/nowhere.png' ([Errno 2] No such file" in shown
-    with pytest.raises(UserError, match=r"^--strict-images: 2 of 13 train images .* as 'a/1train\.png' \(no kno"):
+    with pytest.raises(UserError, match=r"^--strict-images: 2 of 13 train images .* for example 'a/1train\.png' \(no"):
         load(root, strict_images=True)
     shutil.rmtree(root.parent / "cache")
     with pytest.raises(UserError, match=r"^Image a/1train\.png of pictures train cannot be decoded .* --strict-images"):
@@ -175,8 +175,8 @@ def same_image(root):
 
 NO_IMAGES = r"has no images \(\.bmp, \.gif, \.jpeg, \.jpg, \.png, \.tif, \.tiff, \.webp\)"
 REFUSED = {
-    "no folder": (lambda root: root.rmdir(), {}, "pictures' is no folder: give folder:PATH"),
-    "a file": (lambda root: (root.rmdir(), root.write_text("x")), {}, "is no folder"),
+    "no folder": (lambda root: root.rmdir(), {}, "pictures' is not a folder: give folder:PATH"),
+    "a file": (lambda root: (root.rmdir(), root.write_text("x")), {}, "is not a folder"),
     "no images": (lambda root: (root / "a.txt").write_text("x"), {}, NO_IMAGES),
     "one image": (lambda root: write(root, "a.png"), {}, "has only one image: give a folder with some to train and"),
     "an empty split": (lambda root: (write(root, *NESTED), (root / "val").mkdir()), {"test_split": "val"}, "in val/"),
@@ -188,7 +188,7 @@ REFUSED = {
         "--test-split is 'x': .* no such",
     ),
     "the same image": (same_image, {}, "has the same image for training and testing, 'a/1train.png': remove it"),
-    "other classes": (lambda root: write(root, *NESTED, "test/d/1.png"), {}, "test images in a folder 'd' and no tr"),
+    "other classes": (lambda root: write(root, *NESTED, "test/d/1.png"), {}, "test images in a folder 'd', but its"),
     "per class": (lambda root: write(root, *FLAT), {"images_per_class": 3}, "--images-per-class is 3: .* no labels"),
 }
 
@@ -203,12 +203,12 @@ def test_folders_that_do_not_fit_get_a_sentence(case, root):
 
 @pytest.mark.parametrize("name", ["", "~nobody-of-this-name/x", "x" * 900, "/dev/null", "a b", "..x"])
 def test_odd_names_of_folders_are_refused(name, tmp_path):
-    with pytest.raises(UserError, match=r"^--dataset 'folder:.* is no folder: give folder:PATH"):
+    with pytest.raises(UserError, match=r"^--dataset 'folder:.* is not a folder: give folder:PATH"):
         load_split(DataConfig(dataset=f"folder:{name}"), "train", None, str(tmp_path))
 
 
 def test_the_same_split_for_training_and_testing_is_refused():
-    with pytest.raises(UserError, match=r"^--test-split is 'train': give another split than --train-split"):
+    with pytest.raises(UserError, match=r"^--test-split is 'train': give a split other than --train-split"):
         DataConfig(test_split="train")
 
 

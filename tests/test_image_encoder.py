@@ -62,7 +62,7 @@ def test_options_of_the_evaluation_replace_the_run_s(tiny_run, digits):
     whole = grid.embed(digits)
     alone = empssl_jax.load(tiny_run, valid_crops="grid", valid_patches=4).embed(digits)
     np.testing.assert_allclose(whole.reshape(10, 4, 32).mean(axis=1), alone, rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="--cells is 2: random crops lie in no cell"):
+    with pytest.raises(UserError, match="--cells is 2: random crops belong to no cell"):
         empssl_jax.load(tiny_run, cells=2)
 
 
@@ -119,11 +119,11 @@ def test_modes_are_converted(image):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((2, 32, 32, 3)), "Image 0 is of float64 .*: give uint8 arrays"),
-        ([np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32, 7), np.uint8)], "Image 1 is of uint8"),
-        ([np.zeros(32, np.uint8)], "Image 0 is of uint8"),
-        (["cat.jpg"], "Image 0 is of str"),
-        ([PIL.Image.new("F", (8, 8))], "not of 8 or 16 bits"),
+        (np.zeros((2, 32, 32, 3)), "Image 0 has type float64 .*: give uint8 arrays"),
+        ([np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32, 7), np.uint8)], "Image 1 has type uint8"),
+        ([np.zeros(32, np.uint8)], "Image 0 has type uint8"),
+        (["cat.jpg"], "Image 0 has type str"),
+        ([PIL.Image.new("F", (8, 8))], "instead of 8 or 16 bits"),
     ],
 )
 def test_what_is_no_image_is_refused(loaded, images, message):

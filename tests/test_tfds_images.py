@@ -111,5 +111,5 @@ def test_larger_splits_are_kept_on_disk_with_their_labels(tmp_path, monkeypatch)
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     for options in ({"train_split": "all_of_it"}, {"test_split": "validation"}, {"test_split": "train[x"}):
         split = "train" if "train_split" in options else "test"
-        with pytest.raises(UserError, match=r"has no .* split but .*unlabelled.*: choose by --train-split and --test-"):
+        with pytest.raises(UserError, match=r"has no .* split, only .*unlabelled.*: choose with --train-split and"):
             load(tmp_path, split, **options)

@@ -162,8 +162,8 @@ def with_array(name, array):
 
 REFUSED = {
     "a missing array": (without("module.backbone.layer2.0.bn1.weight"), "1 missing: backbone.layer2.0.bn1.weight; 0"),
-    "one too many": (with_array("module.fc.weight", np.eye(2)), "0 missing; 1 left over: fc.weight"),
-    "no encoder": (lambda arrays: {"x": np.eye(2)}, "1 left over: x"),
+    "one too many": (with_array("module.fc.weight", np.eye(2)), "0 missing; 1 unexpected: fc.weight"),
+    "no encoder": (lambda arrays: {"x": np.eye(2)}, "1 unexpected: x"),
     "another shape": (with_array("module.pre_feature.1.bias", np.zeros(3)), r"pre_feature.1.bias has shape \(3,\)"),
     "a flat kernel": (with_array("module.pre_feature.0.weight", np.zeros(3)), r"kernels have shapes .*\(3,\)"),
     "NaN": (with_array("module.pre_feature.1.running_var", np.full(64, np.nan)), "running_var is not finite"),

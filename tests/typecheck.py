@@ -1,4 +1,4 @@
-"""The type checker of the tests: beartype, with ints allowed where floats are declared, as PEP 484 has it."""
+"""The runtime type checker of the tests: beartype, which accepts an int for a float as PEP 484 does."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,4 +1,4 @@
-"""Dataclass fields that check their values: a range, a choice or a name. A wrong value raises one sentence."""
+"""Dataclass fields that check their values: a range, a choice or a name. A wrong value raises UserError."""
 
 import dataclasses
 import typing
@@ -10,7 +10,7 @@ from empssl_jax.config.errors import require
 
 
 class _Allowed(Protocol):
-    """The values that an option takes; as a string, what to give."""
+    """The values that an option accepts; str() describes them for the error message."""
 
     def holds(self, value: object) -> bool: ...
 
@@ -24,23 +24,23 @@ class Range:
     is_integer: bool
 
     def holds(self, value: object) -> bool:
-        """Whether the value is one of them."""
+        """Whether the value is in the range and of the right type."""
         if isinstance(value, bool) or not isinstance(value, int if self.is_integer else int | float):
             return False
         return self.low <= value <= self.high
 
     def __str__(self) -> str:
-        return f"{'a whole number' if self.is_integer else 'a number'} from {self.low:.10g} up to {self.high:.10g}"
+        return f"{'a whole number' if self.is_integer else 'a number'} from {self.low:.10g} to {self.high:.10g}"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A few values."""
+    """One of a few values."""
 
     values: tuple[object, ...]
 
     def holds(self, value: object) -> bool:
-        """Whether the value is one of them, and not just equal to one as 1 is to True."""
+        """Whether the value is one of them and of the same type: 1 is not True."""
         return any(type(value) is type(choice) and value == choice for choice in self.values)
 
     def __str__(self) -> str:
@@ -48,10 +48,10 @@ class Choice:
 
 
 class Text:
-    """Names and paths: text that the file system and a terminal can take."""
+    """Names and paths that the file system and a terminal can handle."""
 
     def holds(self, value: object) -> bool:
-        """Whether it is that; control characters and bytes that are not UTF-8 are refused."""
+        """Whether the value is such a text: without control characters and bytes that are not UTF-8."""
         if not (isinstance(value, str) and 0 < len(value) <= 1000):
             return False
         return not {"Cc", "Cs"} & set(map(unicodedata.category, value))
@@ -61,7 +61,7 @@ class Text:
 
 
 def _allowed(field: dataclasses.Field, annotation: object) -> _Allowed:
-    """What a field takes, by its range or else by its type."""
+    """The values that a field accepts: those of its range, or else of its type."""
     if "range" in field.metadata:
         return field.metadata["range"]
     if annotation is bool:
@@ -70,7 +70,7 @@ def _allowed(field: dataclasses.Field, annotation: object) -> _Allowed:
 
 
 class Checked:
-    """Checks the fields of a dataclass when it is made."""
+    """Checks the fields of a dataclass when it is created."""
 
     def __post_init__(self) -> None:
         annotations = typing.get_type_hints(type(self))
@@ -82,10 +82,10 @@ class Checked:
 
 
 def int_field(default: int | None, low: int, high: int = 1_000_000_000) -> Any:
-    """A field of whole numbers from `low` to `high`."""
+    """A field for whole numbers from `low` to `high`."""
     return dataclasses.field(default=default, metadata={"range": Range(low, high, is_integer=True)})
 
 
 def float_field(default: float, low: float, high: float = 1e9) -> Any:
-    """A field of numbers from `low` to `high`."""
+    """A field for numbers from `low` to `high`."""
     return dataclasses.field(default=default, metadata={"range": Range(low, high, is_integer=False)})

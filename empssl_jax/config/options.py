@@ -40,7 +40,7 @@ class DataConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        remedy = "give another split than --train-split, or accuracies would be those of images that were trained on"
+        remedy = "give a split other than --train-split, or accuracies would be measured on training images"
         require(self.test_split != self.train_split, "test_split", self.test_split, remedy)
 
 
@@ -139,12 +139,12 @@ class EmbeddingConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.valid_crops == "random":
-            require(self.cells == 1, "cells", self.cells, "random crops lie in no cell, give --valid-crops grid")
+            require(self.cells == 1, "cells", self.cells, "random crops belong to no cell, so give --valid-crops grid")
             return
         side = self.grid_side
-        remedy = "a grid has a square number of crops, as 16"
+        remedy = "a grid has a square number of crops, for example 16"
         require(side**2 == self.valid_patches, "valid_patches", self.valid_patches, remedy)
-        remedy = f"the cells must share out the grid's {side} crops a side, give a divisor of {side}"
+        remedy = f"the cells divide the grid's {side} crops a side equally, so give a divisor of {side}"
         require(side % self.cells == 0, "cells", self.cells, remedy)
 
     @property
@@ -235,11 +235,11 @@ class DistributedConfig(Checked):
             require(self.process_id is None, "process_id", self.process_id, remedy)
             return
         host, _, port = self.coordinator.rpartition(":")
-        remedy = "give HOST:PORT, a host and a free port of process 0, as 10.0.0.1:1234"
+        remedy = "give HOST:PORT, a host and a free port of process 0, for example 10.0.0.1:1234"
         require(bool(host) and port.isdecimal() and 0 < int(port) < 2**16, "coordinator", self.coordinator, remedy)
         remedy = "give --num-processes and --process-id with it"
         require(None not in (self.num_processes, self.process_id), "coordinator", self.coordinator, remedy)
-        remedy = f"with --num-processes {self.num_processes}, the processes are numbered from 0 to one less"
+        remedy = f"with --num-processes {self.num_processes}, give a number less than that"
         require(self.process_id < self.num_processes, "process_id", self.process_id, remedy)  # type: ignore[operator]
 
 
@@ -268,7 +268,7 @@ class Config:
                 name = kind.__name__  # type: ignore[union-attr]
                 raise UserError(f"Config's {field.name} is {one_line(group)}: give {name}(...).")
         smallest = self.model.projection_dim * SMALLEST_EPS
-        remedy = f"give at least {smallest:.3g}, since float32 computes no smaller one at --projection-dim "
+        remedy = f"give at least {smallest:.3g}, since float32 is not precise enough for less at --projection-dim "
         remedy += str(self.model.projection_dim)
         require(self.training.coding_rate_eps >= smallest, "coding_rate_eps", self.training.coding_rate_eps, remedy)
 

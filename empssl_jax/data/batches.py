@@ -1,4 +1,4 @@
-"""Shuffled batches of images: Grain orders them, a thread prefetches them, each device gets its share."""
+"""Shuffled batches of images: Grain shuffles, a thread prefetches, and each device gets its share."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from empssl_jax.runtime.devices import own_rows, rows_to_devices
 
 
 class Batch(NamedTuple):
-    """Images of one step and their indices in the data set."""
+    """The images of one step and their indices in the data set."""
 
     images: UInt8[jax.Array | np.ndarray, "B H W 3"]
     indices: Int32[jax.Array | np.ndarray, " B"]
@@ -30,25 +30,24 @@ def shuffled_batches(
     last_step: int,
     rows: Int[np.ndarray, " K"] | slice = slice(None),
 ) -> Iterator[Batch]:
-    """Shuffled batches of the steps from `first_step` up to `last_step`, prefetched by a thread.
+    """Shuffled batches of the steps from `first_step` up to but not including `last_step`, prefetched by a thread.
 
-    The batch of a step depends only on (seed, step). Each epoch is another permutation and leaves its incomplete last
-    batch out.
+    The batch of a step depends only on (seed, step). Each epoch is a new permutation without its incomplete last batch.
 
     Args:
-        dataset: what is shuffled.
+        dataset: the images to shuffle.
         batch_size: images in a step.
-        seed: decides the order.
+        seed: determines the order.
         first_step: counted from the start of the run.
-        last_step: the first that is left out.
+        last_step: the first step that is excluded.
         rows: which images of each batch to gather, see `own_rows`.
 
     Raises:
-        UserError: the data set has no full batch.
+        UserError: the data set is smaller than a batch.
     """
     steps_per_epoch = count_steps(dataset, batch_size)
 
-    def gather(indices):
+    def gather(indices: Int[np.ndarray, " B"]) -> Batch:
         own = indices[rows]
         return Batch(dataset.images[own], own.astype(np.int32))
 
@@ -60,14 +59,14 @@ def shuffled_batches(
 def device_batches(
     dataset: ImageDataset, config: TrainingConfig, first_step: int, last_step: int, mesh: Mesh
 ) -> Iterator[Batch]:
-    """The batches of those steps, see `shuffled_batches`, split over the devices."""
+    """The batches of `shuffled_batches`, split over the devices."""
     size = config.batch_size
     for own in shuffled_batches(dataset, size, config.seed, first_step, last_step, own_rows(mesh, size)):
         yield Batch(*(rows_to_devices(array, mesh, size) for array in own))
 
 
 def count_steps(dataset: ImageDataset, batch_size: int) -> int:
-    """Full batches in an epoch; raises UserError if there is none."""
-    remedy = f"there are only {len(dataset.labels)} training images, so give that at most"
+    """Number of full batches in an epoch; raises UserError if there is none."""
+    remedy = f"there are only {len(dataset.labels)} training images, so give at most that many"
     require(batch_size <= len(dataset.labels), "batch_size", batch_size, remedy)
     return len(dataset.labels) // batch_size

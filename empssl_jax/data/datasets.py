@@ -15,12 +15,12 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 class ImageDataset(NamedTuple):
-    """A decoded split; the labels number the classes from 0, with -1 for images without a label."""
+    """A decoded split. Labels number the classes from 0; -1 marks an image without a label."""
 
     images: UInt8[np.ndarray, "N H W 3"]
     labels: Int32[np.ndarray, " N"]
-    class_names: tuple[str, ...]  # none if no image has a class
-    names: Shaped[np.ndarray, " N"] | None = None  # of the files, if they are files of the user's
+    class_names: tuple[str, ...]  # empty if no image has a class
+    names: Shaped[np.ndarray, " N"] | None = None  # of the files, for a folder of image files
 
     @property
     def num_classes(self) -> int:
@@ -28,7 +28,7 @@ class ImageDataset(NamedTuple):
         return len(self.class_names)
 
     def take(self, rows: Int[np.ndarray, " K"]) -> "ImageDataset":
-        """Some of the images."""
+        """The images with these indices."""
         names = None if self.names is None else self.names[rows]
         return ImageDataset(self.images[rows], self.labels[rows], self.class_names, names)
 
@@ -36,9 +36,9 @@ class ImageDataset(NamedTuple):
 class Datasets(NamedTuple):
     """The images of a run."""
 
-    train: ImageDataset  # trained on; labels play no part
-    bank: ImageDataset  # what kNN and the linear classifier learn from: `train`, unless that has no labels
-    test: ImageDataset  # what they are measured on
+    train: ImageDataset  # for training, which ignores the labels
+    bank: ImageDataset  # kNN and the linear classifier learn from it: `train`, unless that has no labels
+    test: ImageDataset  # kNN and the linear classifier are measured on it
 
 
 def load_datasets(config: Config) -> Datasets:
@@ -49,19 +49,19 @@ def load_datasets(config: Config) -> Datasets:
 
 
 def load_split(config: DataConfig, split: Split, data_dir: str | None, cache_dir: str | None = None) -> ImageDataset:
-    """Decodes a split, with a progress bar, or maps what was decoded before.
+    """Decodes a split, with a progress bar, or maps the images decoded earlier.
 
-    Of several processes each has all images: every epoch is another permutation, so that a process needs any image
-    sooner or later. What it gathers in a step is only its own part, see `own_rows`.
+    Every process has all images: each epoch is a new permutation, so any process may need any image. In a step, a
+    process gathers only its own part, see `own_rows`.
 
     Args:
         config: which data set and how much of it.
-        split: train or test, whatever the data set calls them.
-        data_dir: where TFDS looks, and downloads to; None leaves it to TFDS.
-        cache_dir: where decoded images are kept; None for the user's cache folder.
+        split: "train" or "test", whatever the data set calls them.
+        data_dir: folder where TFDS looks for data sets and downloads them; None for TFDS's default.
+        cache_dir: folder of decoded images; None for the user's cache folder.
 
     Raises:
-        UserError: the data set is unknown, cannot be had, is damaged, or does not fit the options.
+        UserError: the data set is unknown, cannot be downloaded, is damaged, or does not match the options.
     """
     per_class = config.images_per_class if split == "train" else config.test_images_per_class
     dataset, ids = _load(config, split, data_dir, cache_dir)
@@ -77,8 +77,8 @@ def load_bank(
 ) -> ImageDataset:
     """The images that kNN and the linear classifier learn from.
 
-    They are those of the split train if that is another one and none of the training images has a label, else the
-    training images.
+    They are the training images. If none of these has a label and they are from another split than train, they are the
+    images of the split train instead.
     """
     if (train.labels >= 0).any() or config.train_split == DataConfig.train_split:
         return train
@@ -86,7 +86,9 @@ def load_bank(
     return load_split(labelled, "train", data_dir, cache_dir)
 
 
-def _load(config, split, data_dir, cache_dir) -> tuple[ImageDataset, Shaped[np.ndarray, " N"] | None]:
+def _load(
+    config: DataConfig, split: Split, data_dir: str | None, cache_dir: str | None
+) -> tuple[ImageDataset, Shaped[np.ndarray, " N"] | None]:
     """All images of a split, and their ids."""
     if config.dataset == "digits":
         return _load_digits(config, split), None
@@ -102,15 +104,17 @@ def _load(config, split, data_dir, cache_dir) -> tuple[ImageDataset, Shaped[np.n
     return ImageDataset(images.images, images.labels, class_names), images.ids
 
 
-def first_of_each_class(labels, ids, per_class) -> Int[np.ndarray, " K"]:
-    """Positions, ascending, of the first `per_class` images of each class by id."""
+def first_of_each_class(
+    labels: Int[np.ndarray, " N"], ids: Shaped[np.ndarray, " N"] | None, per_class: int
+) -> Int[np.ndarray, " K"]:
+    """Ascending indices of the first `per_class` images of each class, by id or, without ids, by index."""
     order = np.arange(len(labels)) if ids is None else np.argsort(ids, kind="stable")
     kept = [order[labels[order] == label][:per_class] for label in np.unique(labels[labels >= 0])]
     return np.sort(np.concatenate(kept))
 
 
 def _load_digits(config: DataConfig, split: Split) -> ImageDataset:
-    """scikit-learn's digits, enlarged to 32x32: 1,437 for training and 360 for testing, stratified."""
+    """scikit-learn's digits, enlarged to 32x32 by default: 1,437 for training and 360 for testing, stratified."""
     require(config.train_split == "train", "train_split", config.train_split, "digits has only train and test")
     require(config.test_split in (None, "test"), "test_split", config.test_split, "digits has only train and test")
     from sklearn.datasets import load_digits

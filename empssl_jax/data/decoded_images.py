@@ -1,7 +1,7 @@
-"""Decoded images of a split: in memory where they are few, else in a file that is made once and mapped.
+"""Decoded images of a split: in memory up to the source's limit, otherwise in a file that is written once and mapped.
 
-The file is one of the cache folder, with an index beside it. The operating system reads what is asked for and drops
-what is not, so that a data set may be larger than the memory.
+The file is in the cache folder, with an index beside it. The operating system reads and drops its pages as needed, so a
+data set may be larger than the memory.
 """
 
 import fcntl
@@ -24,8 +24,8 @@ from empssl_jax.runtime.atomic_write import atomic_write
 from empssl_jax.runtime.compilation import user_cache
 from empssl_jax.runtime.progress import image_progress
 
-VERSION = 1  # raised when images are decoded differently, or their files have another form
-CHUNK = 32  # images that a thread decodes at a time
+VERSION = 1  # increased when the decoding or the format of the files changes
+CHUNK = 32  # images that a thread decodes at once
 NO_LABEL = -1
 
 
@@ -33,21 +33,21 @@ class Example(NamedTuple):
     """An encoded image."""
 
     image: bytes | Path  # the content of a file, or its path
-    label: int  # its class from 0, or NO_LABEL
-    id: str | int | None  # its name in the data set, for data sets that have names
+    label: int  # its class, from 0, or NO_LABEL
+    id: str | int | None  # its name in the data set; None if images have no names
 
 
 class Source(NamedTuple):
     """The encoded images of a split."""
 
-    name: str  # as a user calls it
-    location: str  # tells the split from all others on this machine
-    fingerprint: str  # changes when the images do
-    size: int
+    name: str  # for messages
+    location: str  # unique among the splits on this machine
+    fingerprint: str  # changes when the images change
+    size: int  # number of images
     read: Callable[[range], list[Example]]
-    strict: bool  # whether an image that cannot be decoded is refused, not left out
-    remedy: str  # for such an image
-    memory: int  # bytes up to which decoded images are kept in memory alone
+    strict: bool  # an image that cannot be decoded is an error; otherwise it is skipped
+    remedy: str  # for the message of that error
+    memory: int  # up to this many bytes, decoded images are kept in memory and not on disk
 
 
 class Images(NamedTuple):
@@ -56,19 +56,21 @@ class Images(NamedTuple):
     images: UInt8[np.ndarray, "N H W 3"]
     labels: Int32[np.ndarray, " N"]
     ids: Shaped[np.ndarray, " N"] | None
-    unreadable: dict[str, str]  # why an image was left out, by its id
+    unreadable: dict[str, str]  # the reason for each skipped image, by its id
 
 
 def load_images(source: Source, side: int | None, cache_dir: str | None) -> Images:
-    """The images of a split, decoded now with a progress bar or before.
+    """The images of a split: decoded now, with a progress bar, or earlier.
 
     Args:
-        source: what to decode.
-        side: of the stored squares in pixels; None keeps images as they are, if they are square and alike.
-        cache_dir: where files of decoded images are; None for the user's cache folder.
+        source: the encoded images.
+        side: resize images to squares of this side in pixels; None keeps their size, and they must be squares of one
+            size.
+        cache_dir: folder of decoded images; None for the user's cache folder.
 
     Raises:
-        UserError: the images are of several shapes, none or not all can be decoded, or the folder cannot be written to.
+        UserError: the images are not squares of one size, none can be decoded, one cannot and the source is strict, or
+            the cache folder cannot be written to.
     """
     folder = _entry(source, side, cache_dir)
     fingerprint = hashlib.sha256(f"{VERSION} {side} {source.fingerprint}".encode()).hexdigest()
@@ -77,26 +79,26 @@ def load_images(source: Source, side: int | None, cache_dir: str | None) -> Imag
     decoded = _Decoded(source, side)
     first = next(iter(decoded), None)
     if first is None:
-        some = "".join(f", as {name} ({reason})" for name, reason in list(decoded.unreadable.items())[:1])
-        raise UserError(f"None of the {source.size} images of {source.name} can be decoded{some}: check the files.")
+        example = "".join(f", for example {name} ({reason})" for name, reason in list(decoded.unreadable.items())[:1])
+        raise UserError(f"None of the {source.size} images of {source.name} can be decoded{example}: check the files.")
     if first.nbytes * source.size <= source.memory:
         return decoded.images(np.stack([first, *decoded]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making the same file: it is waited for
+            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process that is writing the same file
             stored = _open(folder, fingerprint)
             return stored if stored is not None else _write(folder, fingerprint, first, decoded)
     except OSError as error:
         gigabytes = first.nbytes * source.size / 1e9
         raise UserError(
             f"--cache-dir {folder.parent} cannot be written to ({error.strerror or error}): the decoded images of "
-            f"{source.name} need {gigabytes:.1f} GB there, so free the disk or give another folder."
+            f"{source.name} need {gigabytes:.1f} GB there, so free disk space or give another folder."
         ) from error
 
 
 class _Decoded:
-    """Iterates over the decoded images in order, and knows the labels and names of those so far."""
+    """Iterates over the decoded images in order, and collects their labels and ids."""
 
     def __init__(self, source: Source, side: int | None):
         self.unreadable: dict[str, str] = {}
@@ -111,8 +113,9 @@ class _Decoded:
         names = None if None in ids else np.array(ids)
         return Images(images, np.array(labels, np.int64).astype(np.int32), names, self.unreadable)
 
-    def _decode(self):
-        source, shapes, number = self._source, set(), 0
+    def _decode(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+        source, number = self._source, 0
+        shapes: set[tuple[int, ...]] = set()
         threads = os.cpu_count() or 1
         chunks = grain.MapDataset.range(0, source.size, CHUNK).map(self._decode_chunk)
         chunks = chunks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
@@ -121,7 +124,7 @@ class _Decoded:
                 for example, image in chunk:
                     number += 1
                     if isinstance(image, UnreadableError):
-                        self._leave_out(number - 1 if example.id is None else example.id, image)
+                        self._skip(number - 1 if example.id is None else example.id, image)
                         continue
                     shapes.add(image.shape)
                     _check_shapes(shapes, source)
@@ -129,48 +132,48 @@ class _Decoded:
                     yield image
                 bar.update(len(chunk))
 
-    def _decode_chunk(self, start):
+    def _decode_chunk(self, start: int) -> list[tuple[Example, np.ndarray | UnreadableError]]:
         examples = self._source.read(range(start, min(start + CHUNK, self._source.size)))
         return [(example, _decode_or_reason(example.image, self._side)) for example in examples]
 
-    def _leave_out(self, name, reason):
+    def _skip(self, name: str | int, reason: UnreadableError) -> None:
         if self._source.strict:
             where = f"Image {name} of {self._source.name}"
             raise UserError(f"{where} cannot be decoded ({reason}): {self._source.remedy}.") from reason
         self.unreadable[str(name)] = str(reason)
 
 
-def _decode_or_reason(encoded, side):
+def _decode_or_reason(encoded: bytes | Path, side: int | None) -> np.ndarray | UnreadableError:
     try:
         return decode(encoded, side)
     except UnreadableError as reason:
         return reason
 
 
-def _check_shapes(shapes, source):
+def _check_shapes(shapes: set[tuple[int, ...]], source: Source) -> None:
     if len(shapes) > 1 or any(shape[0] != shape[1] for shape in shapes):
         raise UserError(
-            f"{source.name} has images of shapes {sorted(shapes)}: they must be square and alike, so give "
-            "--image-size, the side in pixels to bring them to."
+            f"{source.name} has images of shapes {sorted(shapes)}: they must be squares of one size, so "
+            "give --image-size, the side in pixels to resize them to."
         )
 
 
 def _entry(source: Source, side: int | None, cache_dir: str | None) -> Path:
-    """The folder of a split's decoded images, one for each size that it is stored at."""
+    """The folder of a split's decoded images; each image size has its own."""
     root = Path(cache_dir) if cache_dir is not None else user_cache() / "images"
     name = re.sub(r"[^\w.-]+", "-", source.name)[-80:].strip("-.")
     return root / f"{name}-{hashlib.sha256(f'{source.location} {side}'.encode()).hexdigest()[:12]}"
 
 
 def _write(folder: Path, fingerprint: str, first: np.ndarray, decoded: _Decoded) -> Images:
-    """Writes the file, then its index, which says that it is whole."""
+    """Writes the file, then its index, which marks it as complete."""
     path = folder / "images"
     try:
         with atomic_write(path) as file:
             file.write(first.data)
             for image in decoded:
                 file.write(np.ascontiguousarray(image).data)
-    finally:  # what was written before the disk was full would keep it full
+    finally:  # after an error, an incomplete file would keep a full disk full
         path.with_name("images.tmp").unlink(missing_ok=True)
     done = decoded.images(np.empty((0, *first.shape), np.uint8))
     index = {
@@ -189,7 +192,7 @@ def _write(folder: Path, fingerprint: str, first: np.ndarray, decoded: _Decoded)
 
 
 def _open(folder: Path, fingerprint: str) -> Images | None:
-    """The images of a file that is there, whole, and of the same source; else None."""
+    """The images of a complete file with this fingerprint, None if there is none."""
     try:
         index = json.loads((folder / "index.json").read_bytes())
         shape = tuple(index["shape"])

@@ -1,4 +1,4 @@
-"""Folders of image files, in subfolders of their classes or not, with a folder of test images or without."""
+"""Folders of image files, with or without a subfolder for each class, with or without a folder of test images."""
 
 import filecmp
 import hashlib
@@ -13,23 +13,23 @@ from empssl_jax.data.decoded_images import NO_LABEL, Example, Images, Source, lo
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TEST_SPLITS = ("test", "validation", "val")
-SHOWN = 20  # files that cannot be decoded; the index of the decoded images has them all
+SHOWN = 20  # files that cannot be decoded; the index of the decoded images lists all of them
 
 
 class ImageFile(NamedTuple):
-    """A file of a folder."""
+    """A file in a folder."""
 
-    name: str  # its path inside the folder, with slashes
+    name: str  # its path relative to the folder, with slashes
     path: Path
-    size: int  # bytes; -1 if it cannot be looked at
-    time: int  # of its last change, in nanoseconds
+    size: int  # in bytes; -1 if the file is not accessible
+    time: int  # of its last change, in nanoseconds; -1 if the file is not accessible
 
 
 Files = list[ImageFile]
 
 
 def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[Images, tuple[str, ...]]:
-    """The images of a split, in the order of their names, and the names of the classes, none if they are in none.
+    """The images of a split, sorted by name, and the names of the classes, if there are classes.
 
     Args:
         config: its `dataset` is "folder:PATH".
@@ -46,43 +46,47 @@ def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[
     if split == "test" and classes:
         _check_classes(config, files["test"], labels, classes)
     images = load_images(_source(config, root, split, files[split], labels), config.image_size, cache_dir)
-    _tell_unreadable(config, split, images.unreadable, len(files[split]))
+    _report_unreadable(config, split, images.unreadable, len(files[split]))
     return images, classes
 
 
 def list_images(root: Path, option: str = "dataset") -> Files:
-    """All image files under a folder, sorted by name; links are followed, hidden files and folders passed over.
+    """All image files under a folder, sorted by name. Follows links; skips hidden files and folders.
+
+    Args:
+        root: the folder.
+        option: the option that named the folder, for the error message.
 
     Raises:
-        UserError: a folder cannot be listed; it names the option that the root was given by.
+        UserError: a folder cannot be listed.
     """
     try:
         return sorted(look_at(root, path) for path in _walk(root, frozenset()))
     except OSError as error:
         raise UserError(
-            f"--{option}: {error.filename} cannot be listed ({error.strerror}): mend or remove it."
+            f"--{option}: {error.filename} cannot be listed ({error.strerror}): fix or remove it."
         ) from error
 
 
 def look_at(root: Path, path: Path) -> ImageFile:
-    """A file under a folder."""
+    """The name, size and time of a file under a folder."""
     name = path.relative_to(root).as_posix()
     try:
         status = path.stat()
-    except OSError:  # as a link to nowhere: it cannot be decoded either
+    except OSError:  # for example a broken link; decoding reports it
         return ImageFile(name, path, -1, -1)
     return ImageFile(name, path, status.st_size, status.st_mtime_ns)
 
 
 def hold_out(files: Files) -> tuple[Files, Files]:
-    """Splits files into nine tenths and a tenth, at least one: those whose names have the lowest SHA-256."""
+    """Splits files into nine tenths and a tenth, at least one file: those whose names have the lowest SHA-256."""
     by_digest = sorted(files, key=lambda file: hashlib.sha256(os.fsencode(file.name)).digest())
     tenth = max(1, len(files) // 10)
     return sorted(by_digest[tenth:]), sorted(by_digest[:tenth])
 
 
 def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
-    """The image files under a folder, but not those that are found by going round in a circle of links."""
+    """The image files under a folder; a link back to a folder above is not followed."""
     here = os.path.realpath(folder)
     if here in above:
         return
@@ -97,19 +101,23 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
 
 
 def _splits(root: Path, config: DataConfig) -> dict[str, Files]:
-    """The files that are trained on and those that are tested on."""
+    """The files for training and for testing."""
     if config.dataset == "folder:" or not os.path.isdir(root):
-        raise UserError(f"--dataset {config.dataset!r} is no folder: give folder:PATH of one with images.")
+        raise UserError(
+            f"--dataset {config.dataset!r} is not a folder: give folder:PATH, with the path of a folder of images."
+        )
     wanted = (config.test_split,) if config.test_split is not None else TEST_SPLITS
     test = next((name for name in wanted if os.path.isdir(root / name)), None)
     if config.test_split is not None and test is None:
-        raise UserError(f"--test-split is {config.test_split!r}: {root} has no such subfolder.")
+        raise UserError(
+            f"--test-split is {config.test_split!r}: {root} has no such subfolder, so create it or choose another."
+        )
     if os.path.isdir(root / config.train_split):
         train_root = root / config.train_split
     elif config.train_split != DataConfig.train_split or test is not None:
         raise UserError(
             f"--train-split is {config.train_split!r}: {root} has no such subfolder"
-            f"{f' beside {test}' if test is not None else ''}, so make it or choose another."
+            f"{f' beside {test}' if test is not None else ''}, so create it or choose another."
         )
     else:
         train_root = root
@@ -128,7 +136,7 @@ def _splits(root: Path, config: DataConfig) -> dict[str, Files]:
 
 
 def _check_overlap(config: DataConfig, files: dict[str, Files]) -> None:
-    """Refuses an image that is trained and tested on, by the same name."""
+    """Raises UserError if a training image and a test image have the same name and content."""
     trained = {file.name: file for file in files["train"]}
     for file in files["test"]:
         other = trained.get(file.name)
@@ -140,7 +148,7 @@ def _check_overlap(config: DataConfig, files: dict[str, Files]) -> None:
 
 
 def _find_classes(root: Path, config: DataConfig, train: Files) -> tuple[str, ...]:
-    """The names of the classes: the subfolders of the labelled split that hold images, if there are two or more."""
+    """The class names: the labelled split's subfolders that hold images, if there are at least two."""
     names = _class_names(train)
     if len(names) < 2 and config.train_split != DataConfig.train_split and os.path.isdir(root / DataConfig.train_split):
         names = _class_names(list_images(root / DataConfig.train_split))
@@ -152,18 +160,18 @@ def _class_names(files: Files) -> tuple[str, ...]:
 
 
 def _labels(files: Files, classes: Sequence[str]) -> list[int]:
-    """The class of each file's first folder, NO_LABEL where there is none."""
+    """The class of each file, by its first folder; NO_LABEL if there is none."""
     numbers = {name: number for number, name in enumerate(classes)}
     return [numbers.get(file.name.split("/")[0], NO_LABEL) if "/" in file.name else NO_LABEL for file in files]
 
 
 def _check_classes(config: DataConfig, files: Files, labels: list[int], classes: Sequence[str]) -> None:
-    """Refuses test images in a folder that is no class of the training images."""
+    """Raises UserError if test images are in a folder that is not a class."""
     for file, label in zip(files, labels, strict=True):
         if label == NO_LABEL and "/" in file.name:
             raise UserError(
-                f"--dataset {config.dataset!r} has test images in a folder {one_line(file.name.split('/')[0])} and no "
-                f"training images, which are in {len(classes)} folders as {one_line(classes[0])}: make the names equal."
+                f"--dataset {config.dataset!r} has test images in a folder {one_line(file.name.split('/')[0])}, but "
+                f"its {len(classes)} classes are folders such as {one_line(classes[0])}: use the same names."
             )
 
 
@@ -182,21 +190,21 @@ def _source(config: DataConfig, root: Path, split: str, files: Files, labels: li
         size=len(files),
         read=read,
         strict=config.strict_images,
-        remedy="mend or remove the file, or leave --strict-images out",
+        remedy="fix or remove the file, or leave out --strict-images",
         memory=0,
     )
 
 
-def _tell_unreadable(config: DataConfig, split: str, unreadable: dict[str, str], size: int) -> None:
-    """Lists the files that were left out, or refuses them."""
+def _report_unreadable(config: DataConfig, split: str, unreadable: dict[str, str], size: int) -> None:
+    """Lists the skipped files; with --strict-images, raises UserError instead."""
     if not unreadable:
         return
     listed = [f"{one_line(name)} ({reason})" for name, reason in list(unreadable.items())[:SHOWN]]
     if config.strict_images:
         raise UserError(
-            f"--strict-images: {len(unreadable)} of {size} {split} images cannot be decoded, as {listed[0]}: mend or "
-            "remove the files, or leave --strict-images out."
+            f"--strict-images: {len(unreadable)} of {size} {split} images cannot be decoded, for example "
+            f"{listed[0]}: fix or remove the files, or leave out --strict-images."
         )
     more = [f"and {len(unreadable) - SHOWN} more"] if len(unreadable) > SHOWN else []
-    print(f"left out {len(unreadable)} of {size} {split} images that cannot be decoded:")
+    print(f"skipped {len(unreadable)} of {size} {split} images that cannot be decoded:")
     print("\n".join(f"  {line}" for line in listed + more))

@@ -1,8 +1,10 @@
-"""Images of TFDS data sets, read and if need be prepared without TensorFlow."""
+"""Images of TFDS data sets, read and, if necessary, prepared without TensorFlow."""
 
 import functools
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -19,16 +21,16 @@ MEMORY = 2**30  # bytes: the decoded images of larger splits are kept on disk
 def load_tfds(
     config: DataConfig, split: str, data_dir: str | None, cache_dir: str | None
 ) -> tuple[Images, tuple[str, ...]]:
-    """The images of a split and the names of the classes, none if the data set has no label for an image.
+    """The images of a split and the names of the classes; no names if the data set has no class labels.
 
     Args:
-        config: which data set, and at what size.
-        split: TFDS's name of the split, or a slice of one as train[:90%].
-        data_dir: where TFDS looks, and downloads to; None leaves it to TFDS.
+        config: which data set, and the size of its images.
+        split: TFDS's name of the split, or a slice such as train[:90%].
+        data_dir: folder where TFDS looks for data sets and downloads them; None for TFDS's default.
         cache_dir: see `load_images`.
 
     Raises:
-        UserError: the data set is unknown, cannot be had, is damaged, or is not of 8-bit images.
+        UserError: the data set is unknown, cannot be downloaded, is damaged, or its images are not of 8 bits.
     """
     name = config.dataset
     with first_process_first():
@@ -42,20 +44,20 @@ def load_tfds(
         size=size,
         read=_reader(builder, name, split),
         strict=True,
-        remedy="prepare the data set anew, or choose another",
+        remedy="prepare the data set again, or choose another",
         memory=MEMORY,
     )
     images = load_images(source, config.image_size, cache_dir)
     if images.labels.min() < NO_LABEL or images.labels.max() >= len(class_names) > 0:
         raise UserError(
             f"--dataset {name!r} has {split} labels from {images.labels.min()} to {images.labels.max()}, and "
-            f"{len(class_names)} classes from 0: prepare the data set anew, or choose another."
+            f"{len(class_names)} classes from 0: prepare the data set again, or choose another."
         )
     return images, class_names
 
 
 def find_test_split(config: DataConfig, data_dir: str | None) -> str:
-    """The split that is tested on: the one that is asked for, else test, else validation."""
+    """The split to test on: --test-split, else test, else validation."""
     if config.test_split is not None:
         return config.test_split
     with first_process_first():
@@ -64,14 +66,14 @@ def find_test_split(config: DataConfig, data_dir: str | None) -> str:
 
 
 def _count(info: tfds.core.DatasetInfo, name: str, split: str) -> int:
-    """Number of images in a split; refuses what is no split of 8-bit images."""
+    """Number of images in a split; raises UserError unless it is a split of 8-bit images."""
     try:
         size = info.splits[split].num_examples
-    except Exception as error:  # TFDS parses names of splits in its own ways
-        there = ", ".join(info.splits)
+    except Exception as error:  # TFDS raises various errors for wrong names of splits
+        available = ", ".join(info.splits)
         raise UserError(
-            f"--dataset {name!r} has no {split} split but {there}: choose by --train-split and --test-split, also a "
-            "slice as train[:90%]."
+            f"--dataset {name!r} has no {split} split, only {available}: choose with --train-split and --test-split, "
+            "which also take slices such as train[:90%]."
         ) from error
     image = dict(info.features).get("image")
     if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
@@ -86,50 +88,50 @@ def _class_names(info: tfds.core.DatasetInfo) -> tuple[str, ...]:
     return tuple(label.names) if isinstance(label, tfds.features.ClassLabel) and label.num_classes else ()
 
 
-def _reader(builder: tfds.core.DatasetBuilder, name: str, split: str):
-    """What reads a range of a split's examples; on damaged files it raises UserError."""
+def _reader(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Callable[[range], list[Example]]:
+    """A function that reads a range of a split's examples; it raises UserError if files are damaged."""
     is_labelled = bool(_class_names(builder.info))
     decoders = {"image": tfds.decode.SkipDecoding()}
     source = functools.cache(lambda: builder.as_data_source(split, decoders=decoders))
 
-    def example(features) -> Example:
-        given = features.get("id")
+    def example(features: dict[str, Any]) -> Example:
+        identifier = features.get("id")
         label = int(features["label"]) if is_labelled else NO_LABEL
-        return Example(features["image"], label, given.decode() if isinstance(given, bytes) else given)
+        return Example(features["image"], label, identifier.decode() if isinstance(identifier, bytes) else identifier)
 
     def read(numbers: range) -> list[Example]:
         try:
             return [example(features) for features in source().__getitems__(numbers)]
-        except Exception as error:  # TFDS, array_record and protobuf fail each in their own ways on damaged files
+        except Exception as error:  # TFDS, array_record and protobuf each raise their own errors for damaged files
             raise UserError(
                 f"{name} in {builder.data_dir} cannot be read ({type(error).__name__}: {one_line(error)}): delete that "
-                "folder to prepare it anew, or give another --data-dir."
+                "folder to prepare it again, or give another --data-dir."
             ) from error
 
     return read
 
 
 def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """TFDS's builder of a data set that is on disk, downloaded if need be."""
+    """TFDS's builder of a data set; downloads the data set if it is not on disk."""
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
         raise UserError(f"--dataset {name!r} is not known to TFDS: see tensorflow.org/datasets for names.") from error
-    except Exception as error:  # a malformed name, a version or config that is not there, damaged files
+    except Exception as error:  # a malformed name, a missing version or config, damaged files
         reason, remedy = f"{type(error).__name__}: {one_line(error)}", "check the name and --data-dir"
         if "tfrecord" in str(error).lower():
-            remedy = "its files are for TensorFlow, so give another --data-dir to prepare it there anew"
+            remedy = "its files are for TensorFlow, so give another --data-dir to prepare it there again"
         raise UserError(f"--dataset {name!r} cannot be opened ({reason}): {remedy}.") from error
     if builder.is_prepared():
         return builder
     folder = builder.data_dir
     print(
-        f"{name} is not in {folder}: TFDS downloads it there. With {name} elsewhere on disk, stop and give --data-dir."
+        f"{name} is not in {folder}: TFDS downloads it there. If {name} is elsewhere on disk, stop and give --data-dir."
     )
     _without_tensorflow(builder)
     try:
         builder.download_and_prepare()
-    except Exception as error:  # TFDS, requests, archives and file systems fail each in their own ways
+    except Exception as error:  # TFDS, requests, archives and file systems each raise their own errors
         raise UserError(
             f"{name} is not in {folder} and cannot be downloaded ({type(error).__name__}): give the folder that has it "
             "as --data-dir or $TFDS_DATA_DIR, or try the built-in data with --config configs/digits.py."
@@ -138,10 +140,10 @@ def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuild
 
 
 def _without_tensorflow(builder: tfds.core.DatasetBuilder) -> None:
-    """Readies a builder of TFDS for preparing its data where TensorFlow would be imported, as CIFAR-10's would.
+    """Lets a builder that imports TensorFlow, such as CIFAR-10's, prepare its data without it.
 
-    Its module opens files by `tf.io.gfile.GFile`, in place of which it gets Python's `open`; and it gives images as
-    arrays, which PIL then encodes.
+    Python's `open` replaces `tf.io.gfile.GFile`, with which the builder's module opens files. PIL, instead of
+    TensorFlow, encodes images that the builder yields as arrays.
     """
     module = sys.modules[type(builder).__module__]
     if hasattr(module, "tf"):
@@ -151,7 +153,7 @@ def _without_tensorflow(builder: tfds.core.DatasetBuilder) -> None:
         return
     encode = image.encode_example
 
-    def encode_array(example):
+    def encode_array(example: Any) -> Any:
         if isinstance(example, np.ndarray):
             example = PIL.Image.fromarray(example[..., 0] if example.shape[-1] == 1 else example)
         return encode(example)

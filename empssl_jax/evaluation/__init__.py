@@ -1,6 +1,8 @@
-"""How good an encoder is: embeddings, weighted kNN, a linear classifier.
+"""Measures how good an encoder is: embeddings, weighted kNN, a linear classifier.
 
-Read evaluate.py first; it measures one run. embeddings.py makes the embeddings, knn.py, whitening.py and linear.py
-measure them, comparison.py compares runs. online_probe.py measures during training, untrained_baseline.py before it.
-May import `method`, `data`, `run_folder`, `runtime` and `config`.
+Start with evaluate.py, which measures one run. embeddings.py computes embeddings and embedding_files.py stores them.
+knn.py, whitening.py and linear.py measure them; comparison.py compares runs. online_probe.py measures during training,
+untrained_baseline.py before it. trained_encoder.py restores the encoder of a run.
+
+Imports only `method`, `data`, `run_folder`, `runtime` and `config`.
 """

@@ -1,4 +1,4 @@
-"""Several runs side by side: mean and spread over those that differ only in their seed."""
+"""Compares several runs: a table with mean and standard deviation over the seeds of each config."""
 
 import dataclasses
 import statistics
@@ -18,13 +18,13 @@ from empssl_jax.runtime.distributed import is_first_process
 
 COMPARISON_FILE = "comparison.md"
 GROUPING = (
-    "Runs that differ only in --seed (and in where they live) are one row: mean ± standard deviation over n seeds; "
-    "a row of one seed has no spread."
+    "Runs that differ only in --seed, or in options that do not change results, share a row: mean ± standard deviation "
+    "over n seeds. A row of one seed has no standard deviation."
 )
 
 
 class Measured(NamedTuple):
-    """A run and its accuracies."""
+    """A run and its accuracies, by the name of the measure."""
 
     folder: Path
     config: Config
@@ -32,24 +32,28 @@ class Measured(NamedTuple):
 
 
 def evaluate_all(options: Sequence[EvaluateOptions], write_report: WriteReport) -> None:
-    """Evaluates one run; of several reads or evaluates each, and prints and writes a table of all.
+    """Evaluates one run, or compares several: evaluates those that need it, then prints and writes a table of all.
 
-    The table goes into comparison.md of the folder above the first run. A run is read if results.json has all that is
-    asked for, and no option says otherwise than the run's own config.
+    The table is written to comparison.md in the parent folder of the first run. A run is not evaluated again if its
+    results.json contains every requested measure and the options agree with the run's own config.
+
+    Args:
+        options: those of each run.
+        write_report: called at the end of each evaluation whose options ask for a report.
     """
     if len(options) == 1:
         evaluate.evaluate(options[0], write_report)
         return
     runs = []
-    for one in options:
-        folder = Path(one.workdir)
-        config, results = load_config(folder), _results(one)
-        if _is_complete(one, config, results):
-            print(f"{folder} has its results")
+    for run_options in options:
+        folder = Path(run_options.workdir)
+        config, results = load_config(folder), _results(run_options)
+        if _is_complete(run_options, config, results):
+            print(f"{folder} is already evaluated")
         else:
-            evaluate.evaluate(one, write_report)
-            results = _results(one)
-        runs.append(Measured(folder, dataclasses.replace(config, evaluation=one.evaluation), results))
+            evaluate.evaluate(run_options, write_report)
+            results = _results(run_options)
+        runs.append(Measured(folder, dataclasses.replace(config, evaluation=run_options.evaluation), results))
     table = markdown(runs)
     path = Path(options[0].workdir).parent / COMPARISON_FILE
     print(f"\n{table}")
@@ -60,19 +64,20 @@ def evaluate_all(options: Sequence[EvaluateOptions], write_report: WriteReport) 
 
 
 def _results(options: EvaluateOptions) -> dict[str, Accuracy]:
-    """What has been measured of a run's embeddings, made as the options say."""
+    """The run's accuracies on embeddings made as the options say; those that do not record how are included."""
     made = options.evaluation.embeddings
     results = load_results(Path(options.workdir))
     return {name: accuracy for name, accuracy in results.items() if accuracy.get("embeddings", made) == made}
 
 
 def _is_complete(options: EvaluateOptions, config: Config, results: dict[str, Accuracy]) -> bool:
+    """Whether the results contain every requested measure, with the run's own options and its newest checkpoint."""
     as_trained = options.evaluation == config.evaluation and options.step == EvaluateOptions.step
     return as_trained and "kNN" in results and ("linear" in results or config.evaluation.linear_epochs == 0)
 
 
 def markdown(runs: Sequence[Measured]) -> str:
-    """The table: a row for each group of runs that differ only in their seed."""
+    """The table, in Markdown: a row for each group of runs that differ only in their seed."""
     groups: dict[Config, list[Measured]] = {}
     for run in runs:
         groups.setdefault(_without_seed(run.config), []).append(run)
@@ -81,7 +86,7 @@ def markdown(runs: Sequence[Measured]) -> str:
     columns = [f"{name} {k}" for name in measures for k in ("top-1", "top-5")]
     lines = [_row(["runs", "n", "seeds", *columns]), _row(["---"] * (3 + len(columns)))]
     for config, group in groups.items():
-        by_seed = {run.config.training.seed: run for run in group}  # the same seed twice is no second sample
+        by_seed = {run.config.training.seed: run for run in group}  # repeating a seed adds no sample
         name = ", ".join(f"{option} {value}" for option, value in varying[config].items()) or "all"
         cells = [_mean_and_spread(list(by_seed.values()), m, k) for m in measures for k in ("top1", "top5")]
         lines.append(_row([name, str(len(by_seed)), ", ".join(map(str, sorted(by_seed))), *cells]))
@@ -89,7 +94,7 @@ def markdown(runs: Sequence[Measured]) -> str:
 
 
 def _mean_and_spread(runs: list[Measured], measure: str, k: str) -> str:
-    """In percent; of fewer runs than the row has, how many there are."""
+    """Mean ± standard deviation in percent, with the number of runs if some of the row's runs lack the measure."""
     values = [100 * run.results[measure][k] for run in runs if measure in run.results]
     if not values:
         return "-"
@@ -99,20 +104,21 @@ def _mean_and_spread(runs: list[Measured], measure: str, k: str) -> str:
 
 
 def _without_seed(config: Config) -> Config:
-    """What a run's group has in common: all that decides its numbers but the seed."""
+    """The config without the seed and without the options that do not change results; equal within a group."""
     training = dataclasses.replace(config.training, seed=0)
     evaluation = dataclasses.replace(config.evaluation, report=True)
     return Config(config.data, config.patches, config.model, training, evaluation)
 
 
 def _varying(configs: Sequence[Config]) -> dict[Config, dict[str, object]]:
-    """The options in which the configs differ, by config."""
+    """For each config, its values of the options in which the configs differ."""
     flat = {
         config: {flag(name): value for group in dataclasses.asdict(config).values() for name, value in group.items()}
         for config in configs
     }
-    differ = [option for option in next(iter(flat.values())) if len({repr(one[option]) for one in flat.values()}) > 1]
-    return {config: {option: one[option] for option in differ} for config, one in flat.items()}
+    first = next(iter(flat.values()))
+    differing = [option for option in first if len({repr(values[option]) for values in flat.values()}) > 1]
+    return {config: {option: values[option] for option in differing} for config, values in flat.items()}
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Files of embeddings: .npz archives that are checked before they are believed."""
+"""Files of embeddings: .npz archives, validated when they are read."""
 
 import math
 import zipfile
@@ -12,15 +12,15 @@ from empssl_jax.data.datasets import SPLITS
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.runtime.atomic_write import atomic_write
 
-MAX_CLASSES = 100_000  # memory grows with it
-MAX_COMPRESSION = 200  # deflate packs zeros 1000 times: a small file must not fill the memory
+MAX_CLASSES = 100_000  # memory use grows with the number of classes
+MAX_COMPRESSION = 200  # deflate compresses zeros 1000-fold: without a limit, a small file could fill the memory
 REMEDY = "give a folder with train.npz and test.npz, or leave --embeddings out to compute them"
 
 
 def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:
-    """Writes an .npz with `embeddings` (N, E) float32, `labels` (N,) int32 and `class_names` (C,), whole or not at all.
+    """Writes an .npz atomically, with `embeddings` (N, E) float32, `labels` (N,) int32 and `class_names` (C,).
 
-    Where the images are files it also has their `names` (N,).
+    If the images are the user's files, it also contains their `names` (N,).
     """
     arrays: dict[str, Any] = split._asdict() | {"class_names": np.array(split.class_names, np.str_)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,10 +29,13 @@ def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:
 
 
 def load_embeddings(path: Path) -> LabelledEmbeddings:
-    """Reads what `save_embeddings` wrote; raises UserError if the file is missing, damaged or of something else.
+    """Reads a file that `save_embeddings` wrote; `names` are not read.
 
-    Nothing is unpickled, and nothing is read before its header says that it fits. Classes that the file has no
-    name for are called by their numbers; `names` are not read.
+    Nothing is unpickled, and no array is read before its header is validated. Classes without a name in the file are
+    named by their numbers.
+
+    Raises:
+        UserError: the file is missing or damaged, or does not contain embeddings and their labels.
     """
     if not path.is_file():
         raise UserError(f"--embeddings: there is no {path}: {REMEDY}.")
@@ -43,10 +46,11 @@ def load_embeddings(path: Path) -> LabelledEmbeddings:
             class_names: list[str] = []
             if "class_names.npy" in archive.namelist():
                 class_names = _read_array(archive, "class_names", dim=1, kinds="U")[: MAX_CLASSES + 1].tolist()
-    except Exception as error:  # numpy, zipfile and zlib fail each in their own ways on damaged files
+    except Exception as error:  # numpy, zipfile and zlib raise various exceptions on damaged files
         raise UserError(f"--embeddings: {path} cannot be read ({one_line(error) or 'damaged'}): {REMEDY}.") from error
     if not (embeddings.size > 0 and labels.shape == embeddings.shape[:1]):
-        raise UserError(f"--embeddings: {path} has embeddings {embeddings.shape} and labels {labels.shape}: {REMEDY}.")
+        shapes = f"embeddings of shape {embeddings.shape} and labels of shape {labels.shape}"
+        raise UserError(f"--embeddings: {path} has {shapes}: {REMEDY}.")
     lowest, highest = int(labels.min()), max(int(labels.max()), len(class_names) - 1)
     if not (lowest >= -1 and highest < MAX_CLASSES):
         raise UserError(
@@ -57,22 +61,27 @@ def load_embeddings(path: Path) -> LabelledEmbeddings:
         embeddings = embeddings.astype(np.float32)
         if not np.isfinite(np.einsum("ne,ne->n", embeddings, embeddings)).all():
             raise UserError(
-                f"--embeddings: {path} holds values that are not finite, or too large for float32: {REMEDY}."
+                f"--embeddings: {path} contains values that are not finite or too large for float32: {REMEDY}."
             )
     numbers = map(str, range(len(class_names), highest + 1))
     return LabelledEmbeddings(embeddings, labels.astype(np.int32), (*class_names, *numbers))
 
 
 def load_both_embeddings(folder: Path) -> Embeddings:
-    """The embeddings in a folder's train.npz and test.npz; raises UserError unless both fit together."""
+    """Reads a folder's train.npz and test.npz; raises UserError if one cannot be read or their dimensions differ."""
     bank, test = (load_embeddings(folder / f"{split}.npz") for split in SPLITS)
     dims = [split.embeddings.shape[1] for split in (bank, test)]
-    require(len(set(dims)) == 1, "embeddings", str(folder), f"its splits have dimensions {dims}, make them equal")
+    remedy = f"train.npz and test.npz have dimensions {dims}, give files of the same dimension"
+    require(len(set(dims)) == 1, "embeddings", str(folder), remedy)
     return Embeddings(bank, test)
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, dim: int, kinds: str) -> np.ndarray:
-    """An array of an .npz; raises ValueError unless it is what was announced, before memory is taken for it."""
+    """Reads an array of an .npz.
+
+    Raises:
+        ValueError: its dimensions, type or size are not as expected; raised before memory is allocated for it.
+    """
     entry = archive.getinfo(f"{name}.npy")
     if entry.file_size > MAX_COMPRESSION * (entry.compress_size + 1000):
         raise ValueError(f"{name} unpacks to more than {MAX_COMPRESSION} times its size")

@@ -23,12 +23,12 @@ from empssl_jax.runtime.progress import image_progress
 
 
 class LabelledEmbeddings(NamedTuple):
-    """Embeddings of a split and the classes of its images, -1 for those without one."""
+    """Embeddings of a split and the classes of its images, -1 for images without a label."""
 
     embeddings: Float32[np.ndarray, "N E"]
     labels: Int32[np.ndarray, " N"]
     class_names: tuple[str, ...]
-    names: Shaped[np.ndarray, " N"] | None = None  # of the images' files, if they are files of the user's
+    names: Shaped[np.ndarray, " N"] | None = None  # of the files, for a folder of image files
 
     @property
     def num_classes(self) -> int:
@@ -53,43 +53,37 @@ def labelled(split: LabelledEmbeddings) -> LabelledEmbeddings:
 
 
 Embed = Callable[[EncoderState, UInt8[Array, "B H W 3"], Int[Array, " B"]], Float[Array, "B E"]]
+MakePatch = Callable[[UInt8[Array, "B H W 3"], Int[Array, " B"], Int[Array, ""]], Float[Array, "B size size 3"]]
 
 
 @functools.cache
 def make_embed(config: Config, mesh: Mesh) -> Embed:
-    """A compiled function (encoder_state, images, indices) -> embeddings of `valid_patches` patches an image.
+    """The compiled function (encoder_state, images, indices) -> embeddings, with the images split over the devices.
 
-    It passes over the patches one by one, so that its memory does not grow with their number. Images are split over
-    the devices of the mesh.
+    An embedding is the mean of `valid_patches` patches' features or, with cells, the concatenation of each cell's mean.
+    A loop encodes one patch of every image at a time, so memory does not grow with the number of patches.
     """
     graph, evaluation = encoder_graph(config.model), config.evaluation
     num_patches, num_cells = evaluation.valid_patches, evaluation.cells**2
 
-    def embed(encoder_state, images, indices):
+    def embed(
+        encoder_state: EncoderState, images: UInt8[Array, "B H W 3"], indices: Int[Array, " B"]
+    ) -> Float[Array, "B E"]:
         encoder = nnx.merge(graph, *encoder_state)
         encoder.eval()
-        features_of = encoder.embed if evaluation.embedded_layer == "hidden" else encoder.embed_stages
+        encode = encoder.embed if evaluation.embedded_layer == "hidden" else encoder.embed_stages
         make_patch = _patch_maker(config)
 
-        def add_patch(number, totals):
-            features = features_of(make_patch(images, indices, number)).astype(jnp.float32)
-            return totals.at[:, _cell(number, evaluation)].add(features)
+        def add_patch(number: Int[Array, ""], sums: Float[Array, "B cells F"]) -> Float[Array, "B cells F"]:
+            features = encode(make_patch(images, indices, number)).astype(jnp.float32)
+            return sums.at[:, _cell(number, evaluation)].add(features)
 
         zeros = jnp.zeros((len(images), num_cells, embedding_dim(config) // num_cells), jnp.float32)
-        totals = jax.lax.fori_loop(0, num_patches, add_patch, zeros)
-        return totals.reshape(len(images), -1) / (num_patches // num_cells)
+        sums = jax.lax.fori_loop(0, num_patches, add_patch, zeros)
+        return sums.reshape(len(images), -1) / (num_patches // num_cells)
 
     copied, split = replicated(mesh), split_images(mesh)
     return jax.jit(embed, in_shardings=(copied, split, split), out_shardings=split)
-
-
-def _cell(number, config: EvaluationConfig):
-    """The cell that the patch of a number lies in, row by row."""
-    if config.cells == 1:
-        return 0
-    grid_side = config.grid_side
-    row, column = (i * config.cells // grid_side for i in (number // grid_side, number % grid_side))
-    return row * config.cells + column
 
 
 def embedding_dim(config: Config) -> int:
@@ -98,19 +92,32 @@ def embedding_dim(config: Config) -> int:
     return config.evaluation.cells**2 * (config.model.hidden_dim if is_hidden else sum(stage_dims(config.model)))
 
 
-def _patch_maker(config: Config) -> Callable[..., Float[Array, "B size size 3"]]:
-    """A function (images, indices, number) -> the patch of that number of each image."""
+def _patch_maker(config: Config) -> MakePatch:
+    """The function (images, indices, number) -> the patch with that number, of each image."""
     crops, key = config.patches.crops, embedding_patches_key(config.training.seed)
     grid_side = config.evaluation.grid_side
 
-    def random_patch(images, indices, number):
+    def random_patch(
+        images: UInt8[Array, "B H W 3"], indices: Int[Array, " B"], number: Int[Array, ""]
+    ) -> Float[Array, "B size size 3"]:
         return multi_patch(key, images, 1, indices=indices, first_patch=number, **crops)[:, 0]
 
-    def crop_of_grid(images, indices, number):
+    def crop_of_grid(
+        images: UInt8[Array, "B H W 3"], indices: Int[Array, " B"], number: Int[Array, ""]
+    ) -> Float[Array, "B size size 3"]:
         plain = {name: crops[name] for name in ("patch_area", "patch_size", "interpolation")}
         return grid_patch(images, number, grid_side, **plain)
 
     return random_patch if config.evaluation.valid_crops == "random" else crop_of_grid
+
+
+def _cell(number: Int[Array, ""], config: EvaluationConfig) -> Int[Array, ""] | int:
+    """The cell that contains the grid's crop with this number; crops and cells are numbered row by row."""
+    if config.cells == 1:
+        return 0
+    grid_side = config.grid_side
+    row, column = (i * config.cells // grid_side for i in (number // grid_side, number % grid_side))
+    return row * config.cells + column
 
 
 def embed_datasets(config: Config, encoder_state: EncoderState, datasets: Datasets, mesh: Mesh) -> Embeddings:
@@ -123,10 +130,10 @@ def embed_datasets(config: Config, encoder_state: EncoderState, datasets: Datase
 def embed_dataset(
     embed: Embed, encoder_state: EncoderState, dataset: ImageDataset, batch_size: int, mesh: Mesh, name: str
 ) -> LabelledEmbeddings:
-    """Embeddings of all images, on each process, with a progress bar.
+    """Embeddings of all images of a data set, on each process, with a progress bar.
 
     Raises:
-        UserError: an embedding is not finite, which says that training went wrong.
+        UserError: an embedding is not finite, because training went wrong.
     """
     indices = np.arange(len(dataset.images), dtype=np.int32)
     with image_progress(f"embedding {name}", len(indices)) as bar:
@@ -135,7 +142,7 @@ def embed_dataset(
         )
     if not np.isfinite(embeddings).all():
         raise UserError(
-            f"The {name} embeddings are not all finite: train again, or evaluate an earlier checkpoint by --step."
+            f"The {name} embeddings are not all finite: train again, or evaluate an earlier checkpoint with --step."
         )
     return LabelledEmbeddings(embeddings, dataset.labels, dataset.class_names, dataset.names)
 
@@ -149,16 +156,17 @@ def embed_images(
     mesh: Mesh,
     progress: Callable[[int], object] | None = None,
 ) -> Float32[np.ndarray, "N E"]:
-    """Embeddings of images, on each process; the last batch is filled up and cut again.
+    """Embeddings of images, batch by batch, on each process.
 
-    Fewer images than a batch are filled up to a power of two, so that few sizes need compiling.
+    The last batch is padded with the first images; the padding's embeddings are dropped.
 
     Args:
         embed: see `make_embed`.
-        encoder_state: what embeds.
-        images_at: gives the images at positions from 0 to N-1.
-        indices: numbers that the images' patches are drawn by.
-        batch_size: images at a time, over all devices.
+        encoder_state: the encoder's parameters and BatchNorm statistics.
+        images_at: returns the images at positions from 0 to N-1.
+        indices: each image's index in the data set, which decides its random patches.
+        batch_size: images at a time, over all devices. A smaller number of images is padded to a power of two instead,
+            which keeps the number of sizes to compile small.
         mesh: the devices.
         progress: called with the number of images done since the last call.
     """
@@ -166,9 +174,9 @@ def embed_images(
     batch_size = -(-min(batch_size, 1 << (size - 1).bit_length()) // mesh.size) * mesh.size
     rows = own_rows(mesh, batch_size)
     for start in range(0, size, batch_size):
-        positions, kept = (start + rows) % size, min(batch_size, size - start)
+        positions, num_kept = (start + rows) % size, min(batch_size, size - start)
         batch = (rows_to_devices(own, mesh, batch_size) for own in (images_at(positions), indices[positions]))
-        parts.append(to_host(embed(encoder_state, *batch))[:kept])
+        parts.append(to_host(embed(encoder_state, *batch))[:num_kept])
         if progress is not None:
-            progress(kept)
+            progress(num_kept)
     return np.concatenate(parts)

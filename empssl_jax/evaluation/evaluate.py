@@ -1,4 +1,4 @@
-"""Measures a trained encoder: embeddings, kNN and a linear classifier on them, a table and results.json."""
+"""Measures a trained encoder: computes embeddings, runs kNN and a linear classifier on them, writes results.json."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,27 +30,27 @@ WriteReport = Callable[[Path, Config, Datasets], None]  # the run's folder, conf
 
 
 def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, Accuracy]:
-    """Measures a run, or given embeddings. Prints a table and writes results.json beside what was measured.
+    """Measures a run, or given embeddings. Prints a table and writes results.json into their folder.
 
     Args:
         options: what to evaluate.
         write_report: called at the end if the options ask for a report.
 
     Raises:
-        UserError: there is no such run or checkpoint, it is damaged or in use, or the options do not fit it.
+        UserError: the run or the checkpoint does not exist, is damaged or in use, or the options do not fit it.
     """
     mesh = device_mesh()
     if options.embeddings is not None:
         folder = Path(options.embeddings)
-        load_results(folder)  # refuses a damaged file now rather than after the work
+        load_results(folder)  # raises an error for a damaged file before the work begins
         return _measure(folder, load_both_embeddings(folder), options.evaluation, Config().training.seed, mesh, None)
     folder = Path(options.workdir)
     config = load_config(folder)
-    require(options.evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches to embed, as 128")
+    require(options.evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches, such as 128")
     run = dataclasses.replace(config.run, data_dir=options.data_dir, cache_dir=options.cache_dir)
     config = dataclasses.replace(config, evaluation=options.evaluation, run=run)
     with locked(folder), storage_errors(folder):
-        load_results(folder)  # refuses a damaged file now rather than after the work
+        load_results(folder)  # raises an error for a damaged file before the work begins
         encoder = restore_encoder(folder, options.step)
         print(f"evaluating step {encoder.step} of {folder}: {config.evaluation.embeddings}")
         datasets = load_datasets(config)
@@ -66,26 +66,27 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
 def _measure(
     folder: Path, embeddings: Embeddings, config: EvaluationConfig, seed: int, mesh: Mesh, made: str | None
 ) -> dict[str, Accuracy]:
+    """Measures embeddings; `made` describes how they were made and is saved with the results, None if unknown."""
     if not have_labels(embeddings):
         return {}
     results = of_embeddings(made, {"kNN": measure_knn(embeddings, config, mesh)})
     try:
         if config.linear_epochs > 0:
             results |= of_embeddings(made, measure_linear(embeddings, config, seed, mesh))
-    finally:  # show and keep kNN even if the linear classifier diverges or the disk is full
+    finally:  # kNN is kept even if the linear classifier diverges, and shown even if the disk is full
         print(format_table(load_results(folder) | results))
         add_results(folder, results)
     return results
 
 
 def check_neighbours(config: Config, datasets: Datasets) -> None:
-    """Raises UserError if the bank has fewer labelled images than neighbours vote."""
+    """Raises UserError if the bank has labelled images, but fewer than `num_neighbours`."""
     if num_labelled := int(np.count_nonzero(datasets.bank.labels >= 0)):
         check_num_neighbours(config.evaluation.num_neighbours, num_labelled)
 
 
 def embed_and_save(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh, workdir: Path) -> Embeddings:
-    """Embeddings of the bank and the test images; also writes the run's embeddings/{train,test}.npz."""
+    """Embeds the bank and the test images, and writes the run's embeddings/{train,test}.npz."""
     embeddings = embed_datasets(config, encoder, datasets, mesh)
     if is_first_process():
         save_embeddings(workdir / "embeddings" / "train.npz", embeddings.bank)
@@ -94,7 +95,7 @@ def embed_and_save(config: Config, encoder: EncoderState, datasets: Datasets, me
 
 
 def have_labels(embeddings: Embeddings) -> bool:
-    """Whether there is anything to measure. If not, prints why."""
+    """Returns whether both splits have labels, which all measures need. If not, prints which ones have none."""
     splits = {"train": embeddings.bank, "test": embeddings.test}
     unlabelled = [name for name, split in splits.items() if not len(labelled(split).labels)]
     if unlabelled:
@@ -120,10 +121,12 @@ def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) ->
 
 
 def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int, mesh: Mesh) -> dict[str, Accuracy]:
-    """Accuracy of the linear classifier on the labelled test embeddings, after its last epoch and at its best on them.
+    """Accuracy of the linear classifier on the labelled test embeddings, after its last epoch and after its best.
+
+    The best epoch is the one with the highest top-1 accuracy on the same test embeddings.
 
     Raises:
-        DivergenceError: the classifier is not finite.
+        DivergenceError: the classifier's logits are not finite after the last epoch.
     """
     bank, test = labelled(embeddings.bank), labelled(embeddings.test)
     top1, top5 = linear_accuracy(classifier_key(seed), bank, test, config, mesh)

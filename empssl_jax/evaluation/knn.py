@@ -26,17 +26,20 @@ def knn_scores(
 ) -> Float[Array, "Q C"]:
     """Votes of each query's nearest neighbours for each class (Wu et al. 2018, section 3.4).
 
-    A neighbour of cosine similarity s has exp(s / temperature) votes. Memory grows with `queries_at_once`, not with
+    A neighbour with cosine similarity s has exp(s / temperature) votes. Memory grows with `queries_at_once`, not with
     the number of queries.
 
     Args:
-        queries: embeddings to classify, of any length.
-        bank: labelled embeddings.
-        bank_labels: class of each, 0 to `num_classes` - 1.
+        queries: embeddings to classify; their length does not matter.
+        bank: labelled embeddings; their length does not matter.
+        bank_labels: class of each embedding in the bank, from 0 to `num_classes` - 1.
         num_classes: C.
-        num_neighbours: k, at most the size of the bank.
+        num_neighbours: number of neighbours that vote, at most N.
         temperature: positive.
-        queries_at_once: queries compared with the bank together.
+        queries_at_once: number of queries compared with the bank at a time.
+
+    Raises:
+        UserError: the bank has fewer than `num_neighbours` embeddings.
     """
     check_num_neighbours(num_neighbours, len(bank))
     return _scores(queries, bank, bank_labels, num_classes, num_neighbours, temperature, queries_at_once)
@@ -49,7 +52,7 @@ def sharded_knn_scores(
     bank_labels: Int[np.ndarray, " N"],
     **options: Any,
 ) -> Float[np.ndarray, "Q C"]:
-    """`knn_scores` with the queries split over the devices of all processes; each device has the whole bank."""
+    """`knn_scores` with the queries split over the devices of all processes. Each device holds a copy of the bank."""
     copied, split = replicated(mesh), split_images(mesh)
     padded = np.pad(queries, ((0, -len(queries) % mesh.size), (0, 0)))
     scores = jax.shard_map(
@@ -63,11 +66,19 @@ def sharded_knn_scores(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 6))
-def _scores(queries, bank, bank_labels, num_classes, num_neighbours, temperature, queries_at_once):
-    # Turned once: XLA's CPU product of rows with rows takes three times as long as that of rows with columns.
+def _scores(
+    queries: Float[Array, "Q E"],
+    bank: Float[Array, "N E"],
+    bank_labels: Int[Array, " N"],
+    num_classes: int,
+    num_neighbours: int,
+    temperature: float | Float[Array, ""],
+    queries_at_once: int,
+) -> Float[Array, "Q C"]:
+    # Transposed once: on CPU, XLA takes three times as long to multiply rows by rows as rows by columns.
     columns = normalise(bank).T
 
-    def scores_of(query):
+    def scores_of(query: Float[Array, " E"]) -> Float[Array, " C"]:
         similarities = jnp.einsum("e,en->n", normalise(query), columns, precision=jax.lax.Precision.HIGHEST)
         nearest, indices = jax.lax.top_k(similarities, num_neighbours)
         return jnp.zeros(num_classes).at[bank_labels[indices]].add(jnp.exp(nearest / temperature))
@@ -76,13 +87,13 @@ def _scores(queries, bank, bank_labels, num_classes, num_neighbours, temperature
 
 
 def check_num_neighbours(num_neighbours: int, num_images: int) -> None:
-    """Raises UserError if there are fewer images to look among than neighbours are asked for."""
-    remedy = f"there are only {num_images} training images to look among"
+    """Raises UserError if there are fewer than `num_neighbours` images."""
+    remedy = f"there are only {num_images} training images, so give at most that"
     require(num_neighbours <= num_images, "num_neighbours", num_neighbours, remedy)
 
 
 def top_k_accuracy(scores: Float[Array, "Q C"], labels: Int[Array, " Q"], k: int) -> float:
-    """Fraction of queries whose class is among the k of the highest scores; of equal scores the lower class counts."""
+    """Fraction of queries whose class has one of the k highest scores; in a tie, the lower class number wins."""
     _, classes = jax.lax.top_k(scores, min(k, scores.shape[1]))
-    # Divided in double precision: 9 of 10 in float32 is less than 0.9.
+    # The mean is computed in double precision: in float32, 9 of 10 is less than 0.9.
     return float(np.mean(np.asarray(jnp.any(classes == labels[:, None], axis=1))))

@@ -1,4 +1,4 @@
-"""A linear classifier on frozen embeddings, trained by SGD: the whole training is one compiled scan."""
+"""A linear classifier on frozen embeddings, trained with SGD in a single compiled scan."""
 
 import functools
 from typing import NamedTuple
@@ -16,6 +16,9 @@ from empssl_jax.runtime.devices import DATA_AXIS, replicated, to_devices
 
 MOMENTUM = 0.9
 
+Params = dict[str, Array]  # "kernel" (C, E) and "bias" (C,)
+Carry = tuple[Params, optax.OptState]
+
 
 class _Examples(NamedTuple):
     embeddings: Float[Array, "N E"]
@@ -23,7 +26,7 @@ class _Examples(NamedTuple):
 
 
 class LinearAccuracy(NamedTuple):
-    """Accuracy on the test embeddings after each epoch, as fractions; NaN where the classifier is not finite."""
+    """Accuracy on the test embeddings after each epoch, as fractions; NaN where a logit is not finite."""
 
     top1: Float[np.ndarray, " epochs"]
     top5: Float[np.ndarray, " epochs"]
@@ -34,26 +37,27 @@ def linear_accuracy(
 ) -> LinearAccuracy:
     """Trains a linear classifier and measures it after each epoch.
 
-    SGD with momentum 0.9 and L2 penalty on mini-batches of cross entropy, the learning rate a half cosine by epoch, as
-    the references do. The last epoch's accuracy is the classifier's; choosing another looks at the test labels.
+    As in the references, SGD with momentum 0.9 minimises the cross entropy with an L2 penalty, and the learning rate
+    decays along a half cosine, constant within an epoch. The accuracy to report is that of the last epoch; choosing
+    another epoch would use the test labels.
 
-    Each device holds and multiplies its share of every embedding's *dimensions*, and of the kernel. What the devices
-    exchange in a step is then a batch's logits, B x C numbers; sharing out the images instead would move their
-    embeddings in each step, since every batch draws from all, and the whole kernel's gradient.
+    Each device holds a share of the embedding *dimensions*, for all images, and the same share of the kernel. In a
+    step, the devices exchange only the batch's logits, B x C numbers. If each held a share of the images instead, they
+    would exchange embeddings, since every batch draws from all images, and the gradient of the whole kernel.
 
     Args:
         key: draws the initial weights and the order of the batches.
-        train: what is learned from.
-        test: what is measured on.
-        config: its `linear_*` fields.
+        train: embeddings to learn from.
+        test: embeddings to measure the accuracy on.
+        config: its `linear_*` fields are used.
         mesh: the devices.
     """
     dim = train.embeddings.shape[1]
-    # The devices' shares are equal: zeros fill the last one, which neither logits nor gradients see.
-    filling = ((0, 0), (0, -dim % mesh.size))
+    # The shares must be of equal size. The padding of the last one changes neither logits nor gradients.
+    padding = ((0, 0), (0, -dim % mesh.size))
     examples = [
         _Examples(
-            to_devices(np.pad(split.embeddings, filling), _split_dimensions(mesh)),
+            to_devices(np.pad(split.embeddings, padding), _split_dimensions(mesh)),
             to_devices(split.labels, replicated(mesh)),
         )
         for split in (train, test)
@@ -67,12 +71,21 @@ def _split_dimensions(mesh: Mesh) -> NamedSharding:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def _run(key, train, test, dim, num_classes, config, mesh):
+def _run(
+    key: Key[Array, ""],
+    train: _Examples,
+    test: _Examples,
+    dim: int,
+    num_classes: int,
+    config: EvaluationConfig,
+    mesh: Mesh,
+) -> tuple[Float[Array, " epochs"], Float[Array, " epochs"]]:
+    """Number of correct test predictions after each epoch, top-1 and top-5."""
     size, padded_dim = train.embeddings.shape
     batch_size = min(config.linear_batch_size, size)
     steps = -(-size // batch_size)
 
-    def learning_rate(step):
+    def learning_rate(step: Int[Array, ""]) -> Float[Array, ""]:
         return config.linear_learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * (step // steps) / config.linear_epochs))
 
     optimizer = optax.chain(
@@ -82,19 +95,19 @@ def _run(key, train, test, dim, num_classes, config, mesh):
     kernel = jnp.pad(params["kernel"], ((0, 0), (0, padded_dim - dim)))
     params["kernel"] = jax.lax.with_sharding_constraint(kernel, _split_dimensions(mesh))
 
-    def loss_fn(params, batch, weights):
+    def loss_fn(params: Params, batch: _Examples, weights: Float[Array, " B"]) -> Float[Array, ""]:
         losses = optax.softmax_cross_entropy_with_integer_labels(_logits(params, batch.embeddings), batch.labels)
         return jnp.sum(losses * weights) / jnp.sum(weights)
 
-    def step(carry, indices):
+    def step(carry: Carry, indices: Int[Array, " B"]) -> tuple[Carry, None]:
         params, state = carry
-        # The last batch is filled up with index -1, at weight 0.
+        # The last batch is padded with index -1, which gets weight 0.
         batch = jax.tree.map(lambda x: x[indices], train)
         gradients = jax.grad(loss_fn)(params, batch, (indices >= 0).astype(jnp.float32))
         updates, state = optimizer.update(gradients, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    def epoch(carry, number):
+    def epoch(carry: Carry, number: Int[Array, ""]) -> tuple[Carry, tuple[Array, Array]]:
         order = jax.random.permutation(jax.random.fold_in(key, number + 1), size)
         batches = jnp.pad(order, (0, steps * batch_size - size), constant_values=-1).reshape(steps, batch_size)
         carry, _ = jax.lax.scan(step, carry, batches)
@@ -104,21 +117,21 @@ def _run(key, train, test, dim, num_classes, config, mesh):
     return jax.lax.with_sharding_constraint(hits, replicated(mesh))
 
 
-def init(key, dim, num_classes):
-    """As torch's nn.Linear: everything uniform within 1 / sqrt(dim)."""
+def init(key: Key[Array, ""], dim: int, num_classes: int) -> Params:
+    """Initial parameters as in torch's nn.Linear: uniform between -1 / sqrt(dim) and 1 / sqrt(dim)."""
     kernel_key, bias_key = jax.random.split(key)
     bound = dim**-0.5
-    # A row for each class, as torch has it: on CPU its gradient takes a fifth of the time that columns take.
+    # One row per class, as in torch: on CPU, its gradient takes a fifth of the time that one column per class takes.
     kernel = jax.random.uniform(kernel_key, (num_classes, dim), minval=-bound, maxval=bound)
     return {"kernel": kernel, "bias": jax.random.uniform(bias_key, (num_classes,), minval=-bound, maxval=bound)}
 
 
-def _logits(params, embeddings):
+def _logits(params: Params, embeddings: Float[Array, "N E"]) -> Float[Array, "N C"]:
     return embeddings @ params["kernel"].T + params["bias"][None, :]
 
 
-def _hits(logits, labels):
-    """How many labels are first, and among the first five; NaN where the classifier is not finite."""
+def _hits(logits: Float[Array, "N C"], labels: Int[Array, " N"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Number of labels with the highest logit, and with one of the five highest; NaN if a logit is not finite."""
     _, classes = jax.lax.top_k(logits, min(5, logits.shape[1]))
     hits = jnp.where(jnp.isfinite(logits).all(), classes == labels[:, None], jnp.nan)
     return jnp.sum(hits[:, 0]), jnp.sum(jnp.max(hits, axis=1))

@@ -1,7 +1,7 @@
-"""Online probe: kNN on a fixed few of the images while training goes on, to read off accuracy by the second.
+"""Online probe: kNN on a small fixed set of images during training, which gives the accuracy over time.
 
-It only looks: embedding and kNN are compiled programs of their own, and no number of the training depends on them.
-Nothing is chosen by what it measures, which is accuracy on test images.
+Training does not depend on it: embedding and kNN are separate compiled programs. It measures accuracy on test images,
+and nothing is selected by it.
 """
 
 import dataclasses
@@ -19,21 +19,22 @@ from empssl_jax.method.encoder import EncoderState
 from empssl_jax.run_folder.metrics import MetricsWriter
 from empssl_jax.run_folder.results import Accuracy
 
-BANK_SIZE, TEST_SIZE = 1000, 500  # images, shared out equally among the classes
+BANK_SIZE, TEST_SIZE = 1000, 500  # images, divided equally among the classes
 PATCHES = 16  # averaged into an embedding
 
 ProbeStep = Callable[[int, EncoderState, MetricsWriter], None]
 
 
 def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh) -> ProbeStep:
-    """What the training loop calls with the number of steps done, the encoder and the writer, after every step.
+    """Returns the function that the training loop calls after each step, with the steps done, encoder and writer.
 
-    Every `probe_every` steps, and after the last one, it measures kNN and writes the accuracy and the seconds of
-    training, which do not count the probe's own.
+    Every `probe_every` steps and after the last one, it measures kNN and writes the accuracy and the seconds of
+    training, which exclude the probe's own.
 
     Args:
-        config: of the run; without `probe_every` nothing is ever measured.
-        datasets: of `bank` and `test` the first labelled images of each class serve, without any nothing is measured.
+        config: the run's config; without `probe_every`, nothing is measured.
+        datasets: the first labelled images of each class in `bank` and `test` are used. If either has no labelled
+            image, nothing is measured.
         last_step: number of steps in the whole run.
         mesh: the devices.
     """
@@ -43,10 +44,10 @@ def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh)
     bank, test = _first_images(datasets.bank, BANK_SIZE), _first_images(datasets.test, TEST_SIZE)
     if not (len(bank.labels) and len(test.labels)):
         return lambda steps_done, encoder, writer: None
-    voters = min(config.evaluation.num_neighbours, len(bank.labels))
-    # Not whitened: so few images have no covariance to speak of.
+    num_neighbours = min(config.evaluation.num_neighbours, len(bank.labels))
+    # Not whitened: so few images give a poor estimate of the covariance.
     options = dataclasses.replace(
-        config.evaluation, valid_patches=PATCHES, cells=1, whiten=False, num_neighbours=voters
+        config.evaluation, valid_patches=PATCHES, cells=1, whiten=False, num_neighbours=num_neighbours
     )
     embed = make_embed(dataclasses.replace(config, evaluation=options), mesh)
 
@@ -61,7 +62,7 @@ def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh)
     def probe(steps_done: int, encoder: EncoderState, writer: MetricsWriter) -> None:
         if steps_done % every and steps_done != last_step:
             return
-        jax.block_until_ready(encoder)  # the steps that are under way belong to the training's time
+        jax.block_until_ready(encoder)  # steps that are still running count as training time
         with writer.paused():
             accuracy = measure(encoder)
         writer.add_probe(steps_done, accuracy)
@@ -70,7 +71,7 @@ def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh)
 
 
 def _first_images(dataset: ImageDataset, size: int) -> ImageDataset:
-    """The first images of each class, `size` in all where there are so many, and at least one of each."""
+    """The first labelled images of each class: up to `size` in total, but at least one of each class."""
     labelled = np.flatnonzero(dataset.labels >= 0)
     if len(labelled) == 0:
         return dataset.take(labelled)

@@ -1,4 +1,4 @@
-"""The encoder in a checkpoint of a run."""
+"""Restores the encoder of a run from a checkpoint."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,15 +15,15 @@ class TrainedEncoder(NamedTuple):
     """An encoder and the run it comes from."""
 
     config: Config
-    state: EncoderState  # on all devices
+    state: EncoderState  # replicated over all devices
     step: int  # of the checkpoint
 
 
 def restore_encoder(folder: Path, choice: CheckpointChoice) -> TrainedEncoder:
-    """The encoder of a run, which may still be training; the folder is only read.
+    """Restores the encoder of a run, which may still be training; nothing is written to its folder.
 
     Raises:
-        UserError: there is no such run or checkpoint, or it is damaged.
+        UserError: the run or the checkpoint does not exist, or is damaged.
     """
     config = load_config(folder)
     with Checkpoints(folder, read_only=True) as checkpoints:

@@ -1,4 +1,4 @@
-"""What kNN finds in the embeddings of a network that has learned nothing: what a trained one is to be compared with."""
+"""The baseline that a trained encoder is compared with: kNN on the embeddings of an untrained one."""
 
 import functools
 from pathlib import Path
@@ -23,25 +23,27 @@ STATISTICS_PASSES = 10  # steps that set BatchNorm's statistics
 
 
 def measure_untrained(config: Config, datasets: Datasets, mesh: Mesh, workdir: Path) -> None:
-    """Measures kNN with the initial parameters, for comparison, and writes it into results.json.
+    """Measures kNN with the initial parameters and writes it into results.json, unless it is already there.
 
-    No handicap: BatchNorm gets the statistics of real batches of training patches, from steps whose optimizer changes
-    nothing. They start at mean 0 and variance 1 and keep a share of themselves in each pass; the share of that start is
-    taken out again.
+    For a fair comparison, BatchNorm's running statistics are first computed from real batches of training patches, in
+    a few training steps with an optimizer that changes nothing. They are moving averages that start at mean 0 and
+    variance 1; the remaining weight of this start is removed afterwards.
     """
     name = "kNN before training"
     if name in load_results(workdir):
         return
     dataset = datasets.train
     steps_per_epoch = count_steps(dataset, config.training.batch_size)
-    nothing = optax.set_to_zero()
-    step = make_train_step(config, nothing, optax.constant_schedule(0.0), steps_per_epoch, mesh)
-    state = jax.jit(functools.partial(create_state, config, nothing), out_shardings=replicated(mesh))()
-    start = jax.tree.map(jnp.copy, state.encoder.batch_stats)
+    no_update = optax.set_to_zero()
+    step = make_train_step(config, no_update, optax.constant_schedule(0.0), steps_per_epoch, mesh)
+    state = jax.jit(functools.partial(create_state, config, no_update), out_shardings=replicated(mesh))()
+    start = jax.tree.map(jnp.copy, state.encoder.batch_stats)  # a copy, because the train step donates the state
     for batch in device_batches(dataset, config.training, 0, STATISTICS_PASSES, mesh):
         state, _ = step(state, batch)
-    kept = batch_norm.MOMENTUM**STATISTICS_PASSES
-    batch_stats = jax.tree.map(lambda now, first: (now - kept * first) / (1 - kept), state.encoder.batch_stats, start)
+    weight = batch_norm.MOMENTUM**STATISTICS_PASSES  # of the start, after all steps
+    batch_stats = jax.tree.map(
+        lambda now, first: (now - weight * first) / (1 - weight), state.encoder.batch_stats, start
+    )
     embeddings = embed_datasets(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
     if have_labels(embeddings):
         knn = {name: measure_knn(embeddings, config.evaluation, mesh)}

@@ -1,4 +1,4 @@
-"""Embeddings of image files, processed in parts: an interrupted command resumes, with bit-identical embeddings."""
+"""Embeds image files in parts: an interrupted command resumes, with bit-identical embeddings."""
 
 import dataclasses
 import hashlib
@@ -25,29 +25,29 @@ from empssl_jax.run_folder.workdir import locked
 from empssl_jax.runtime.atomic_write import atomic_write
 from empssl_jax.runtime.progress import image_progress
 
-BATCHES = 4  # in a part: what an interruption costs at most
+BATCHES = 4  # in a part, which is what an interruption loses at most
 
 
 class Part(NamedTuple):
-    """Some files in a row: the embeddings of those that could be read, and for each file the reason or nothing."""
+    """Some consecutive files."""
 
-    embeddings: Float32[np.ndarray, "K E"]
-    reasons: Sequence[str]
+    embeddings: Float32[np.ndarray, "K E"]  # of the files that could be read
+    reasons: Sequence[str]  # for each file: why it could not be read, or ""
 
 
 def embed_files(options: EmbedOptions) -> None:
-    """Embeds all images below a folder, in the order of their names, and writes one .npz, whole or not at all.
+    """Embeds all images under a folder, sorted by name, and writes them to one .npz, atomically.
 
-    The number of a file in that order decides its random patches. Files that cannot be read are listed and left out.
+    The position of a file in this order decides its random patches. Files that cannot be read are listed and skipped.
 
     Raises:
-        UserError: there is no such run, checkpoint or folder, it holds no image that can be read, or the parts in the
-            way are of something else.
+        UserError: the run, the checkpoint or the folder does not exist, no image can be read, or an interrupted command
+            for other images or another encoder left its parts beside the output.
     """
     root, output = Path(options.images), Path(options.output)
     files = _find_images(root)
     encoder = load(options.workdir, options.step, **dataclasses.asdict(options.embedding))
-    encoder.embed([])  # refuses to embed no patches before anything is written
+    encoder.embed([])  # raises UserError for 0 patches before anything is written
     folder = output.with_name(output.name + ".parts")
     names = [file.name for file in files]
     with locked(folder, "output"):
@@ -55,7 +55,7 @@ def embed_files(options: EmbedOptions) -> None:
         parts = _embed_parts(encoder, files, folder, f"embedding {root}")
         embeddings = np.concatenate([part.embeddings for part in parts])
         reasons = [reason for part in parts for reason in part.reasons]
-        _tell_unreadable(names, reasons, root)
+        _report_unreadable(names, reasons, root)
         kept = [name for name, reason in zip(names, reasons, strict=True) if not reason]
         unreadable = [name for name, reason in zip(names, reasons, strict=True) if reason]
         with atomic_write(output) as file:
@@ -65,17 +65,17 @@ def embed_files(options: EmbedOptions) -> None:
 
 
 def _find_images(root: Path) -> Files:
-    """The image files below a folder; a file is taken as it is."""
+    """All image files under a folder, or the one file that `root` is."""
     if root.is_file():
         return [look_at(root.parent, root)]
     files = list_images(root, "images") if root.is_dir() else []
     if not files:
-        raise UserError(f"--images {root} holds no image: give a folder of images, or one image.")
+        raise UserError(f"--images {root} contains no image: give a folder of images, or one image file.")
     return files
 
 
 def _begin(folder: Path, encoder: ImageEncoder, embedding: EmbeddingConfig, files: Files) -> None:
-    """Writes down what the parts are of; refuses parts of something else."""
+    """Records which encoder, options and files the parts belong to; raises UserError if there are parts of others."""
     config = encoder.config
     plan = {
         "encoder": array_digests(encoder.state),
@@ -92,13 +92,13 @@ def _begin(folder: Path, encoder: ImageEncoder, embedding: EmbeddingConfig, file
             file.write(digest.encode())
     elif path.read_bytes() != digest.encode():
         raise UserError(
-            f"{folder} holds parts of other images, or by another encoder: give that command again, another --output, "
-            "or delete that folder."
+            f"{folder} holds parts of other images or by another encoder: run the command that wrote them again, give "
+            "another --output, or delete that folder."
         )
 
 
 def _embed_parts(encoder: ImageEncoder, files: Files, folder: Path, title: str) -> list[Part]:
-    """Each part, from the folder if it is there, else computed and left in it."""
+    """All parts. Those in the folder are read; the others are computed and saved there."""
     size, parts = BATCHES * encoder.config.evaluation.embedding_batch_size, []
     with image_progress(title, len(files)) as bar, ThreadPoolExecutor() as threads:
         for start in range(0, len(files), size):
@@ -116,6 +116,7 @@ def _embed_parts(encoder: ImageEncoder, files: Files, folder: Path, title: str) 
 
 
 def _embed_part(encoder: ImageEncoder, read: list[UInt8[np.ndarray, "S S 3"] | UnreadableError], start: int) -> Part:
+    """Embeds the images among `read`, whose first file has position `start` among all files."""
     images = {start + number: image for number, image in enumerate(read) if not isinstance(image, UnreadableError)}
     embeddings = encoder.embed(list(images.values()), indices=np.array(list(images), np.int32))
     return Part(embeddings, [str(image) if isinstance(image, UnreadableError) else "" for image in read])
@@ -129,7 +130,7 @@ def _read(file: Path, side: int) -> UInt8[np.ndarray, "S S 3"] | UnreadableError
 
 
 def _load_part(path: Path) -> Part | None:
-    """A part that is there; nothing if there is none or it is damaged."""
+    """Reads a part; None if it does not exist or is damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return Part(arrays["embeddings"], arrays["reasons"].tolist())
@@ -137,11 +138,10 @@ def _load_part(path: Path) -> Part | None:
         return None
 
 
-def _tell_unreadable(names: list[str], reasons: list[str], root: Path) -> None:
+def _report_unreadable(names: list[str], reasons: list[str], root: Path) -> None:
+    """Prints the files that cannot be read, with the reasons; raises UserError if these are all."""
     skipped = [f"{name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
     if len(skipped) == len(names):
         raise UserError(f"--images {root}: none of {len(names)} files can be read ({skipped[0]}): give other images.")
     if skipped:
-        print(
-            f"skipped {len(skipped)} of {len(names)} files, which cannot be read:", *skipped, sep="\n", file=sys.stderr
-        )
+        print(f"skipped {len(skipped)} of {len(names)} files that cannot be read:", *skipped, sep="\n", file=sys.stderr)

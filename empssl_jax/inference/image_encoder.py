@@ -23,16 +23,16 @@ Image = np.ndarray | PIL.Image.Image
 
 
 class ImageEncoder:
-    """A trained encoder; `empssl_jax.load` makes it.
+    """A trained encoder, as `empssl_jax.load` returns it.
 
     Attributes:
-        config: that of the run.
-        state: parameters and BatchNorm statistics, on all devices.
-        step: the checkpoint's.
-        image_size: side in pixels of the training images.
+        config: the run's config.
+        state: parameters and BatchNorm statistics, replicated over all devices.
+        step: the checkpoint's step.
+        image_size: side of the training images in pixels.
     """
 
-    def __init__(self, config: Config, state: EncoderState, step: int, image_size: int):
+    def __init__(self, config: Config, state: EncoderState, step: int, image_size: int) -> None:
         self.config, self.state, self.step, self.image_size = config, state, step, image_size
         self._mesh = device_mesh()
 
@@ -44,26 +44,26 @@ class ImageEncoder:
         indices: Int[np.ndarray, " N"] | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Float32[np.ndarray, "N E"]:
-        """Embeddings of images, the same each time: image 0 gets the random patches of a data set's image 0, and so on.
+        """Embeds images. Results are reproducible: image i gets the same random patches as image i of a data set.
 
-        Images of another size than the training images are resized, so that the shorter side fits, and the middle is
-        cut out. Those of a data set get the embeddings that eval.py computes, bit for bit, in the same order. A batch
-        has the run's `embedding_batch_size`, or for fewer images a power of two of them; each size is compiled once.
+        If the size of an image differs from that of the training images, its largest central square is resized. For the
+        images of a data set, in the same order, the embeddings are bit-identical to those of eval.py. A batch has the
+        run's `embedding_batch_size`; fewer images are padded to a power of two. Each batch size is compiled once.
 
         Args:
-            images: uint8 arrays, (N, H, W, 3) or a list of (H, W), (H, W, 3) and (H, W, 4) of any sizes; the list may
-                hold PIL images too. Gray ones are repeated, transparency is dropped.
-            patches: patches averaged into an embedding; by default as many as in the run's evaluation.
-            indices: numbers that the random patches of each image are drawn by, in place of 0 to N-1.
-            progress: called with the number of images done since the last call, as the `update` of a tqdm.
+            images: uint8, either one array (N, H, W, 3), or a list of arrays (H, W), (H, W, 3) or (H, W, 4) and PIL
+                images, of any sizes. Gray images are converted to RGB, transparency is dropped.
+            patches: patches averaged into an embedding; by default the `valid_patches` of `config.evaluation`.
+            indices: index of each image that decides its random patches, instead of 0 to N-1.
+            progress: called with the number of images done since the last call, like tqdm's `update`.
 
         Raises:
-            UserError: something is no such image, or `patches` is no number of them.
+            UserError: an image is of another kind, `patches` is not valid, or the number of `indices` is not N.
         """
         evaluation = self.config.evaluation
         if patches is not None:
             evaluation = dataclasses.replace(evaluation, valid_patches=patches)
-        require(evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches to embed, as 128")
+        require(evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches, such as 128")
         indices = np.arange(len(images)) if indices is None else np.asarray(indices)
         if len(indices) != len(images):
             raise UserError(f"There are {len(indices)} indices for {len(images)} images: give one for each.")
@@ -85,15 +85,15 @@ class ImageEncoder:
         except (TypeError, ValueError, AttributeError) as error:
             kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise UserError(
-                f"Image {position} is of {kind} ({one_line(error)}): give uint8 arrays (H, W, 3) or PIL images."
+                f"Image {position} has type {kind} ({one_line(error)}): give uint8 arrays (H, W, 3) or PIL images."
             ) from error
 
 
 def to_square(image: Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
-    """An image as RGB, resized so that its shorter side fits, and cut to its middle.
+    """An image as RGB: the largest square at its centre, resized to `side` pixels.
 
     Raises:
-        TypeError, ValueError, AttributeError: it is neither an array of 8-bit pixels nor an image of PIL of 8 or 16.
+        TypeError, ValueError, AttributeError: it is neither an array of 8-bit pixels nor a PIL image of 8 or 16 bits.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
@@ -107,15 +107,15 @@ def to_square(image: Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
 
 
 def load(workdir: str | Path, step: CheckpointChoice = "latest", **evaluation: Any) -> ImageEncoder:
-    """The encoder of a run of train.py, which may be going on.
+    """Loads the encoder of a run, which may still be training.
 
     Args:
         workdir: folder of the run; nothing is written to it.
-        step: checkpoint to restore: its step, or the newest, or ("best") the one with the lowest loss.
-        evaluation: options of `EvaluationConfig` that say how it embeds, in place of the run's.
+        step: checkpoint to restore: its step, the newest ("latest"), or the one with the lowest loss ("best").
+        evaluation: options of `EvaluationConfig` that decide how images are embedded, instead of the run's own.
 
     Raises:
-        UserError: there is no such run or checkpoint, or it is damaged, or an option has a wrong value.
+        UserError: the run or the checkpoint does not exist or is damaged, or an option has a wrong value.
     """
     folder = Path(workdir)
     config, state, restored = restore_encoder(folder, step)

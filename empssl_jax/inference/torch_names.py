@@ -1,12 +1,12 @@
-"""The encoder's arrays by the names and in the layout that PyTorch has them: torchvision's and the authors'.
+"""Converts the encoder's arrays to and from the names and layouts of PyTorch.
 
-The ResNet's arrays have torchvision's names after `backbone.`; the heads' are those of the authors' checkpoints.
-Kernels are (O, I, kh, kw) and (O, I) there. The authors' encoder has two biases that this one has not, each before a
-BatchNorm: in training BatchNorm takes them out again with the mean, and in evaluation
+The ResNet's arrays have torchvision's names, prefixed by `backbone.`; the heads have the names of the authors'
+checkpoints. In PyTorch, kernels have shapes (O, I, kh, kw) and (O, I). The authors' encoder has two biases that this
+one does not have, each before a BatchNorm. In training, BatchNorm subtracts them together with the mean. In evaluation,
 
-    BatchNorm(W x + bias; running mean m) = BatchNorm(W x; running mean m - bias),
+    BatchNorm(W x + bias; running mean m) = BatchNorm(W x; running mean m - bias).
 
-so that a bias is subtracted from the running mean when it is read, and is 0 when it is written.
+Therefore reading subtracts each bias from the running mean, and writing sets it to 0.
 """
 
 import functools
@@ -38,12 +38,12 @@ FOLDED = {
     "pre_feature.0.bias": "pre_feature.1.running_mean",
     "projection.0.bias": "projection.1.running_mean",
 }
-COUNTER = "num_batches_tracked"  # which torch's BatchNorm keeps and does not use
-LISTED = 10  # names that a message lists
+COUNTER = "num_batches_tracked"  # torch's BatchNorm stores it but does not use it
+LISTED = 10  # at most so many names in a message
 
 
 def to_torch(state: EncoderState, config: ModelConfig, step: int) -> TorchWeights:
-    """An encoder as a PyTorch state dictionary of float32 arrays, its BatchNorms having counted `step` batches."""
+    """Converts an encoder to a PyTorch state dictionary of float32 arrays; BatchNorm's batch counters are `step`."""
     names = _names(state, config)
     arrays = map(np.asarray, jax.tree.leaves(state))
     weights = {name: _to_torch_layout(array) for name, array in zip(names, arrays, strict=True)}
@@ -53,12 +53,12 @@ def to_torch(state: EncoderState, config: ModelConfig, step: int) -> TorchWeight
 
 
 def from_torch(weights: TorchWeights) -> tuple[ModelConfig, EncoderState]:
-    """The encoder of a PyTorch state dictionary: its sizes, with the precision float32, and its arrays.
+    """Converts a PyTorch state dictionary to an encoder: its config, with precision float32, and its arrays.
 
-    Names may all begin with `module.`, as those of the authors do.
+    Names may have the prefix `module.`, as in the authors' checkpoints.
 
     Raises:
-        UserError: names are missing or left over, or an array has a shape that does not fit, or is not finite.
+        UserError: names are missing or unexpected, an array has the wrong shape, or a value is not finite.
     """
     weights = {name.removeprefix("module."): array for name, array in weights.items() if not name.endswith(COUNTER)}
     config = _config_of(weights)
@@ -75,7 +75,7 @@ def _names(state: EncoderState, config: ModelConfig) -> list[str]:
     stages = enumerate(BACKBONES[config.backbone].stage_sizes, start=1)
     blocks = [f"layer{stage}.{number}" for stage, size in stages for number in range(size)]
 
-    def name(path) -> str:
+    def name(path: jax.tree_util.KeyPath) -> str:
         _, *modules, leaf = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         if modules[0] != "backbone":
             module = HEADS[modules[0]]
@@ -95,14 +95,14 @@ def _expected_names(backbone: str) -> frozenset[str]:
 
 
 def _config_of(weights: TorchWeights) -> ModelConfig:
-    """The sizes of the encoder whose arrays these are, by the names and by the shapes of a few."""
+    """The config of the encoder with these arrays, inferred from their names and a few of their shapes."""
     expected = {backbone: _expected_names(backbone) for backbone in BACKBONES}
     backbone = min(expected, key=lambda name: len(expected[name] ^ weights.keys()))
-    missing, left_over = expected[backbone] - weights.keys(), weights.keys() - expected[backbone]
-    if missing or left_over:
+    missing, unexpected = expected[backbone] - weights.keys(), weights.keys() - expected[backbone]
+    if missing or unexpected:
         raise UserError(
             f"These are not the arrays of an EMP-SSL encoder with a {backbone}: {_listed('missing', missing)}; "
-            f"{_listed('left over', left_over)}; give a file of `export` or of the authors' code."
+            f"{_listed('unexpected', unexpected)}; give a file written by `export` or by the authors' code."
         )
     stem, hidden, projection = (
         weights[f"{name}.weight"] for name in ("backbone.conv1", "pre_feature.0", "projection.3")
@@ -124,13 +124,13 @@ def _check_arrays(weights: TorchWeights, template: dict[str, jax.ShapeDtypeStruc
     shapes |= {bias: shapes[mean] for bias, mean in FOLDED.items()}
     for name, shape in shapes.items():
         if weights[name].shape != shape:
-            raise UserError(f"{name} has shape {weights[name].shape} in place of {shape}: give another file.")
+            raise UserError(f"{name} has shape {weights[name].shape} instead of {shape}: give another file.")
         if not np.isfinite(weights[name]).all():
             raise UserError(f"{name} is not finite: give a file from before training went wrong.")
 
 
 def _listed(what: str, names: Iterable[str]) -> str:
-    """Names for a message, the first ones of many."""
+    """The number of names and the first few of them, for a message."""
     ordered = [repr(name)[1:-1][:60] for name in sorted(names)]
     more = f" and {len(ordered) - LISTED} more" if len(ordered) > LISTED else ""
     return f"{len(ordered)} {what}{': ' * bool(ordered)}{', '.join(ordered[:LISTED])}{more}"
@@ -141,7 +141,7 @@ def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _to_torch_layout(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """From (kh, kw, I, O), (I, O) and (C,) to (O, I, kh, kw), (O, I) and (C,)."""
+    """Transposes (kh, kw, I, O), (I, O) and (C,) to (O, I, kh, kw), (O, I) and (C,)."""
     return np.ascontiguousarray(np.transpose(array, (3, 2, 0, 1)) if array.ndim == 4 else array.T)
 
 

@@ -1,7 +1,7 @@
-"""Trained encoders as files for PyTorch, and such files as runs.
+"""Exports trained encoders to files for PyTorch, and imports such files as runs.
 
-A .safetensors file needs nothing but this package, a .pt file needs PyTorch. Either holds a state dictionary (see
-torch_names.py) and metadata: strings that say how to build the encoder and what it takes.
+A .safetensors file needs only this package; a .pt file needs PyTorch. Both contain a state dictionary (see
+torch_names.py) and metadata: strings that describe how to build the encoder and what its input is.
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ Metadata = dict[str, str]
 
 
 def export_weights(options: ExportOptions) -> Path:
-    """Writes the file, whole or not at all, and returns its path.
+    """Writes the file atomically and returns its path.
 
     Raises:
-        UserError: there is no such run or checkpoint, or PyTorch is needed and missing.
+        UserError: the run or the checkpoint does not exist or is damaged, or PyTorch is needed but not installed.
         OSError: the file cannot be written.
     """
     if options.format == "torch":
-        _torch()  # refuses before the work
+        _torch()  # raises UserError before the work begins
     encoder = load(options.run, options.step)
     weights = to_torch(encoder.state, encoder.config.model, encoder.step)
     path = Path(options.output or Path(options.run) / f"weights{SUFFIXES[options.format]}")
@@ -57,10 +57,10 @@ def export_weights(options: ExportOptions) -> Path:
 
 
 def import_weights(options: ImportOptions) -> None:
-    """Makes the folder of a run with one checkpoint, of step 0, and a config.
+    """Creates the folder of a run, with a config and one checkpoint at step 0.
 
     Raises:
-        UserError: the file cannot be read or is of something else, or the folder holds a run.
+        UserError: the file cannot be read or does not hold an encoder, or the folder already holds a run.
         StorageError: the folder cannot be written to.
     """
     weights, metadata = _read(Path(options.file))
@@ -83,13 +83,14 @@ def import_weights(options: ImportOptions) -> None:
 
 
 def _base_config(options: ImportOptions, metadata: Metadata) -> Config:
+    """The config file's config, else the one in the metadata, else the defaults."""
     if options.config is not None:
         return read_config_file(options.config)
     return from_json(metadata["config"], options.file) if "config" in metadata else Config()
 
 
 def _with_fresh_heads(weights: TorchWeights, config: Config) -> TorchWeights:
-    """A ResNet's arrays beside heads as training would begin with."""
+    """Adds freshly initialised heads to the arrays of a ResNet; drops its classifier."""
     model = dataclasses.replace(config.model, precision="float32")
     fresh = to_torch(init_encoder(model, parameters_key(config.training.seed)), model, 0)
     heads = {name: array for name, array in fresh.items() if not name.startswith("backbone.")}
@@ -97,7 +98,7 @@ def _with_fresh_heads(weights: TorchWeights, config: Config) -> TorchWeights:
 
 
 def _metadata(encoder: ImageEncoder) -> Metadata:
-    """What a user of the file must know, as strings, and the run's config as JSON."""
+    """Describes the encoder for users of the file, as strings; also contains the run's config as JSON."""
     config = encoder.config
     model = {name: str(value) for name, value in dataclasses.asdict(config.model).items() if name != "precision"}
     size = config.patches.patch_size
@@ -121,9 +122,9 @@ def _write(path: Path, weights: TorchWeights, metadata: Metadata, kind: str) -> 
 
 
 def _read(path: Path) -> tuple[TorchWeights, Metadata]:
-    """The arrays of a file, as float32, and its metadata if it has any; no code in it is run."""
+    """Reads the arrays of a file, as float32, and its metadata if it has any. Executes no code that the file holds."""
     if not path.is_file():
-        raise UserError(f"There is no file {path}: give one of `export` or of the authors' code.")
+        raise UserError(f"There is no file {path}: give a file written by `export` or by the authors' code.")
     is_torch = path.suffix != SUFFIXES["safetensors"]
     torch: Any = _torch() if is_torch else None
     try:
@@ -134,10 +135,10 @@ def _read(path: Path) -> tuple[TorchWeights, Metadata]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         tensors = content.get("state_dict", content)
         return {name: tensor.float().numpy() for name, tensor in tensors.items()}, content.get("metadata", {})
-    except Exception as error:  # each library fails in its own ways on files of something else
+    except Exception as error:  # the libraries raise various exceptions on other files
         raise UserError(
             f"{path} cannot be read ({type(error).__name__}: {one_line(error)}): give a .safetensors file, or a .pt or "
-            ".pth file that holds a state dictionary and nothing else."
+            ".pth file that contains a state dictionary and nothing else."
         ) from error
 
 

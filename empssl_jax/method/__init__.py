@@ -1,8 +1,15 @@
-"""The whole method in one sitting: losses -> patches -> encoder -> train_step -> lars.
+"""The method. Read it in this order: losses -> patches -> encoder -> train_step -> lars.
 
-losses.py has the objective: coding rate and similarity. patches.py turns an image into augmented patches (crops.py and
-augmentations.py have the operations). encoder.py maps patches to embeddings and projections (resnet.py and
-batch_norm.py have its parts). train_step.py puts them together, and lars.py takes the step. random_keys.py derives all
-randomness from (seed, epoch, image index); xla_cpu.py has four computations in the form that XLA's CPU compiler runs
-fast. Everything is a pure function of arrays, state and keys. Imports only `config` and `runtime`.
+EMP-SSL cuts every image of a batch into P random patches, 20 by default. It trains an encoder to give the patches of
+one image similar projections (similarity) while projections of different images spread out (coding rate).
+
+losses.py defines this objective. patches.py turns images into augmented patches; crops.py and augmentations.py have the
+operations. encoder.py maps patches to embeddings and projections; resnet.py and batch_norm.py have its parts.
+train_step.py combines all of them, and lars.py is the optimizer. random_keys.py derives every key from the
+seed; the epoch and the image's index are folded in. xla_cpu.py has four computations in forms that XLA's CPU compiler
+runs fast; read them as the plain formulas in their docstrings.
+
+Axes in annotations: P patches of an image, B images, N patches of all images (B * P), H height, W width, C channels,
+D projection, E embedding. Apart from the Flax modules, everything is a pure function of arrays, state and keys.
+Imports only `config` and `runtime`.
 """

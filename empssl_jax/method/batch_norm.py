@@ -1,7 +1,8 @@
-"""Batch normalisation (Ioffe, Szegedy 2015), its statistics and its gradient in as few passes as possible.
+"""Batch normalisation (Ioffe and Szegedy 2015), with a gradient that reads its arrays as few times as possible.
 
-Automatic differentiation of the textbook formula makes four sums over all positions and patches in the backward pass;
-two are enough, and both passes make their two sums together. Statistics and arithmetic are float32 in any precision.
+Two sums over all positions and patches are enough for the backward pass; automatic differentiation of the textbook
+formula computes four. The forward pass also needs two, and each pass computes its two sums together. Statistics and
+arithmetic are float32 in any precision.
 """
 
 import functools
@@ -13,15 +14,15 @@ from jaxtyping import Array, Float
 
 from empssl_jax.method.xla_cpu import sum_pair
 
-MOMENTUM = 0.9  # share of itself that a running statistic keeps in a step
+MOMENTUM = 0.9  # share of its value that a running statistic keeps in each step
 EPSILON = 1e-5
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation as torch defines it, its statistics shared by all devices along `axis_name`.
+    """Batch normalisation as in torch, with statistics of the whole batch on all devices along `axis_name`.
 
-    In training mode the batch's statistics normalise, and the running ones move towards them; the running variance is
-    the unbiased one, as torch's and unlike Flax's.
+    In training mode, it normalises by the batch's statistics and moves the running statistics towards them. The running
+    variance is the unbiased one, as in torch and unlike in Flax.
     """
 
     def __init__(self, features: int, axis_name: str | None):
@@ -47,14 +48,17 @@ class BatchNorm(nnx.Module):
 def normalise_batch(
     x: Float[Array, "*batch C"], scale: Float[Array, " C"], bias: Float[Array, " C"], axis_name: str | None
 ) -> tuple[Float[Array, "*batch C"], Float[Array, " C"], Float[Array, " C"]]:
-    """Normalises by the batch's statistics; returns the result, the mean, and the biased variance.
+    """Normalises by the batch's statistics; returns the output, the mean and the biased variance.
 
-    Only the first result has a gradient.
+    Gradients flow through the output only, not through the mean and the variance.
     """
     return _forward(x, scale, bias, axis_name)[0]
 
 
-def _forward(x, scale, bias, axis_name):
+def _forward(
+    x: Float[Array, "*batch C"], scale: Float[Array, " C"], bias: Float[Array, " C"], axis_name: str | None
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array, Array]]:
+    """The results of `normalise_batch`, and what its backward pass needs."""
     n = _count(x, axis_name)
     wide = x.astype(jnp.float32)
     sum_x, sum_squares = _channel_sums(wide, wide * wide, axis_name)
@@ -63,17 +67,21 @@ def _forward(x, scale, bias, axis_name):
     return (_affine(x, *_slope_and_offset(mean, var, scale, bias)), mean, var), (x, mean, var, scale)
 
 
-def _backward(axis_name, residuals, cotangents):
+def _backward(
+    axis_name: str | None, residuals: tuple[Array, Array, Array, Array], cotangents: tuple[Array, Array, Array]
+) -> tuple[Float[Array, "*batch C"], Float[Array, " C"], Float[Array, " C"]]:
+    """The gradients for x, scale and bias. Those for scale and bias are sums over all devices."""
     x, mean, var, scale = residuals
     g = cotangents[0].astype(jnp.float32)
     wide = x.astype(jnp.float32)
     n = _count(x, axis_name)
-    rate = jax.lax.rsqrt(var + EPSILON)
+    inverse_deviation = jax.lax.rsqrt(var + EPSILON)
     sum_g, sum_gx = _channel_sums(g, g * wide, axis_name)
-    d_scale = (sum_gx - mean * sum_g) * rate
-    # scale * rate * (g - mean of g - normalised x * mean of (g * normalised x)), as g * a + x * b + c.
-    a = scale * rate
-    b = -a * rate * d_scale / n
+    d_scale = (sum_gx - mean * sum_g) * inverse_deviation
+    # d_x = scale * inverse_deviation * (g - mean of g - normalised x * mean of (g * normalised x)),
+    # written as g * a + x * b + c.
+    a = scale * inverse_deviation
+    b = -a * inverse_deviation * d_scale / n
     c = -a * sum_g / n - mean * b
     return (g * _row(a, x) + wide * _row(b, x) + _row(c, x)).astype(x.dtype), d_scale, sum_g
 
@@ -81,26 +89,34 @@ def _backward(axis_name, residuals, cotangents):
 normalise_batch.defvjp(_forward, _backward)
 
 
-def _slope_and_offset(mean, var, scale, bias):
+def _slope_and_offset(
+    mean: Float[Array, " C"], var: Float[Array, " C"], scale: Float[Array, " C"], bias: Float[Array, " C"]
+) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    """Normalisation, scale and bias as one affine map of each channel."""
     slope = scale * jax.lax.rsqrt(var + EPSILON)
     return slope, bias - mean * slope
 
 
-def _affine(x, slope, offset):
+def _affine(
+    x: Float[Array, "*batch C"], slope: Float[Array, " C"], offset: Float[Array, " C"]
+) -> Float[Array, "*batch C"]:
     return (x.astype(jnp.float32) * _row(slope, x) + _row(offset, x)).astype(x.dtype)
 
 
-def _row(channels, x):
+def _row(channels: Float[Array, " C"], x: Float[Array, "*batch C"]) -> Float[Array, "*ones C"]:
+    """Adds axes of size 1 until `channels` has as many as `x`."""
     return channels.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def _count(x, axis_name: str | None) -> float:
-    """How many numbers a channel has on all devices; as a float, since it can be too large for 32 bits."""
+def _count(x: Float[Array, "*batch C"], axis_name: str | None) -> float:
+    """Number of values in a channel on all devices; a float, since it can exceed 32 bits."""
     devices = jax.lax.axis_size(axis_name) if axis_name else 1
     return float(devices * x.size // x.shape[-1])
 
 
-def _channel_sums(a, b, axis_name: str | None):
-    """Sums of two arrays over all but the channels, on all devices along `axis_name`."""
+def _channel_sums(
+    a: Float[Array, "*batch C"], b: Float[Array, "*batch C"], axis_name: str | None
+) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    """Sums both arrays over all axes but the channels, on all devices along `axis_name`."""
     sums = sum_pair(a, b, tuple(range(a.ndim - 1)))
     return jax.lax.psum(sums, axis_name) if axis_name else sums

@@ -1,7 +1,8 @@
-"""Crops, resized as PIL does it: by two matrices, one for the rows and one for the columns.
+"""Crops, resized as in PIL: one matrix resizes the rows and another one the columns.
 
-Squares of one size are slices. Crops of any size and aspect ratio are one compiled program, since their place and sides
-are traced numbers that only enter the weights of matrices for the whole image, with none outside of the crop.
+All crops of `square_crop` have one size, so it takes a slice. One compiled program of `resize_crop` makes crops of any
+size and aspect ratio: their offsets and sides are traced numbers that only enter the weights of matrices for the whole
+image, in which pixels outside the crop have weight 0.
 """
 
 import math
@@ -17,11 +18,13 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 
 def crop_side(image_side: int, patch_area: float) -> int:
-    """Side in pixels of a square crop that covers `patch_area` of a square image."""
+    """Side in pixels of a square crop that covers the fraction `patch_area` of a square image; at least 1."""
     return max(1, round(math.sqrt(patch_area) * image_side))
 
 
-def square_crop(image: Float[Array, "C H W"], top, left, side: int, size: int) -> Float[Array, "C size size"]:
+def square_crop(
+    image: Float[Array, "C H W"], top: Int[Array, ""] | int, left: Int[Array, ""] | int, side: int, size: int
+) -> Float[Array, "C size size"]:
     """The square of `side` pixels at an offset, resized by bilinear interpolation: as `resize_crop`, but faster."""
     crop = jax.lax.dynamic_slice(image, (0, top, left), (len(image), side, side))
     if side == size:
@@ -31,14 +34,15 @@ def square_crop(image: Float[Array, "C H W"], top, left, side: int, size: int) -
 
 
 def draw_sides(key: Key[Array, ""], image_side: int, area: float, aspect: float) -> Int[Array, "2"]:
-    """Height and width in pixels of a random crop, as torchvision's RandomResizedCrop draws them.
+    """Draws height and width in pixels of a random crop, as torchvision's RandomResizedCrop does.
 
-    The logarithm of their ratio is uniform within that of `aspect` either way, or as far as fits into the image.
+    The logarithm of width / height is uniform in [-log(aspect), log(aspect)], or in the part of this range whose crops
+    fit into the image.
 
     Args:
-        key: of one patch.
+        key: key of one patch.
         image_side: side of the square image in pixels.
-        area: of the crop as a fraction of the image.
+        area: area of the crop as a fraction of the image.
         aspect: highest ratio of the two sides, at least 1.
     """
     limit = min(math.log(aspect), -math.log(area))
@@ -55,13 +59,13 @@ def resize_crop(
     size: int,
     interpolation: Interpolation,
 ) -> Float[Array, "C size size"]:
-    """The crop of `sides` (height, width) at an offset, resized, its values in [0, 255] as the image's."""
+    """The crop of `sides` (height, width) at an offset, resized; values are in [0, 255], as in the image."""
     rows, columns = (
         resize_matrix(start, length, source, size, interpolation)
         for start, length, source in zip((top, left), sides, image.shape[1:], strict=True)
     )
     highest = jax.lax.Precision.HIGHEST
-    # PIL clips after each axis: a cubic overshoots at edges.
+    # PIL clips after each axis: cubic interpolation overshoots at edges.
     wide = jnp.clip(jnp.einsum("chw,jw->chj", image, columns, precision=highest), 0.0, 255.0)
     return jnp.clip(jnp.einsum("chj,ih->cij", wide, rows, precision=highest), 0.0, 255.0)
 
@@ -69,9 +73,10 @@ def resize_crop(
 def resize_matrix(
     start: Int[Array, ""] | int, length: Int[Array, ""] | int, source: int, target: int, interpolation: Interpolation
 ) -> Float[Array, "target source"]:
-    """PIL's resize of `length` pixels from `start` on, of an axis of `source` pixels, to `target` pixels.
+    """The matrix by which PIL resizes a part of an axis to `target` pixels.
 
-    The filter is as wide as a source or a target pixel, whichever is larger.
+    The part has `length` pixels, starts at pixel `start`, and the whole axis has `source` pixels. The filter is as wide
+    as a source pixel or a target pixel, whichever is larger.
     """
     scale = length / target
     pixels = jnp.arange(source)
@@ -82,12 +87,13 @@ def resize_matrix(
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
-def _triangle(x):
+def _triangle(x: Float[Array, "target source"]) -> Float[Array, "target source"]:
+    """The kernel of linear interpolation at distances x."""
     return jnp.maximum(1.0 - x, 0.0)
 
 
-def _cubic(x):
-    """Keys's cubic convolution (1981) with a = -1/2, of distances from 0."""
+def _cubic(x: Float[Array, "target source"]) -> Float[Array, "target source"]:
+    """The kernel of cubic convolution (Keys 1981) with a = -1/2 at distances x."""
     near = (1.5 * x - 2.5) * x * x + 1.0
     far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
     return jnp.where(x < 1.0, near, jnp.where(x < 2.0, far, 0.0))

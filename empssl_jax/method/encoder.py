@@ -1,4 +1,4 @@
-"""The encoder of EMP-SSL: a ResNet, a hidden layer whose output is the embedding, and a projection."""
+"""The encoder of EMP-SSL: a ResNet, a hidden layer whose output is the embedding, and a projection head."""
 
 import functools
 import math
@@ -25,21 +25,21 @@ class EncoderState(NamedTuple):
 
 
 class Encoder(nnx.Module):
-    """Maps patches to embeddings (what is kept) and projections (what the loss sees).
+    """Maps patches to embeddings, which are kept after training, and to projections, which the loss compares.
 
     Its kernels are zeros; `init_encoder` draws them.
 
     Args:
-        config: the sizes, and the precision (not "auto") of activations and matrix products; parameters and BatchNorm
+        config: sizes, and the precision (not "auto") of activations and matrix products. Parameters and BatchNorm
             statistics are float32.
-        axis_name: the mesh axis over which BatchNorm shares its statistics, None outside `jax.shard_map`.
-        remat: compute the insides of the residual blocks again in the backward pass, in place of keeping them.
+        axis_name: mesh axis over which BatchNorm shares its statistics; None outside `jax.shard_map`.
+        remat: compute the activations inside residual blocks again in the backward pass instead of storing them.
     """
 
     def __init__(self, config: ModelConfig, *, axis_name: str | None = None, remat: bool = False):
         dtype = DTYPES[config.precision]
 
-        def linear(features_in, features_out, use_bias=False):
+        def linear(features_in: int, features_out: int, use_bias: bool = False) -> nnx.Linear:
             options = {"kernel_init": ZEROS, "use_bias": use_bias, "dtype": dtype, "rngs": nnx.Rngs(0)}
             return nnx.Linear(features_in, features_out, **options)
 
@@ -53,8 +53,8 @@ class Encoder(nnx.Module):
     def __call__(self, patches: Float[Array, "N H W 3"]) -> tuple[Float[Array, "N E"], Float[Array, "N D"]]:
         """Embeddings and projections of N patches with values in [-1, 1], in float32; neither is normalised.
 
-        In training mode (`encoder.train()`) BatchNorm uses the batch's statistics and updates the running ones;
-        after `encoder.eval()` it uses the running ones.
+        In training mode (`encoder.train()`), BatchNorm uses the batch's statistics and updates the running ones.
+        After `encoder.eval()`, it uses the running ones.
         """
         embeddings = self.embed(patches)
         hidden = nnx.relu(self.projector_norm(self.projector(embeddings)))
@@ -65,30 +65,27 @@ class Encoder(nnx.Module):
         return nnx.relu(self.hidden_norm(self.hidden(self.backbone(patches))))
 
     def embed_stages(self, patches: Float[Array, "N H W 3"]) -> Float[Array, "N S"]:
-        """The means of all stages' maps side by side, in the encoder's dtype."""
+        """The mean of each ResNet stage's map, all stages concatenated, in the encoder's dtype."""
         return jnp.concatenate(self.backbone.stage_means(patches), axis=1)
 
 
 def default_precision() -> Literal["float32", "bfloat16"]:
-    """What precision "auto" means here: bfloat16 where the hardware is made for it."""
+    """The precision that "auto" selects on this machine: float32 on CPU, bfloat16 on accelerators."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def encoder_graph(config: ModelConfig, axis_name: str | None = None, remat: bool = False) -> nnx.GraphDef:
-    """The encoder without its arrays: `nnx.merge(graph, *encoder_state)` makes it whole inside a jitted function."""
+    """The encoder without its arrays. In a jitted function, `nnx.merge(graph, *encoder_state)` makes it an Encoder."""
     return nnx.graphdef(nnx.eval_shape(lambda: Encoder(config, axis_name=axis_name, remat=remat)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_encoder(config: ModelConfig, key: Key[Array, ""]) -> EncoderState:
-    """Fresh parameters, as torch and torchvision draw them, and BatchNorm statistics.
-
-    All are cut from one draw: a draw for each array takes XLA 48 loops and seven times as long to compile.
-    """
+    """New parameters, drawn as in torch and torchvision, and BatchNorm's initial statistics."""
     params, batch_stats = encoder_state(Encoder(config))
     nodes, structure = jax.tree.flatten(params, is_leaf=is_layer)
     sizes = [sum(array.size for array in node.values()) if is_layer(node) else 0 for node in nodes]
-    # Both ends are open: a normal number of the quantile 0 would be infinite.
+    # One draw for all layers: see xla_cpu.py. It excludes -1 and 1, where the inverse error function is infinite.
     uniform = jax.random.uniform(key, (sum(sizes),), minval=np.nextafter(np.float32(-1), np.float32(0)))
     draws = jnp.split(uniform, np.cumsum(sizes)[:-1])
     nodes = [_init_layer(*pair) if is_layer(pair[0]) else pair[0] for pair in zip(nodes, draws, strict=True)]
@@ -101,11 +98,14 @@ def is_layer(node: object) -> bool:
 
 
 def _init_layer(layer: dict[str, Array], uniform: Float[Array, " n"]) -> dict[str, Array]:
-    """A convolution's kernel is normal of variance 2 / fan out, a linear layer uniform within 1 / sqrt(fan in)."""
+    """Turns numbers that are uniform in (-1, 1) into a layer's initial arrays.
+
+    A convolution's kernel is normal with variance 2 / fan out. A linear layer is uniform within 1 / sqrt(fan in).
+    """
     shape = layer["kernel"].shape
 
-    def draw(uniform):
-        if len(shape) == 4:
+    def draw(uniform: Float[Array, " m"]) -> Float[Array, " m"]:
+        if len(shape) == 4:  # sqrt(2) * erf_inv(uniform) is standard normal
             return jax.lax.erf_inv(uniform) * (2 / math.sqrt(math.prod(shape) // shape[2]))
         return uniform / math.sqrt(shape[0])
 
@@ -114,7 +114,7 @@ def _init_layer(layer: dict[str, Array], uniform: Float[Array, " n"]) -> dict[st
 
 
 def encoder_template(config: ModelConfig) -> EncoderState:
-    """The shapes and types of an encoder's arrays."""
+    """The shapes and dtypes of an encoder's arrays."""
     return jax.eval_shape(lambda: init_encoder(config, jax.random.key(0)))
 
 

@@ -11,9 +11,9 @@ from empssl_jax.method.xla_cpu import norm_pair
 
 
 class ClippedTrustRatioState(NamedTuple):
-    """Number of updates made so far: the schedule's position."""
+    """The position in the learning rate schedule."""
 
-    step: jax.Array
+    step: jax.Array  # number of updates made so far
 
 
 def lars(
@@ -23,20 +23,20 @@ def lars(
     trust_coefficient: float = TrainingConfig.trust_coefficient,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """LARS as EMP-SSL's references use it.
+    """LARS as in EMP-SSL's reference implementations.
 
-    Kernels (arrays of more than one dimension) get weight decay and an adapted rate; scales and biases (one
-    dimension) get their plain gradient. Then momentum, then the learning rate.
+    Kernels (arrays of more than one dimension) get weight decay and an adapted rate. Scales and biases (one dimension)
+    keep their plain gradient. Nesterov momentum follows, and then the learning rate.
 
-    `optax.lars` differs: it does not clip the adapted rate at the learning rate, it divides by |g + wd w| where this
-    divides by |g| + wd |w| + eps, it still adapts after a zero gradient, and it applies momentum after the learning
+    `optax.lars` differs in four ways. It does not clip the adapted rate at the learning rate. It divides by |g + wd w|
+    instead of |g| + wd |w| + eps. It adapts the rate after a zero gradient, too. It applies momentum after the learning
     rate.
 
     Args:
         learning_rate: a number or an optax schedule.
         weight_decay: L2 penalty on kernels, at least 0.
         momentum: decay of the accumulated updates, in [0, 1).
-        trust_coefficient: eta of the LARS paper.
+        trust_coefficient: eta in the LARS paper.
         eps: keeps the ratio finite.
     """
     adapt = _clipped_trust_ratio(learning_rate, weight_decay, trust_coefficient, eps)
@@ -47,21 +47,29 @@ def lars(
     )
 
 
-def _clipped_trust_ratio(learning_rate, weight_decay, trust_coefficient, eps) -> optax.GradientTransformation:
-    """Turns g into (g + wd w) * trust |w| / (|g| + wd |w| + eps), the ratio clipped so that lr * ratio <= lr."""
+def _clipped_trust_ratio(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float, trust_coefficient: float, eps: float
+) -> optax.GradientTransformation:
+    """Turns g into (g + wd w) * min(ratio / lr, 1), where ratio = trust_coefficient |w| / (|g| + wd |w| + eps).
 
-    def init(params):
+    The learning rate lr multiplies the result later, so the adapted rate min(ratio, lr) never exceeds that of SGD.
+    Where w or g is zero, g stays as it is.
+    """
+
+    def init(params: optax.Params) -> ClippedTrustRatioState:
         del params
         return ClippedTrustRatioState(step=jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params):
+    def update(
+        updates: optax.Updates, state: ClippedTrustRatioState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ClippedTrustRatioState]:
         rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
 
-        def adapt(g, w):
+        def adapt(g: jax.Array, w: jax.Array) -> jax.Array:
             w_norm, g_norm = norm_pair(w, g)
             ratio = trust_coefficient * w_norm / (g_norm + weight_decay * w_norm + eps)
-            ratio = jnp.minimum(ratio / rate, 1.0)  # clipped: never a larger rate than SGD's
-            return jnp.where((w_norm > 0) & (g_norm > 0), (g + weight_decay * w) * ratio, g)
+            clipped = jnp.minimum(ratio / rate, 1.0)
+            return jnp.where((w_norm > 0) & (g_norm > 0), (g + weight_decay * w) * clipped, g)
 
         return jax.tree.map(adapt, updates, params), ClippedTrustRatioState(step=state.step + 1)
 

@@ -1,8 +1,8 @@
-"""ResNets as torchvision lays them out, without their classifier."""
+"""ResNets with torchvision's layout, without the classifier."""
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,11 @@ from empssl_jax.config import ModelConfig
 from empssl_jax.method.batch_norm import BatchNorm
 from empssl_jax.method.xla_cpu import convolution_to_2x2
 
-ZEROS = jax.nn.initializers.zeros
+ZEROS = jax.nn.initializers.zeros  # for kernels, which `encoder.init_encoder` draws
 
 
 class Convolution(nnx.Conv):
-    """A convolution without bias, padded as torch pads it."""
+    """A convolution without bias, with torch's padding."""
 
     def __init__(self, features_in: int, features_out: int, size: int, stride: int, dtype: DTypeLike):
         super().__init__(
@@ -34,8 +34,8 @@ class Convolution(nnx.Conv):
         )
         self.stride = stride
 
-    def __call__(self, inputs, out_sharding=None):
-        if self.kernel_size == (3, 3) and inputs.shape[1:3] == (2 * self.stride, 2 * self.stride):
+    def __call__(self, inputs: Float[Array, "N H W I"], out_sharding: Any = None) -> Float[Array, "N h w O"]:
+        if self.kernel_size == (3, 3) and inputs.shape[1:3] == (2 * self.stride, 2 * self.stride):  # see xla_cpu.py
             return convolution_to_2x2(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride)
         return super().__call__(inputs, out_sharding=out_sharding)
 
@@ -45,14 +45,14 @@ class BasicBlock(nnx.Module):
 
     expansion = 1
 
-    def __init__(self, features_in: int, features_out: int, stride: int, *, dtype, axis_name):
+    def __init__(self, features_in: int, features_out: int, stride: int, *, dtype: DTypeLike, axis_name: str | None):
         self.conv1 = Convolution(features_in, features_out, 3, stride, dtype)
         self.norm1 = BatchNorm(features_out, axis_name)
         self.conv2 = Convolution(features_out, features_out, 3, 1, dtype)
         self.norm2 = BatchNorm(features_out, axis_name)
         self.shortcut = _shortcut(features_in, features_out, stride, dtype, axis_name)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "N H W I"]) -> Float[Array, "N h w O"]:
         y = nnx.relu(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
         return nnx.relu(y + self.shortcut(x))
@@ -66,7 +66,7 @@ class Bottleneck(nnx.Module):
 
     expansion = 4
 
-    def __init__(self, features_in: int, features_out: int, stride: int, *, dtype, axis_name):
+    def __init__(self, features_in: int, features_out: int, stride: int, *, dtype: DTypeLike, axis_name: str | None):
         features = features_out // self.expansion
         self.conv1 = Convolution(features_in, features, 1, 1, dtype)
         self.norm1 = BatchNorm(features, axis_name)
@@ -76,21 +76,23 @@ class Bottleneck(nnx.Module):
         self.norm3 = BatchNorm(features_out, axis_name)
         self.shortcut = _shortcut(features_in, features_out, stride, dtype, axis_name)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "N H W I"]) -> Float[Array, "N h w O"]:
         y = nnx.relu(self.norm1(self.conv1(x)))
         y = nnx.relu(self.norm2(self.conv2(y)))
         y = self.norm3(self.conv3(y))
         return nnx.relu(y + self.shortcut(x))
 
 
-def _shortcut(features_in: int, features_out: int, stride: int, dtype, axis_name):
+def _shortcut(
+    features_in: int, features_out: int, stride: int, dtype: DTypeLike, axis_name: str | None
+) -> Callable[[Array], Array]:
     if stride == 1 and features_in == features_out:
         return nnx.identity
     return nnx.Sequential(Convolution(features_in, features_out, 1, stride, dtype), BatchNorm(features_out, axis_name))
 
 
 class Backbone(NamedTuple):
-    """What makes one ResNet another."""
+    """The choices that distinguish ResNets."""
 
     block: type[BasicBlock] | type[Bottleneck]
     stage_sizes: tuple[int, int, int, int]  # blocks in each stage
@@ -104,19 +106,19 @@ BACKBONES = {
 
 
 def stage_dims(config: ModelConfig) -> list[int]:
-    """Channels of each stage's map."""
+    """Number of channels of each stage's map."""
     block, stage_sizes = BACKBONES[config.backbone]
     return [block.expansion * config.width * 2**stage for stage in range(len(stage_sizes))]
 
 
 class ResNet(nnx.Module):
-    """A ResNet without its classifier, laid out as torchvision's; returns the global average of its last map.
+    """A ResNet without its classifier; returns the global average of its last map.
 
-    The CIFAR stem is a 3x3 convolution of stride 1; the ImageNet stem, 7x7 of stride 2 and then max pooling, leaves a
-    sixteenth of the positions.
+    The CIFAR stem is a 3x3 convolution of stride 1. The ImageNet stem is a 7x7 convolution of stride 2 and then max
+    pooling, which together leave a sixteenth of the positions.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype, axis_name, remat: bool):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, axis_name: str | None, remat: bool):
         self.backbone, self.remat = config.backbone, remat
         self.has_pooling = config.stem == "imagenet"
         size, stride = (7, 2) if config.stem == "imagenet" else (3, 1)
@@ -136,7 +138,7 @@ class ResNet(nnx.Module):
         return self.stage_means(x)[-1]
 
     def stage_means(self, x: Float[Array, "N H W 3"]) -> list[Float[Array, "N _"]]:
-        """The global average of the last map of each stage."""
+        """The global average of each stage's last map."""
         x = nnx.relu(self.norm(self.stem(x)))
         if self.has_pooling:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

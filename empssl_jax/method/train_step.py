@@ -1,7 +1,8 @@
-"""The train state, and the train step that makes the next one of it and a batch."""
+"""The train state, and the train step, which makes the next state from a state and a batch."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,12 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from empssl_jax.config import Config, TrainingConfig
 from empssl_jax.method.encoder import EncoderState, encoder_graph, encoder_state, init_encoder, is_layer
 from empssl_jax.method.lars import lars
-from empssl_jax.method.losses import emp_ssl_loss, normalise
+from empssl_jax.method.losses import Loss, emp_ssl_loss, normalise
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import parameters_key, training_patches_key
 from empssl_jax.method.xla_cpu import norm_pair
@@ -24,22 +25,21 @@ from empssl_jax.runtime.devices import DATA_AXIS
 class TrainState(NamedTuple):
     """Everything that training changes."""
 
-    step: Int[Array, ""]  # updates made so far
+    step: Int[Array, ""]  # number of updates made so far
     encoder: EncoderState
     optimizer: optax.OptState
 
 
-Batch = tuple[
-    UInt8[Array | np.ndarray, "B H W 3"], Int[Array | np.ndarray, " B"]
-]  # images, and their indices in the data set
+# Images, and their indices in the data set.
+Batch = tuple[UInt8[Array | np.ndarray, "B H W 3"], Int[Array | np.ndarray, " B"]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
-    """From the learning rate to 0 along a half cosine over all steps, after a linear rise if there is a warm-up.
+    """A half cosine from the learning rate to 0 over all steps, after a linear warm-up if there is one.
 
-    The rise begins above 0: there LARS's clipping would let the whole gradient into its momentum, and the next steps,
-    at a higher rate, would make the encoder collapse.
+    The warm-up begins above 0. At a rate of 0, LARS's clipping would let the whole gradient into its momentum, and the
+    next steps, at a higher rate, would make the encoder collapse.
     """
     last_step = config.max_epochs * steps_per_epoch
     warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), last_step - 1)
@@ -50,7 +50,7 @@ def learning_rate_schedule(config: TrainingConfig, steps_per_epoch: int) -> opta
 
 
 def make_optimizer(config: TrainingConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """LARS as the config has it."""
+    """LARS with the config's options."""
     return lars(schedule, config.weight_decay, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
 
 
@@ -65,27 +65,12 @@ def make_train_step(
 ) -> TrainStep:
     """The compiled step (state, batch) -> (state, metrics), data parallel over the devices of the mesh.
 
-    It is `jax.jit(jax.shard_map(...))`, which is what `jax.pmap` has become: each device augments and encodes its
-    share of the images; BatchNorm shares its statistics; the devices exchange projections, so that the coding rate and
-    its gradient are those of the whole batch. The result does not depend on the number of devices. The state is
-    donated: the caller's copy is gone.
+    It is `jax.jit(jax.shard_map(...))`, the successor of `jax.pmap`. Each device augments and encodes its share of the
+    images. BatchNorm shares its statistics, and the devices exchange projections, so the coding rate and its gradient
+    are those of the whole batch. Up to rounding, the result does not depend on the number of devices. The state is
+    donated: the caller cannot use it afterwards.
     """
-    graph = encoder_graph(config.model, DATA_AXIS, config.run.remat)
-
-    def summed_in_float32(node):
-        """Makes shard_map sum a layer's gradients over the devices here, not in the precision of the layer."""
-        return jax.lax.pcast(node, DATA_AXIS, to="varying") if is_layer(node) else node
-
-    def loss_fn(params, batch_stats, patches):
-        num_images, num_patches = patches.shape[:2]
-        encoder = nnx.merge(graph, jax.tree.map(summed_in_float32, params, is_leaf=is_layer), batch_stats)
-        encoder.train()
-        _, projections = encoder(patches.reshape(-1, *patches.shape[2:]))
-        by_patch = jnp.swapaxes(normalise(projections).reshape(num_images, num_patches, -1), 0, 1)
-        loss = emp_ssl_loss(
-            by_patch, config.training.invariance_coefficient, config.training.coding_rate_eps, DATA_AXIS
-        )
-        return loss.total, (loss, encoder_state(encoder).batch_stats)
+    loss_fn = functools.partial(_batch_loss, config.training, encoder_graph(config.model, DATA_AXIS, config.run.remat))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         images, indices = batch
@@ -113,3 +98,32 @@ def make_train_step(
     replicated, split = PartitionSpec(), PartitionSpec(DATA_AXIS)
     sharded = jax.shard_map(step, mesh=mesh, in_specs=(replicated, split), out_specs=replicated)
     return jax.jit(sharded, donate_argnums=0)
+
+
+def _batch_loss(
+    config: TrainingConfig,
+    graph: nnx.GraphDef,
+    params: PyTree[Float[Array, "..."]],
+    batch_stats: PyTree[Float[Array, "..."]],
+    patches: Float[Array, "B P H W 3"],
+) -> tuple[Float[Array, ""], tuple[Loss, PyTree[Float[Array, "..."]]]]:
+    """The loss of the patches, with its parts and the updated BatchNorm statistics. Runs inside `shard_map`."""
+    num_images, num_patches = patches.shape[:2]
+    encoder = nnx.merge(graph, _sum_gradients_in_float32(params), batch_stats)
+    encoder.train()
+    _, projections = encoder(patches.reshape(-1, *patches.shape[2:]))
+    by_patch = jnp.swapaxes(normalise(projections).reshape(num_images, num_patches, -1), 0, 1)
+    loss = emp_ssl_loss(by_patch, config.invariance_coefficient, config.coding_rate_eps, DATA_AXIS)
+    return loss.total, (loss, encoder_state(encoder).batch_stats)
+
+
+def _sum_gradients_in_float32(params: PyTree[Float[Array, "..."]]) -> PyTree[Float[Array, "..."]]:
+    """Returns the parameters unchanged, and makes `shard_map` sum the layers' gradients over devices in float32.
+
+    Otherwise it sums them where a layer has cast its parameters to bfloat16. BatchNorm sums its own gradients.
+    """
+
+    def varying(node: Any) -> Any:
+        return jax.lax.pcast(node, DATA_AXIS, to="varying") if is_layer(node) else node
+
+    return jax.tree.map(varying, params, is_leaf=is_layer)

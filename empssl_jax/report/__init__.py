@@ -1,6 +1,8 @@
-"""A run as one page to look at: RUN/report.html, a single file that opens no connection.
+"""The report of a run: RUN/report.html, a single file that loads nothing from the network.
 
-A run is read (run.py), numbers are computed from it (findings.py) and put into words (remarks.py), curves (charts.py),
-tables (tables.py) and pictures (pictures.py); page.py lays them out with the templates, write_report.py writes the
-file. tensorboard.py writes the pictures for TensorBoard too. May import every room but `inference` and `training`.
+run.py reads the run, findings.py computes numbers from it, and remarks.py describes them in words. charts.py draws
+curves and maps, tables.py makes tables, pictures.py makes pictures. page.py fills the templates with all of these, and
+write_report.py writes the file. tensorboard.py also writes the pictures for TensorBoard.
+
+May import every subpackage except `inference`.
 """

@@ -1,4 +1,4 @@
-"""The numbers of the report: what kNN says of each test image, how many dimensions embeddings fill, maps of them."""
+"""The numbers of the report: kNN's prediction for each test image, the embeddings' effective rank, maps."""
 
 import math
 from typing import NamedTuple
@@ -13,38 +13,38 @@ from empssl_jax.evaluation.knn import knn_scores
 from empssl_jax.evaluation.whitening import whitened
 from empssl_jax.report.charts import spread
 
-SPECTRUM_IMAGES = 2000  # singular values take cubic time
-MAP_IMAGES = 1000  # more would hide each other
-MAP_CLASSES = 10  # as many colours as can be told apart
-NEIGHBOURS = 8  # shown of an image
-EXAMPLES = 6  # images whose neighbours are shown, right and as many wrong
+SPECTRUM_IMAGES = 2000  # the singular value decomposition takes cubic time
+MAP_IMAGES = 1000  # with more, dots would cover each other
+MAP_CLASSES = 10  # with more, colours would be hard to distinguish
+NEIGHBOURS = 8  # shown for an image
+EXAMPLES = 6  # images shown with their neighbours, for each of correct and incorrect predictions
 
 
 class Neighbours(NamedTuple):
-    """The training images nearest to a test image."""
+    """The images of the bank nearest to a test image, the nearest first."""
 
-    image: int
-    predicted: int
-    indices: Int[np.ndarray, " K"]
+    image: int  # index of the test image
+    predicted: int  # its class by kNN
+    indices: Int[np.ndarray, " K"]  # of the neighbours in the bank
     similarities: Float[np.ndarray, " K"]  # cosine
 
 
 class Findings(NamedTuple):
-    """All that the report tells of the embeddings."""
+    """Everything that the report shows about the embeddings."""
 
     predicted: Int[np.ndarray, " N"]  # class of each test image by kNN
-    confusion: Int[np.ndarray, "C C"]  # test images by class and predicted class
-    singular_values: Float[np.ndarray, " R"]  # of the centred test embeddings, falling
-    spectrum_images: int  # test embeddings that these are of
+    confusion: Int[np.ndarray, "C C"]  # number of test images by class and predicted class
+    singular_values: Float[np.ndarray, " R"]  # of the centred test embeddings, descending
+    spectrum_images: int  # number of test embeddings they are computed from
     effective_rank: float
-    map_images: Int[np.ndarray, " M"]  # test images on the maps
-    maps: dict[str, Float[np.ndarray, "M 2"]]  # by method; empty if the embeddings are all the same
+    map_images: Int[np.ndarray, " M"]  # indices of the test images on the maps
+    maps: dict[str, Float[np.ndarray, "M 2"]]  # by method; empty if all embeddings are equal or there are too few
     right: list[Neighbours]
     wrong: list[Neighbours]
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the test images that kNN puts into their class."""
+        """Fraction of the test images that kNN classifies correctly."""
         return float(np.trace(self.confusion) / self.confusion.sum())
 
 
@@ -52,9 +52,9 @@ def examine(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> Find
     """Examines the embeddings of a run.
 
     Args:
-        embeddings: the bank of kNN, and the test images' embeddings, which are classified and shown.
-        config: of kNN.
-        seed: for the maps.
+        embeddings: labelled embeddings; those of the test images are classified and shown.
+        config: the options of kNN and whitening.
+        seed: seed of the maps.
     """
     bank, test = embeddings
     num_classes = max(bank.num_classes, test.num_classes)
@@ -87,25 +87,25 @@ def examine(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> Find
 
 
 def singular_values(embeddings: Float[np.ndarray, "N E"]) -> Float[np.ndarray, " R"]:
-    """Singular values of embeddings about their mean, falling; of N images at most N - 1 are not zero."""
+    """Singular values of the centred embeddings, descending; at most N - 1 of them are not zero."""
     centred = embeddings - embeddings.mean(axis=0, keepdims=True)
     return np.linalg.svd(centred, compute_uv=False)[: max(1, len(embeddings) - 1)]
 
 
 def effective_rank(values: Float[np.ndarray, " R"]) -> float:
-    """exp of the entropy of the singular values' shares (Roy, Vetterli 2007): R if all are equal, 1 if one is not zero.
+    """The exponential of the entropy of the normalised singular values (Roy, Vetterli 2007), from 1 to R.
 
-    If all are zero it is 1.
+    It is R if all singular values are equal, and 1 if at most one is not zero.
     """
     shares = values[values > 0] / values.sum() if values.sum() > 0 else np.ones(1)
     return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
 def draw_maps(embeddings: Float[np.ndarray, "M E"], seed: int) -> dict[str, Float[np.ndarray, "M 2"]]:
-    """Places of embeddings in the plane by PCA, t-SNE and, where it is installed, UMAP.
+    """Maps embeddings to the plane with PCA, t-SNE and, if it is installed, UMAP.
 
-    Directions count, as for kNN: embeddings are scaled to unit length first. Nothing is drawn of fewer than five
-    images, nor of embeddings that are all the same.
+    As in kNN, only directions matter: embeddings are normalised first. There are no maps of fewer than five images, or
+    of embeddings that are all the same.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -116,7 +116,7 @@ def draw_maps(embeddings: Float[np.ndarray, "M E"], seed: int) -> dict[str, Floa
         return {}
     few = PCA(min(50, *unit.shape), random_state=seed % 2**32).fit_transform(unit)
     t_sne = TSNE(perplexity=min(30.0, (len(few) - 1) / 3), init="random", random_state=seed % 2**32)
-    with threadpool_limits(1, "openmp"):  # its threads wait for each other 1000 times: minutes where cores are busy
+    with threadpool_limits(1, "openmp"):  # threads would synchronise 1000 times, which takes minutes on busy cores
         maps = {"PCA": _two_columns(few), "t-SNE": t_sne.fit_transform(few)}
     try:
         import umap
@@ -129,25 +129,25 @@ def draw_maps(embeddings: Float[np.ndarray, "M E"], seed: int) -> dict[str, Floa
 def find_neighbours(
     bank: LabelledEmbeddings, test: LabelledEmbeddings, predicted: Int[np.ndarray, " N"], right: bool
 ) -> list[Neighbours]:
-    """Nearest training images of the first test image of each class that kNN has put right, or wrong.
+    """Finds the nearest neighbours of the first test images that kNN classifies correctly (`right`) or incorrectly.
 
-    Where there are fewer such classes than examples, the next images follow; nothing is chosen by its looks.
+    The first such image of each class comes first. If that gives fewer than `EXAMPLES` images, the next ones follow.
     """
     candidates = np.flatnonzero((predicted == test.labels) == right)
     _, first = np.unique(test.labels[candidates], return_index=True)
     order = np.concatenate([np.sort(first), np.setdiff1d(np.arange(len(candidates)), first)]).astype(int)
     chosen = candidates[order[:EXAMPLES]]
-    neighbours = _unit(bank.embeddings)
+    unit_bank = _unit(bank.embeddings)
     examples = []
     for image in chosen:
-        similarities = neighbours @ _unit(test.embeddings[image])
+        similarities = unit_bank @ _unit(test.embeddings[image])
         nearest = np.argsort(-similarities, kind="stable")[:NEIGHBOURS]
         examples.append(Neighbours(int(image), int(predicted[image]), nearest, similarities[nearest]))
     return examples
 
 
 def map_classes(labels: Int[np.ndarray, " N"]) -> Int[np.ndarray, " K"]:
-    """The classes on the maps: all, or ten that are spread evenly."""
+    """The classes on the maps: all, or ten evenly spread ones."""
     classes = np.unique(labels)
     return classes[spread(len(classes), MAP_CLASSES)]
 
@@ -161,10 +161,11 @@ def _unit(vectors: Float[np.ndarray, "*batch E"]) -> Float[np.ndarray, "*batch E
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-def _two_columns(places: Float[np.ndarray, "M K"]) -> Float[np.ndarray, "M 2"]:
-    return np.pad(places, ((0, 0), (0, max(0, 2 - places.shape[1]))))[:, :2]
+def _two_columns(points: Float[np.ndarray, "M K"]) -> Float[np.ndarray, "M 2"]:
+    """The first two columns; a missing one is filled with zeros."""
+    return np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))[:, :2]
 
 
 def margin(accuracy: float, num_images: int) -> float:
-    """Half the width of the 95 % interval of an accuracy measured on so many images."""
+    """Half the width of the 95 % confidence interval of an accuracy measured on `num_images` images."""
     return 1.96 * math.sqrt(accuracy * (1 - accuracy) / num_images)

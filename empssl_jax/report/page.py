@@ -1,4 +1,4 @@
-"""The report's page: what the templates are given."""
+"""Fills the templates of the report's page."""
 
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from empssl_jax.report.run import Run
 from empssl_jax.report.tables import class_rows, command, duration, flags, numbers, options, percent, worst_pairs
 
 TEMPLATES = Path(__file__).parent / "templates"
-MATRIX_CLASSES = 20  # a larger matrix cannot be read
+MATRIX_CLASSES = 20  # a larger confusion matrix would not be readable
 
-# Of a full ResNet-18 after one epoch on all original images; never measured here. Top-1 and top-5, as fractions.
+# Published top-1 and top-5 accuracies, as fractions, of a full ResNet-18 after one epoch on all original images. They
+# are not measured here.
 PUBLISHED = {
     "cifar10": [
         ("PyTorch Lightning reference, kNN", 0.743, 0.971),
@@ -27,7 +28,7 @@ PUBLISHED = {
 
 
 def render(run: Run, sheet: PatchSheet | None, findings: Findings | None) -> str:
-    """The page, in HTML."""
+    """Returns the page, as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -54,39 +55,39 @@ def render(run: Run, sheet: PatchSheet | None, findings: Findings | None) -> str
 
 
 def _curves(run: Run) -> list[Curve]:
-    """What happened while training."""
+    """The curves of the training; those without data are left out."""
     steps, metrics = run.steps, run.metrics
     drawn = [
-        curve("Loss", steps, metrics["loss"], _short, "What training lowers. It is negative; its two parts follow."),
+        curve("Loss", steps, metrics["loss"], _short, "What training minimises. It is negative; its two parts follow."),
         curve(
             "Coding rate",
             steps,
             metrics["coding_rate_fraction"],
-            _whole_percent,
-            "How far images are spread apart: 0 % if all look the same to the network (collapse), 100 % if they "
-            "are as different as they can be.",
+            _short_percent,
+            "How far apart the images are: 0 % if all look the same to the network (collapse), 100 % if they differ "
+            "as much as possible.",
         ),
         curve(
             "Similarity",
             steps,
             metrics["similarity"],
             lambda value: f"{value:.3f}",
-            "How alike the patches of one image look to the network; 1 is identical.",
+            "How similar the patches of one image look to the network; 1 means identical.",
         ),
-        curve("Learning rate", steps, metrics["learning_rate"], _short, "How large the steps are."),
+        curve("Learning rate", steps, metrics["learning_rate"], _short, "The size of the optimizer's steps."),
         curve(
             "Throughput",
             steps,
             metrics["throughput"],
             lambda value: f"{value:,.0f}",
-            "Patches a second, over ten steps each. The first step, which compiles, is left out.",
+            "Patches per second, averaged over ten steps. The first step, which includes compilation, is left out.",
         ),
         curve(
             "Online probe",
             [probe["seconds"] for probe in run.probes],
             [probe["top1"] for probe in run.probes],
-            _whole_percent,
-            "kNN accuracy while training went on, on fewer images and patches than at the end, and so lower.",
+            _short_percent,
+            "kNN accuracy during training, with fewer images and patches than at the end and therefore lower.",
             x_name="second",
         ),
     ]
@@ -121,14 +122,14 @@ def _about_embeddings(run: Run, findings: Findings) -> dict[str, Any]:
         np.arange(1, len(values) + 1)[above_rounding],
         values[above_rounding] / max(values[0], 1e-30),
         lambda value: f"{value:.3g}",
-        "Spread of the embeddings along each of their directions, the widest first, as a fraction of it.",
+        "Spread of the embeddings along each direction, in descending order, as a fraction of the largest.",
         x_name="direction",
         logarithmic=True,
         mark=(findings.effective_rank, f"effective rank {findings.effective_rank:.1f}"),
     )
     maps: list[Map] = [
-        map_of(title, places, labels[shown], findings.predicted[shown] != labels[shown], classes, names)
-        for title, places in findings.maps.items()
+        map_of(title, points, labels[shown], findings.predicted[shown] != labels[shown], classes, names)
+        for title, points in findings.maps.items()
     ]
     pictures = None
     if run.datasets is not None and maps:
@@ -173,6 +174,6 @@ def _short(value: float) -> str:
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
-def _whole_percent(fraction: float) -> str:
-    """As `percent`, without a zero behind the point."""
+def _short_percent(fraction: float) -> str:
+    """Like `percent`, without a trailing zero."""
     return percent(fraction).replace(".0 %", " %")

@@ -1,4 +1,4 @@
-"""What a run's folder holds, read for the report; what is missing or damaged is left out."""
+"""Reads a run's folder for the report; parts that are missing or damaged are left out."""
 
 import math
 from collections.abc import Sequence
@@ -17,26 +17,26 @@ from empssl_jax.run_folder.results import Accuracy, load_results
 from empssl_jax.run_folder.step_files import METRICS_FILE, PROBE_FILE, TIMING_FILE, read_steps
 
 METRICS = ("loss", "coding_rate", "coding_rate_fraction", "similarity", "learning_rate")
-WINDOW = 10  # steps that the throughput is taken over, as the progress bar does
+WINDOW = 10  # steps that the throughput is averaged over, as in the progress bar
 
 
 class Run(NamedTuple):
-    """A run of train.py."""
+    """What the report needs of a run."""
 
     folder: Path
     config: Config
     steps: Float[np.ndarray, " S"]
-    metrics: dict[str, Float[np.ndarray, " S"]]  # METRICS, "seconds" and "throughput"; NaN where not known
-    devices: str | None  # as "8 x NVIDIA H100"
+    metrics: dict[str, Float[np.ndarray, " S"]]  # METRICS, "seconds" and "throughput"; NaN where unknown
+    devices: str | None  # such as "8 x NVIDIA H100"
     probes: list[dict[str, float]]  # each with "step", "seconds" and "top1"
     results: dict[str, Accuracy]
     embeddings: Embeddings | None
-    datasets: Datasets | None  # of `bank` and `test` only the images that have a label
+    datasets: Datasets | None  # `bank` and `test` contain only images with a label
     class_names: list[str]
 
     @property
     def num_images(self) -> dict[str, int]:
-        """Training and test images, as far as they are known."""
+        """Number of training and test images; empty if unknown."""
         if self.datasets is not None:
             return {"train": len(self.datasets.train.labels), "test": len(self.datasets.test.labels)}
         if self.embeddings is not None:
@@ -45,16 +45,19 @@ class Run(NamedTuple):
 
     @property
     def last_step(self) -> int | None:
-        """Steps of the whole run, None if the number of training images is not known."""
+        """Number of steps in the whole run; None if the number of training images is unknown."""
         if "train" not in self.num_images:
             return None
         return self.num_images["train"] // self.config.training.batch_size * self.config.training.max_epochs
 
 
 def read_run(folder: Path, config: Config, datasets: Datasets | None) -> Run:
-    """Reads what train.py and eval.py have left in a folder; raises UserError if results.json is damaged.
+    """Reads the files that train.py and eval.py wrote into a folder.
 
-    Embeddings that are missing or damaged are left out, and so are images that are not those of the embeddings.
+    Embeddings that are missing or damaged are left out, and so are `datasets` whose images are not the embedded ones.
+
+    Raises:
+        UserError: results.json is damaged.
     """
     lines, times = read_steps(folder / METRICS_FILE), read_steps(folder / TIMING_FILE)
     seconds = {line["step"]: _number(line.get("seconds")) for line in times}
@@ -82,7 +85,7 @@ def read_run(folder: Path, config: Config, datasets: Datasets | None) -> Run:
 
 
 def _steps_per_second(steps: Float[np.ndarray, " S"], seconds: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
-    """Over the ten steps before each; NaN at the first, which compiles, and where the seconds are not known."""
+    """At each step, the mean over up to ten steps; NaN at the first, which includes compilation, and if unknown."""
     rates = np.full(len(steps), math.nan)
     for i in range(1, len(rates)):
         first = max(0, i - WINDOW + 1)
@@ -104,7 +107,7 @@ def _embeddings(folder: Path) -> Embeddings | None:
 
 
 def _of_the_embeddings(datasets: Datasets, embeddings: Embeddings) -> Datasets | None:
-    """The images, of bank and test those that have a label; None if the embeddings are of other images."""
+    """The images, in bank and test only those with a label; None if the embeddings are those of other images."""
     bank, test = datasets.bank, datasets.test
     if len(bank.labels) != len(embeddings.bank.labels) or len(test.labels) != len(embeddings.test.labels):
         return None
@@ -117,16 +120,16 @@ def _with_label(dataset: ImageDataset) -> ImageDataset:
 
 
 def _with_labels(embeddings: Embeddings | None) -> Embeddings | None:
-    """The embeddings whose images have a label; None if a split has none."""
+    """The embeddings of the images with a label; None if a split has no such image."""
     if embeddings is None:
         return None
     kept = Embeddings(labelled(embeddings.bank), labelled(embeddings.test))
     return kept if len(kept.bank.labels) and len(kept.test.labels) else None
 
 
-def _class_names(*known: Sequence[ImageDataset | LabelledEmbeddings]) -> list[str]:
-    """The data set's names of its classes, as UTF-8 even if they are folders with other names."""
-    names = max((held.class_names for splits in known for held in splits), key=len, default=())
+def _class_names(*sources: Sequence[ImageDataset | LabelledEmbeddings]) -> list[str]:
+    """The class names; characters of folder names that are not valid in UTF-8 are replaced."""
+    names = max((split.class_names for splits in sources for split in splits), key=len, default=())
     return [name.encode(errors="replace").decode() for name in names]
 
 

@@ -1,4 +1,4 @@
-"""The report's tables, and numbers as a reader expects them."""
+"""The report's tables, and the formatting of its numbers."""
 
 import dataclasses
 import math
@@ -20,29 +20,29 @@ WORST_PAIRS = 20
 
 
 class ClassRow(NamedTuple):
-    """How kNN does on a class."""
+    """The kNN accuracy of a class."""
 
     name: str
-    images: int
+    images: int  # number of test images
     accuracy: float
-    mistaken_for: str  # the class that it is most often taken for, "" if never
-    counts: list[int]
+    mistaken_for: str  # the most frequent wrong prediction, "" if there is none
+    counts: list[int]  # predictions of each class
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction as a reader expects it."""
+    """A fraction in percent; "-" if it is unknown."""
     return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.1f} %"
 
 
 def flags(text: str) -> markupsafe.Markup:
-    """A text whose options, as --seed, stand out and are not broken."""
+    """Marks up the options in a text, such as --seed, as code without line breaks."""
     return markupsafe.Markup(
         re.sub(r"--[a-z][a-z-]*", r'<code class="flag">\g<0></code>', str(markupsafe.escape(text)))
     )
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words."""
+    """Seconds in readable units, such as 3 min 20 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
@@ -67,21 +67,21 @@ def numbers(run: Run) -> list[list[str]]:
 
 
 def class_rows(confusion: Int[np.ndarray, "C C"], names: list[str]) -> list[ClassRow]:
-    """One row a class, from a confusion matrix of class by predicted class."""
+    """One row per class, from a confusion matrix of class by predicted class."""
     rows = []
     for number, counts in enumerate(confusion):
-        total, others = int(counts.sum()), np.where(np.arange(len(counts)) == number, 0, counts)
-        mistaken = names[int(np.argmax(others))] if others.any() else ""
+        total, mistakes = int(counts.sum()), np.where(np.arange(len(counts)) == number, 0, counts)
+        mistaken = names[int(np.argmax(mistakes))] if mistakes.any() else ""
         accuracy = counts[number] / total if total else math.nan
         rows.append(ClassRow(names[number], total, float(accuracy), mistaken, counts.tolist()))
     return rows
 
 
 def worst_pairs(confusion: Int[np.ndarray, "C C"], names: list[str]) -> list[tuple[str, str, int]]:
-    """The most frequent mistakes: class, what it is taken for, how often."""
+    """The most frequent mistakes: class, predicted class, number of images."""
     mistakes = confusion * (1 - np.eye(len(confusion), dtype=int))
     order = np.argsort(-mistakes, axis=None, kind="stable")[:WORST_PAIRS]
-    pairs = [np.unravel_index(place, mistakes.shape) for place in order]
+    pairs = [np.unravel_index(index, mistakes.shape) for index in order]
     return [(names[i], names[j], int(mistakes[i, j])) for i, j in pairs if mistakes[i, j] > 0]
 
 
@@ -98,7 +98,7 @@ def options(config: Config) -> list[tuple[str, Any, bool]]:
 
 
 def command(config: Config) -> str:
-    """What trains the same again, without a config file, in another folder."""
+    """The command that repeats the run in another folder, without a config file."""
     words = ["python", "train.py", "--workdir", "runs/again"]
     for name, value, differs in options(config):
         if name == "--workdir":

@@ -1,6 +1,6 @@
-"""What TensorBoard shows besides curves: the patches that the network saw, and the embedding projector.
+"""Writes what TensorBoard shows besides curves: the patches that the network saw, and the embedding projector.
 
-Files are written here and now: tensorboardX's SummaryWriter leaves that to a thread, which hangs on a full disk.
+Files are written synchronously: tensorboardX's SummaryWriter leaves this to a thread, which hangs on a full disk.
 """
 
 import time
@@ -15,7 +15,7 @@ from empssl_jax.report.findings import Findings
 from empssl_jax.report.pictures import PatchSheet, as_grid, encoded, sprite
 from empssl_jax.report.run import Run
 
-DIMENSIONS = 50  # principal components that the projector gets: it reads numbers as text
+DIMENSIONS = 50  # principal components for the projector, which reads numbers as text
 
 PROJECTOR_CONFIG = """embeddings {
   tensor_name: "test images"
@@ -31,7 +31,7 @@ SPRITE_CONFIG = """  sprite {{
 
 
 def write_pictures(run: Run, sheet: PatchSheet | None, findings: Findings | None) -> None:
-    """Writes what there is into the run's tensorboard/."""
+    """Writes the patches and the embeddings, if they are given, into the run's tensorboard/."""
     folder = run.folder / "tensorboard"
     if sheet is not None:
         _write_patches(folder, sheet)
@@ -54,7 +54,7 @@ def _write_patches(folder: Path, sheet: PatchSheet) -> None:
 
 
 def _write_projector(folder: Path, run: Run, findings: Findings) -> None:
-    """Embeddings of the test images on the report's maps, with their classes and thumbnails."""
+    """Writes the embeddings of the test images on the report's maps, with their classes and thumbnails."""
     assert run.embeddings is not None
     test, shown = run.embeddings.test, findings.map_images
     (folder / "projector").mkdir(parents=True, exist_ok=True)

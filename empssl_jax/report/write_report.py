@@ -22,17 +22,17 @@ REPORT_FILE = "report.html"
 
 
 def write_report(workdir: Path, config: Config, datasets: Datasets | None) -> Path:
-    """Writes the page of a run, and its pictures for TensorBoard; returns the page's path.
+    """Writes the page of a run, and its pictures for TensorBoard; returns the path of the page.
 
     Args:
-        workdir: folder of the run; whatever it does not hold yet is left out of the page.
-        config: how the run was trained and measured.
-        datasets: "train", "bank" and "test", as the run uses them; None leaves the pictures out.
+        workdir: folder of the run; what it does not contain yet is left out of the page.
+        config: the config that the run was trained and measured with.
+        datasets: the run's images; None leaves the pictures out.
     """
     run = read_run(workdir, config, datasets)
     sheet = training_patches(config, run.datasets.train) if run.datasets else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of scikit-learn and UMAP, about their own ways
+        warnings.simplefilter("ignore")  # scikit-learn and UMAP warn about their own internals
         seed = config.training.seed
         findings = examine(run.embeddings, config.evaluation, seed) if run.embeddings else None
     path = workdir / REPORT_FILE
@@ -43,12 +43,12 @@ def write_report(workdir: Path, config: Config, datasets: Datasets | None) -> Pa
 
 
 def try_to_report(workdir: Path, config: Config, datasets: Datasets | None) -> None:
-    """Writes the report in the first process; whatever goes wrong is told in a sentence and harms no run."""
+    """Writes the report, in the first process only. If this fails, prints a warning; the run still succeeds."""
     if not is_first_process():
         return
     try:
         print(f"wrote {write_report(workdir, config, datasets)}")
-    except Exception as error:  # the run is done and saved, and must not end as a failure because of a picture
+    except Exception as error:  # the run is complete and saved, so a failing report must not make it fail
         reason = f"{type(error).__name__}: {one_line(error)}"
         print(
             f"warning: {workdir / REPORT_FILE} could not be written ({reason}): the run is complete, and `empssl "
@@ -58,7 +58,7 @@ def try_to_report(workdir: Path, config: Config, datasets: Datasets | None) -> N
 
 
 def report_run(options: ReportOptions) -> None:
-    """Writes the report of a run. If the data set is not available, warns and leaves the images out."""
+    """Writes the report of a run. If the data set is not available, prints a warning and leaves the pictures out."""
     folder = Path(options.run)
     config = load_config(folder)
     if options.data_dir is not None:
@@ -67,5 +67,5 @@ def report_run(options: ReportOptions) -> None:
     try:
         datasets = load_datasets(config)
     except UserError as error:
-        print(f"warning: the report has no pictures, since the images cannot be had: {error}", file=sys.stderr)
+        print(f"warning: the report has no pictures because the images are not available: {error}", file=sys.stderr)
     print(f"wrote {write_report(folder, config, datasets)}")

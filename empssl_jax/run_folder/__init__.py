@@ -1,6 +1,6 @@
-"""The folder of a run: what is written while it trains, and read when it resumes or is measured.
+"""The folder of a run: files that training writes, and that resumption and evaluation read.
 
 workdir.py locks the folder. saved_config.py, checkpoints.py (with digests.py), results.py and step_files.py each own
-the files that they are named after; metrics.py writes what a step reports, and loggers.py sends it elsewhere. Imports
-only `config` and `runtime`.
+the files that they are named after. metrics.py writes the metrics of each step, and loggers.py sends them to
+TensorBoard and Weights & Biases. Imports only `config` and `runtime`.
 """

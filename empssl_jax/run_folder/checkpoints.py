@@ -1,4 +1,4 @@
-"""Checkpoints of a run by Orbax, every array verified against a digest."""
+"""Checkpoints of a run, saved by Orbax; every restored array is verified against a digest."""
 
 import contextlib
 import gc
@@ -20,19 +20,19 @@ from empssl_jax.runtime.distributed import first_process_first, is_first_process
 
 
 class _DamagedError(Exception):
-    """A checkpoint does not hold what was saved."""
+    """A checkpoint is incomplete or differs from what was saved."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for the saves under way.
+    """The checkpoints of one run; a context manager that waits for unfinished saves on exit.
 
     Each holds the encoder, the optimizer, and a record: the loss and a digest of every array. Neither Orbax nor the
-    file system notices flipped bits, and a missing chunk of an array reads as zeros: the digests tell.
+    file system notices flipped bits, and a missing chunk of an array reads as zeros; the digests detect both.
 
     Args:
-        workdir: folder of the run; gets checkpoints/.
+        workdir: folder of the run; checkpoints go into its subfolder checkpoints/.
         max_to_keep: newest checkpoints to keep, besides the one with the lowest loss.
-        read_only: leave the folder as it is, so that another process may be using it.
+        read_only: change nothing in the folder, since another process may be using it.
 
     Raises:
         UserError: the folder cannot be used.
@@ -43,13 +43,14 @@ class Checkpoints:
         self._folder = workdir.absolute() / "checkpoints"
         self._losses: dict[int, float] = {}
         self._max_to_keep = max_to_keep
-        # Folders of saves that a killed process left unfinished go.
+        # Orbax removes the unfinished saves of a killed process, unless the folder is read-only.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self, cleanup_tmp_directories=not read_only, create=not read_only
         )
         try:
             if not read_only:
-                self._folder.mkdir(parents=True, exist_ok=True)  # Orbax would notice a file in its place when it saves
+                # Orbax would notice a file of this name only when saving.
+                self._folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         except (OSError, ValueError) as error:
             raise UserError(
@@ -59,7 +60,7 @@ class Checkpoints:
             try:
                 self._losses[step] = self._read_record(step)["loss"]
             except _DamagedError:
-                continue  # told when it is restored
+                continue  # reported when it is restored
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -69,17 +70,17 @@ class Checkpoints:
             with self._storage_errors():
                 self._manager.close()
         except StorageError:
-            if exception[0] is None:  # what happened before matters more
+            if exception[0] is None:  # an earlier exception matters more
                 raise
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
-        """Orbax's PreservationPolicy: keeps the newest and the best."""
+        """Orbax's PreservationPolicy: keeps the newest checkpoints and the best."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*sorted(steps)[-self._max_to_keep :], self._best(steps)}
         return [step in kept for step in steps]
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, the oldest first."""
+        """Steps of all checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
@@ -87,11 +88,11 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, encoder: PyTree, optimizer: Any, loss: float) -> None:
-        """Starts saving in the background.
+        """Starts a save in the background; does nothing if the step is already saved.
 
         Raises:
             DivergenceError: an array is not finite.
-            StorageError: this save, or the one before, failed.
+            StorageError: this save or the previous one failed.
         """
         saved = self._manager.all_steps()
         if step in saved:
@@ -107,17 +108,17 @@ class Checkpoints:
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         if not self._folder.is_dir():
             raise self._storage_error("the folder is gone")
-        gc.collect()  # Orbax leaves cycles behind that would keep the state of the save before in memory
+        gc.collect()  # Orbax leaves reference cycles that would keep the previously saved state in memory
         with self._storage_errors():
             self._manager.save(step, args=ocp.args.Composite(**saves, record=ocp.args.JsonSave(record)))
 
     def check(self) -> None:
-        """Raises StorageError if a save has failed in the background; else it would come out at the next save."""
+        """Raises StorageError now if a save in the background has failed, instead of at the next save."""
         with self._storage_errors():
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when all saves are on disk; raises StorageError if one failed."""
+        """Waits until all saves are on disk; raises StorageError if one failed."""
         with self._storage_errors():
             self._manager.wait_until_finished()
 
@@ -129,24 +130,24 @@ class Checkpoints:
     def restore(
         self, encoder: PyTree, optimizer: Any, sharding: Sharding, choice: CheckpointChoice
     ) -> tuple[int, PyTree, Any]:
-        """The step, encoder and optimizer state of a checkpoint, as they were saved to the bit.
+        """The step, encoder and optimizer state of a checkpoint, bit-identical to what was saved.
 
-        A damaged newest checkpoint is passed over, with a warning, for the one before.
+        With the choice "latest", damaged checkpoints are skipped with a warning.
 
         Args:
-            encoder: shapes and types, as `jax.eval_shape` makes them.
-            optimizer: the same.
-            sharding: where the arrays go.
-            choice: a step, or the newest, or the one with the lowest loss.
+            encoder: shapes and types of the encoder's arrays, as `jax.eval_shape` returns them.
+            optimizer: shapes and types of the optimizer's arrays.
+            sharding: sharding of the restored arrays.
+            choice: a step, "latest", or "best" (the lowest loss).
 
         Raises:
-            UserError: there is no such checkpoint, or it is damaged or of another model.
+            UserError: there is no such checkpoint, it is damaged, or it is of another model.
         """
         step, items = self._restore(choice, sharding, encoder=encoder, optimizer=optimizer)
         return step, items["encoder"], items["optimizer"]
 
     def set_aside_after(self, step: int) -> None:
-        """Moves newer checkpoints, which were passed over as damaged, to damaged/ of the workdir."""
+        """Moves newer checkpoints, which `restore` skipped as damaged, to damaged/ in the workdir."""
         with first_process_first():
             for newer in [newer for newer in self._manager.all_steps() if newer > step]:
                 if is_first_process():
@@ -155,11 +156,11 @@ class Checkpoints:
         self._manager.reload()
 
     def _set_aside(self, step: int) -> None:
-        place = self._workdir / "damaged" / str(step)
-        place.parent.mkdir(exist_ok=True)
-        while place.exists():
-            place = place.with_name(place.name + "+")
-        (self._folder / str(step)).rename(place)
+        target = self._workdir / "damaged" / str(step)
+        target.parent.mkdir(exist_ok=True)
+        while target.exists():
+            target = target.with_name(target.name + "+")
+        (self._folder / str(step)).rename(target)
 
     def _restore(self, choice: CheckpointChoice, sharding: Sharding, **templates: Any) -> tuple[int, dict[str, Any]]:
         steps = self._find(choice)
@@ -168,14 +169,14 @@ class Checkpoints:
                 return step, self._read(step, sharding, templates)
             except _DamagedError as error:
                 print(f"warning: checkpoint {step} in {self._folder} is damaged: {error}", file=sys.stderr)
-        passed_over = ", ".join(map(str, steps))
+        tried = ", ".join(map(str, steps))
         raise UserError(
-            f"No undamaged checkpoint is left in {self._folder} (tried {passed_over}): choose another by --step of "
-            "eval.py, or train anew in another --workdir."
+            f"No undamaged checkpoint is left in {self._folder} (tried {tried}): choose another with --step of "
+            "eval.py, or train again in another --workdir."
         )
 
     def _read(self, step: int, sharding: Sharding, templates: dict[str, Any]) -> dict[str, Any]:
-        """The items of a checkpoint; raises _DamagedError unless they are what was saved."""
+        """The items of a checkpoint; raises _DamagedError if they differ from what was saved."""
         restores = {
             name: ocp.args.StandardRestore(
                 jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), template)
@@ -185,25 +186,25 @@ class Checkpoints:
         recorded = self._read_record(step)["digests"]
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**restores))
-        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own errors
             raise _DamagedError(_reason(error)) from error
         items = {name: restored[name] for name in templates}
         for path, digest in array_digests(items).items():
             if digest != recorded.get(path):
-                raise _DamagedError(f"{path} is not as it was saved")
+                raise _DamagedError(f"{path} differs from what was saved")
         return items
 
     def _read_record(self, step: int) -> dict[str, Any]:
         try:
             record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-        except Exception as error:  # Orbax, JSON and the file system each raise their own
+        except Exception as error:  # Orbax, JSON and the file system each raise their own errors
             raise _DamagedError(_reason(error)) from error
         if not is_sealed(record):
-            raise _DamagedError("its record is not as it was saved")
+            raise _DamagedError("its record differs from what was saved")
         return record
 
     def _find(self, choice: CheckpointChoice) -> list[int]:
-        """The steps to try, in this order."""
+        """The steps to try, in order."""
         steps = self.steps()[::-1]
         if not steps:
             raise UserError(f"{self._folder} holds no checkpoint: train first, or give the --workdir of a trained run.")
@@ -212,7 +213,8 @@ class Checkpoints:
         if choice == "best":
             return [self._best(steps)]
         if choice not in steps:
-            raise UserError(f"--step is {choice}: {self._folder} has {', '.join(map(str, reversed(steps)))}.")
+            available = ", ".join(map(str, reversed(steps)))
+            raise UserError(f"--step is {choice}: {self._folder} has {available}, so give one of these.")
         return [choice]
 
     def _best(self, steps: Sequence[int]) -> int:
@@ -223,17 +225,17 @@ class Checkpoints:
     def _storage_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own errors
             raise self._storage_error(error) from error
 
     def _storage_error(self, error: object) -> StorageError:
         return StorageError(
             f"A checkpoint could not be saved in {self._folder} ({_reason(error)}): those before it are kept, and the "
-            "same command resumes there once that is mended."
+            "same command resumes there once the cause is fixed."
         )
 
 
 def _reason(error: object) -> str:
-    """The first line of an error; of a long one its two ends, which name the kind and the cause."""
+    """The first line of an error; if it is long, only its two ends, which name the kind and the cause."""
     line = str(error).strip().split("\n")[0] or type(error).__name__
     return line if len(line) <= 200 else f"{line[:80]} ... {line[-120:]}"

@@ -1,4 +1,4 @@
-"""Digests of arrays: what a checkpoint records when it is saved and compares when it is restored."""
+"""Digests of arrays: a checkpoint stores them when it is saved and compares them when it is restored."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ Digests = dict[str, str]
 
 
 def array_digests(tree: PyTree) -> Digests:
-    """SHA-256 of each array of a pytree, with its shape and type, by its path."""
+    """SHA-256 of each array of a pytree, including its shape and type, by its path."""
     return {jax.tree_util.keystr(path): _digest(np.asarray(leaf)) for path, leaf in _leaves(tree)}
 
 
@@ -23,19 +23,20 @@ def first_not_finite(tree: PyTree) -> str | None:
 
 
 def seal(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of JSON's types with a digest of itself."""
+    """A copy of a JSON-serializable record with a digest of itself."""
     return record | {"seal": _text_digest(record)}
 
 
 def is_sealed(record: object) -> bool:
-    """Whether a record is as `seal` made it."""
+    """Whether a record is unchanged since `seal` returned it."""
     if not isinstance(record, dict):
         return False
     rest = {name: value for name, value in record.items() if name != "seal"}
     return record.get("seal") == _text_digest(rest)
 
 
-def _leaves(tree):
+def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
+    """The leaves of a pytree and their paths."""
     return jax.tree_util.tree_leaves_with_path(tree)
 
 

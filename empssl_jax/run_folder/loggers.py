@@ -1,4 +1,4 @@
-"""Where curves are sent besides metrics.jsonl: TensorBoard's event files, and Weights & Biases if asked for."""
+"""Loggers of curves, besides metrics.jsonl: TensorBoard's event files and, with --wandb, Weights & Biases."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from empssl_jax.run_folder.saved_config import to_json
 
 @runtime_checkable
 class Logger(Protocol):
-    """Takes named numbers of a step."""
+    """Records named numbers of each step."""
 
     def add(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -25,9 +25,9 @@ class Logger(Protocol):
 
 
 class EventFile:
-    """TensorBoard's event file, written by the caller's thread: that of tensorboardX would hang on a full disk.
+    """TensorBoard's event file, written in the caller's thread: tensorboardX's own thread would hang on a full disk.
 
-    Steps from `first_step` on that earlier files hold are hidden.
+    TensorBoard hides the steps from `first_step` on that earlier files hold.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -36,7 +36,7 @@ class EventFile:
         self._writer.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Writes numbers of a step by their tags."""
+        """Writes the numbers of a step, by tag."""
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
         self._writer.flush()
@@ -47,10 +47,10 @@ class EventFile:
 
 
 class WandbRun:
-    """A run of Weights & Biases, kept below the run's folder.
+    """A run of Weights & Biases, with its files in the run's folder.
 
-    A resumed run is another one there, of the same group, so that nothing has to be asked of its server; WANDB_MODE,
-    WANDB_PROJECT and the like hold as always.
+    A resumed run becomes a new Weights & Biases run in the same group, which needs no query to the server. WANDB_MODE,
+    WANDB_PROJECT and its other environment variables apply.
     """
 
     def __init__(self, config: Config):
@@ -62,15 +62,15 @@ class WandbRun:
         self._run.define_metric("*", step_metric="step")
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Logs numbers of a step by their tags."""
+        """Logs the numbers of a step, by tag."""
         self._run.log(values | {"step": step})
 
     def close(self) -> None:
-        """Waits until everything is handed over."""
+        """Finishes the run; waits until all numbers are handed over."""
         self._run.finish()
 
 
 def check_wandb(config: Config) -> None:
-    """Raises UserError if Weights & Biases is asked for and not installed."""
+    """Raises UserError if --wandb is given and the package wandb is not installed."""
     if config.run.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError('--wandb needs the package of that name: pip install "empssl_jax[wandb]", or leave it out.')

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: a progress bar, metrics.jsonl, timing.jsonl, probe.jsonl and loggers."""
+"""What training reports: a progress bar, metrics.jsonl, timing.jsonl, probe.jsonl and loggers."""
 
 import collections
 import contextlib
@@ -22,16 +22,16 @@ from empssl_jax.runtime.distributed import is_first_process
 class MetricsWriter:
     """Writes the metrics of each step once and in order, also across interruptions; a context manager.
 
-    Every process checks them and knows their mean; the first one writes.
+    Every process checks the metrics and computes the mean loss; only the first process writes.
 
     Args:
-        workdir: folder of the run; gets metrics.jsonl and timing.jsonl, one JSON object a step, and tensorboard/.
-        first_step: the step that training starts or resumes at; what an interrupted run wrote from there on is
-            dropped, since those steps are made again.
+        workdir: folder of the run; gets metrics.jsonl and timing.jsonl, with one JSON object a step, and tensorboard/.
+        first_step: the step at which training starts or resumes. Lines that an interrupted run wrote from this step on
+            are dropped, since these steps run again.
         last_step: number of steps in the whole run.
         patches_per_step: for the throughput.
-        coding_rate_bounds: the coding rates that are shown as 0 and as 1.
-        loggers: what else takes the numbers, in the first process; closed with the writer.
+        coding_rate_bounds: the coding rates that `coding_rate_fraction` maps to 0 and 1.
+        loggers: further loggers of the first process; closed with the writer.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MetricsWriter:
         self._coding_rate_bounds = coding_rate_bounds
         self._pending: tuple[int, dict[str, Array]] | None = None
         self._losses: list[float] = []
-        self._probed: dict[str, str] = {}  # what the bar shows of the last probe
+        self._probed: dict[str, str] = {}  # the last probe, for the progress bar
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -71,16 +71,16 @@ class MetricsWriter:
                 logger.close()
 
     def add(self, step: int, metrics: dict[str, Array]) -> None:
-        """Takes the metrics of a step and writes those of the step before, so that the devices never wait.
+        """Takes the metrics of a step and writes those of the previous step, so that the devices never wait.
 
         Raises:
-            DivergenceError: those of the step before are not finite.
+            DivergenceError: the metrics of the previous step are not finite.
         """
         self._write_pending()
         self._pending = step, metrics
 
     def flush(self) -> float:
-        """Writes those of the last step too; returns the mean loss of the steps since the last flush, see `add`."""
+        """Writes the metrics of the last step too; returns the mean loss since the last flush. Raises like `add`."""
         self._write_pending()
         if self._writes:
             os.fsync(self._lines.fileno())  # a checkpoint of these steps must not outlive their metrics
@@ -88,11 +88,11 @@ class MetricsWriter:
         return sum(losses) / len(losses)
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
-        """What happens inside counts neither for the seconds of training nor for the throughput."""
+        """A context whose time counts neither as training time nor for the throughput."""
         return self._timing.clock.paused() if self._writes else contextlib.nullcontext()
 
     def add_probe(self, steps_done: int, accuracy: dict[str, float]) -> None:
-        """Writes what an online probe measured after so many steps, with the seconds of training, into probe.jsonl."""
+        """Writes an online probe's accuracies after `steps_done` steps, and the training time, to probe.jsonl."""
         if not self._writes:
             return
         line = {"step": steps_done, "seconds": round(self._timing.clock.seconds(), 3), **accuracy}

@@ -1,4 +1,4 @@
-"""What was measured of a run: results.json, accuracies by the name of the measure."""
+"""results.json: the measured accuracies of a run, by the name of the measure."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,11 @@ from empssl_jax.runtime.atomic_write import atomic_write
 from empssl_jax.runtime.distributed import is_first_process
 
 RESULTS_FILE = "results.json"
-Accuracy = dict[str, Any]  # "top1" and "top5", as fractions; of a run also "embeddings", in words how these were made
+Accuracy = dict[str, Any]  # "top1" and "top5" as fractions; for runs also "embeddings": how these were made, in words
 
 
 def format_table(results: dict[str, Accuracy]) -> str:
-    """Accuracies in percent, a line each; of which embeddings, if not all are of the same."""
+    """Accuracies in percent, one a line; with a column for the embeddings if these differ."""
     width = max(map(len, results))
     differ = len({value.get("embeddings") for value in results.values()}) > 1
     lines = [f"{'':{width}}   top-1   top-5"]
@@ -24,26 +24,26 @@ def format_table(results: dict[str, Accuracy]) -> str:
 
 
 def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
-    """Writes results into the folder's results.json, beside those of other names that are there; returns all.
+    """Adds results to the folder's results.json, replacing those of the same name; returns all of them.
 
     Args:
-        folder: of the run, or of the embeddings.
+        folder: folder of the run, or of the embeddings.
         results: accuracies by the name of the measure.
     """
-    together = load_results(folder) | results
+    merged = load_results(folder) | results
     if is_first_process():
         with atomic_write(folder / RESULTS_FILE) as file:
-            file.write((json.dumps(together, indent=2) + "\n").encode())
-    return together
+            file.write((json.dumps(merged, indent=2) + "\n").encode())
+    return merged
 
 
 def of_embeddings(made: str | None, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
-    """The results, each with how the embeddings were made that it is of; None if that is not known."""
+    """The results, each with how its embeddings were made; unchanged if `made` is None (unknown)."""
     return {name: accuracy | ({} if made is None else {"embeddings": made}) for name, accuracy in results.items()}
 
 
 def load_results(folder: Path) -> dict[str, Accuracy]:
-    """What results.json holds, nothing if there is none; raises UserError if it is anything else."""
+    """The results in results.json, empty if there is no such file; raises UserError if it is invalid."""
     path = folder / RESULTS_FILE
     try:
         results = dict(json.loads(path.read_bytes())) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""What a run's folder says of the run: its config and the size of its images, as JSON."""
+"""A run's config and the size of its images, as JSON files in its folder."""
 
 import dataclasses
 import json
@@ -10,17 +10,17 @@ from empssl_jax.runtime.atomic_write import atomic_write
 
 CONFIG_FILE = "config.json"
 IMAGES_FILE = "images.json"
-DEFAULT_IMAGE_SIZE = 32  # of runs that do not say
+DEFAULT_IMAGE_SIZE = 32  # of runs that do not record it
 
 
 def to_json(config: Config) -> str:
-    """The config as JSON, one object a group, without the processes, which are no part of the run."""
+    """The config as JSON, one object a group, without `distributed`: processes are not part of the run."""
     groups = {name: values for name, values in dataclasses.asdict(config).items() if name != "distributed"}
     return json.dumps(groups, indent=2) + "\n"
 
 
 def from_json(text: str | bytes, source: object) -> Config:
-    """Reads `to_json`'s output back; raises UserError naming `source` if it is anything else."""
+    """Parses the output of `to_json`; raises UserError, naming `source`, for any other text."""
     try:
         groups = json.loads(text)
         types = {field.name: field.default_factory for field in dataclasses.fields(Config)}
@@ -29,7 +29,7 @@ def from_json(text: str | bytes, source: object) -> Config:
         raise UserError(f"{source} has a wrong value: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = one_line(error)
-        raise UserError(f"{source} is not a config of this version of empssl_jax ({reason}): train anew.") from error
+        raise UserError(f"{source} is not a config of this version of empssl_jax ({reason}): train again.") from error
 
 
 def save_config(workdir: Path, config: Config) -> None:
@@ -39,21 +39,21 @@ def save_config(workdir: Path, config: Config) -> None:
 
 
 def load_config(workdir: Path) -> Config:
-    """The config of a run; raises UserError if the folder is not that of a run."""
+    """The config of a run; raises UserError if the folder holds no valid config."""
     path = workdir / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"--workdir {workdir} has no {CONFIG_FILE}: give the folder of a run of train.py.")
+        raise UserError(f"--workdir {workdir} has no {CONFIG_FILE}: give the folder of a run.")
     return from_json(path.read_bytes(), path)
 
 
 def save_image_size(workdir: Path, size: int) -> None:
-    """Writes down the side in pixels of the training images, which the config leaves to the data set."""
+    """Saves the side of the training images in pixels, which the config may leave to the data set."""
     with atomic_write(workdir / IMAGES_FILE) as file:
         file.write(json.dumps({"size": size}).encode())
 
 
 def load_image_size(workdir: Path) -> int:
-    """The side in pixels of a run's training images; raises UserError if the file is of something else."""
+    """The side of a run's training images in pixels; raises UserError if the file is invalid."""
     path = workdir / IMAGES_FILE
     try:
         size = json.loads(path.read_bytes())["size"] if path.exists() else DEFAULT_IMAGE_SIZE
@@ -61,4 +61,6 @@ def load_image_size(workdir: Path) -> int:
             raise ValueError(f"size {size!r}")
         return size
     except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}): delete it for {DEFAULT_IMAGE_SIZE}.") from error
+        raise UserError(
+            f"{path} cannot be read ({one_line(error)}): delete it to use {DEFAULT_IMAGE_SIZE} pixels."
+        ) from error

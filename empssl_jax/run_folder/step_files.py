@@ -1,6 +1,6 @@
-"""Files of one JSON object a step, each step once and in order, also across interruptions.
+"""Files with one JSON object a step: each step once and in order, also across interruptions.
 
-metrics.jsonl repeats bit for bit; how long training takes does not, and so has a file of its own, timing.jsonl.
+metrics.jsonl is bit-identical when a run is repeated. Times are not, so they have their own file, timing.jsonl.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ TIMING_FILE = "timing.jsonl"
 
 
 def drop_steps_from(path: Path, first_step: int) -> None:
-    """Keeps the lines of the steps before `first_step`; what is no line of a step, as one cut by a crash, goes too."""
+    """Keeps only the lines of steps before `first_step`; drops invalid lines too, such as one cut off by a crash."""
     if not path.exists():
         return
     kept = [line for line in path.read_text(errors="replace").split("\n") if _step_of(line) < first_step]
@@ -31,7 +31,7 @@ def drop_steps_from(path: Path, first_step: int) -> None:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, in order, without what is no line of a step; none if there is no file."""
+    """The objects of a file, in order, without invalid lines; empty if there is no file."""
     if not path.is_file():
         return []
     lines = path.read_text(errors="replace").split("\n")
@@ -39,7 +39,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def _step_of(line: str) -> int | float:
-    """The step of a line, infinite if it is none."""
+    """The step of a line, infinite if the line is invalid."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -48,31 +48,31 @@ def _step_of(line: str) -> int | float:
 
 
 class TrainingClock:
-    """Seconds of training, from `start` on; they stand still while something else is measured."""
+    """Measures the seconds of training, counting from `start`; can be paused."""
 
     def __init__(self, start: float = 0.0):
         self._zero = time.perf_counter() - start
 
     def seconds(self) -> float:
-        """Seconds of training so far, compilation included."""
+        """Seconds of training so far, including compilation."""
         return time.perf_counter() - self._zero
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside takes no time."""
+        """A context whose time does not count."""
         begin = time.perf_counter()
         yield
         self._zero += time.perf_counter() - begin
 
 
 class TimingFile:
-    """Writes timing.jsonl: after each step the seconds of training, and on what devices.
+    """Writes timing.jsonl: the seconds of training after each step, and the devices.
 
-    The seconds go on across interruptions: the time in between and steps that are made again do not count.
+    A resumed run continues from the seconds of the last kept step: neither the interruption nor lost steps count.
 
     Args:
         workdir: folder of the run.
-        first_step: the step that training starts or resumes at.
+        first_step: the step at which training starts or resumes.
     """
 
     def __init__(self, workdir: Path, first_step: int):
@@ -83,7 +83,7 @@ class TimingFile:
         self._devices = _devices()
 
     def add(self, step: int) -> None:
-        """Writes the seconds at which a step was done."""
+        """Writes the seconds of training at the end of a step."""
         line = {"step": step, "seconds": round(self.clock.seconds(), 3), "devices": self._devices}
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
@@ -94,14 +94,14 @@ class TimingFile:
 
 
 def seconds_so_far(workdir: Path) -> float:
-    """Seconds of training of the last step in timing.jsonl, 0 without one."""
+    """Seconds of training at the last step in timing.jsonl, 0 if there is none."""
     seconds = [line.get("seconds") for line in read_steps(workdir / TIMING_FILE)]
-    known = [value for value in seconds if isinstance(value, int | float) and 0 <= value < math.inf]
-    return float(known[-1]) if known else 0.0
+    valid = [value for value in seconds if isinstance(value, int | float) and 0 <= value < math.inf]
+    return float(valid[-1]) if valid else 0.0
 
 
 def _devices() -> str:
-    """What trains, as "8 x NVIDIA H100"; of CPUs the cores count, since JAX calls them all one device."""
+    """The devices, for example "8 x NVIDIA H100"; on CPU the number of cores, which JAX counts as one device."""
     if jax.default_backend() == "cpu":
         return f"{len(os.sched_getaffinity(0)) * jax.process_count()} CPU cores"
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

@@ -1,4 +1,4 @@
-"""The folder of a run: claimed by one process at a time, its files whole or absent, its disk errors told plainly."""
+"""The folder of a run: one job at a time may use it, and disk errors become StorageError."""
 
 import contextlib
 import datetime
@@ -19,10 +19,10 @@ LOCK_FILE = "lock"
 
 @contextlib.contextmanager
 def locked(workdir: Path, option: str = "workdir") -> Iterator[None]:
-    """Makes the folder, which an option has named, and keeps every other job out of it.
+    """Creates the folder, which `option` names, and locks it against other jobs.
 
-    The lock is the operating system's, so that it ends with its process, however that ends. Of the processes of a job
-    only the first one takes it.
+    The operating system releases the lock when the process ends, even if it is killed. Only the first process of a job
+    takes the lock.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -64,11 +64,11 @@ def _lock(file: IO[str], workdir: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def storage_errors(workdir: Path) -> Iterator[None]:
-    """Raises StorageError in place of an OSError, as of a full disk."""
+    """Converts an OSError, for example of a full disk, to StorageError."""
     try:
         yield
     except OSError as error:
         raise StorageError(
             f"--workdir {workdir} cannot be written to any more ({error.strerror or error}): the checkpoints in it are "
-            "kept, and the same command resumes there once that is mended."
+            "kept, and the same command resumes there once the cause is fixed."
         ) from error

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole or not at all."""
+"""Replaces files atomically."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from typing import IO
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write. It replaces `path` once it is complete and on disk, and not before."""
+    """Yields a file to write. It replaces `path` only when it is complete and on disk."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         yield file

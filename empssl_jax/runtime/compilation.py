@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk, so that the same command starts faster the next time."""
+"""Keeps compiled programs on disk, so the same command starts faster the next time."""
 
 import os
 from pathlib import Path
@@ -7,14 +7,15 @@ import jax
 
 
 def keep_compiled_programs() -> None:
-    """Turns JAX's persistent compilation cache on, in empssl_jax/ of the user's cache folder.
+    """Turns on JAX's persistent compilation cache, in empssl_jax/ of the user's cache folder.
 
-    A folder that the user has chosen (`JAX_COMPILATION_CACHE_DIR`) stands. JAX warns and goes on where the folder
-    cannot be written to. Programs are found again only for the same versions, options and kind of device.
+    A folder that the user has set (`JAX_COMPILATION_CACHE_DIR`) is kept. If the folder is not writable, JAX warns and
+    continues without it. JAX reuses a program only for the same versions, options and kind of device.
     """
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(user_cache()))
-        # JAX leaves out what compiles in less than a second: together that is a third of the time to the first step.
+        # By default JAX leaves out programs that compile in less than a second. Together they take a third of the time
+        # to the first step.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

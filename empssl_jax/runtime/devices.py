@@ -1,4 +1,4 @@
-"""The mesh of all devices, how arrays lie on it, and the ways to it and back."""
+"""The mesh of all devices, how arrays are split over it, and how they get to and from the devices."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def own_rows(mesh: Mesh, num_rows: int) -> Int[np.ndarray, " K"]:
-    """The rows that this process's devices hold of an array split by `split_images`, ascending."""
+    """Indices of the rows that this process's devices hold of an array split by `split_images`, ascending."""
     indices = split_images(mesh).addressable_devices_indices_map((num_rows,)).values()
     return np.unique(np.concatenate([np.arange(num_rows)[index] for index in indices]))
 
@@ -34,15 +34,15 @@ def own_rows(mesh: Mesh, num_rows: int) -> Int[np.ndarray, " K"]:
 def rows_to_devices(
     own: Shaped[jax.Array | np.ndarray, "K *rest"], mesh: Mesh, num_rows: int
 ) -> Shaped[jax.Array, "N *rest"]:
-    """The global array of `num_rows` rows, split over all devices. Each process passes its `own_rows`."""
+    """A global array of `num_rows` rows, split over all devices. Each process passes the rows `own_rows`."""
     return jax.make_array_from_process_local_data(split_images(mesh), own, (num_rows, *own.shape[1:]))
 
 
 def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has in full, on the devices. Each process sends what its own devices hold."""
+    """Copies an array to the devices. Every process has all of it, and sends what its own devices hold."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """An array that is split over devices, in full, on the host of each process."""
+    """Copies an array that is split over devices to the host. Every process gets all of it."""
     return multihost_utils.process_allgather(array, tiled=True)

@@ -1,7 +1,7 @@
-"""Several processes that work as one: how they meet, which one speaks, and how they end when one of them is lost.
+"""Several processes that work as one: how they join, which one prints, and how they end if one of them is lost.
 
-Every process runs the same program on the same folder, which all must see. Each holds its share of the devices, and
-with them of the images; parameters and results are the same everywhere.
+Every process runs the same program on the same folder, which all must see. Each has its share of the devices, and
+therefore of the images. Parameters and results are the same in all processes.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from empssl_jax.config import DistributedConfig
 from empssl_jax.config.errors import UserError
 
 LOST = 75  # exit code, EX_TEMPFAIL of sysexits.h: the same command may succeed
-COLLECTIVES = ("gloo", "nccl")  # libraries whose failures say that another process is gone
+COLLECTIVES = ("gloo", "nccl")  # libraries whose errors mean that another process is gone
 
 
 @contextlib.contextmanager
 def processes(config: DistributedConfig) -> Iterator[None]:
     """Joins the other processes of the job, if there are any; only the first one prints.
 
-    A process that loses another one ends with exit code 75, or is aborted by JAX (134) where JAX notices first.
+    A process that loses another one exits with code 75, or JAX aborts it (134) if JAX notices first.
 
     Raises:
-        UserError: the processes cannot be found.
+        UserError: JAX recognises a cluster but cannot join it.
     """
     _join(config)
     silence = contextlib.nullcontext() if is_first_process() else contextlib.redirect_stdout(None)
@@ -50,7 +50,7 @@ def is_first_process() -> bool:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """What the first process does inside is done before the others enter, as a download."""
+    """Lets the other processes enter only after the first one has left, for example to download data once."""
     if not is_first_process():
         multihost_utils.sync_global_devices("after the first process")
     yield
@@ -60,24 +60,24 @@ def first_process_first() -> Iterator[None]:
 
 @contextlib.contextmanager
 def step_watchdog(timeout: float) -> Iterator[Callable[[], None]]:
-    """Yields what the training loop calls when a step is done; ends this process when the next takes too long.
+    """Yields a function to call after each training step; ends this process if the next step takes too long.
 
-    JAX notices processes that have ended or been stopped, not those that go on breathing but never reach the next
-    collective operation. Nothing is watched before the first call, so that compilation may take its time everywhere,
-    nor in a single process, which waits for nobody.
+    JAX notices processes that have ended or been stopped, but not those that still send heartbeats and never reach the
+    next collective operation. Watching begins with the first call, so compilation may take any time. A single process
+    is not watched, since it waits for no other.
 
     Args:
-        timeout: seconds from one call to the next.
+        timeout: seconds allowed from one call to the next.
     """
     deadline = math.inf
-    left = threading.Event()
+    finished = threading.Event()
 
     def step_done() -> None:
         nonlocal deadline
         deadline = time.monotonic() + timeout
 
     def watch() -> None:
-        while not left.wait(1.0):
+        while not finished.wait(1.0):
             if time.monotonic() > deadline:
                 _end(f"has finished no step for {timeout:g} seconds (--step-timeout): another process hangs")
 
@@ -86,12 +86,12 @@ def step_watchdog(timeout: float) -> Iterator[Callable[[], None]]:
     try:
         yield step_done
     finally:
-        left.set()
+        finished.set()
 
 
 def _join(config: DistributedConfig) -> None:
-    """Starts JAX's distributed runtime: by the options, else where JAX recognises a cluster, else not at all."""
-    # The processes wait as long for each other at the end: a process that fails alone must not keep the others.
+    """Starts JAX's distributed runtime if the options name a coordinator, or else if JAX recognises a cluster."""
+    # The timeout also limits how long processes wait for each other at the end: one that fails must not hold up others.
     initialize = functools.partial(
         jax.distributed.initialize,
         heartbeat_timeout_seconds=config.heartbeat_timeout,
@@ -99,13 +99,13 @@ def _join(config: DistributedConfig) -> None:
     )
     if config.coordinator is not None:
         address = (config.coordinator, config.num_processes, config.process_id)
-        print("process {2} of {1} meets the others at {0}".format(*address), file=sys.stderr, flush=True)
+        print("process {2} of {1} joins the others at {0}".format(*address), file=sys.stderr, flush=True)
         initialize(*address, cluster_detection_method="deactivate")
     elif config.num_processes is None:
         try:
             initialize()
-        except Exception as error:  # each kind of cluster fails in its own way
-            # Without arguments JAX looks for a cluster, and has started nothing when it finds none.
+        except Exception as error:  # its class depends on the kind of cluster
+            # This error means that JAX has found no cluster. It has then started nothing.
             if isinstance(error, ValueError) and "coordinator_address" in str(error):
                 return
             raise UserError(
@@ -118,11 +118,11 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-def _end(what: str) -> None:
-    """Ends this process at once: an orderly exit would wait for the process that is lost."""
+def _end(reason: str) -> None:
+    """Prints the reason and ends this process at once: an orderly exit would wait for the lost process."""
     print(
-        f"error: process {jax.process_index()} of {jax.process_count()} {what}. Start all processes again by the same "
-        "command: training resumes at its last checkpoint.",
+        f"error: process {jax.process_index()} of {jax.process_count()} {reason}. Start all processes again with the "
+        "same command: training resumes from its last checkpoint.",
         file=sys.stderr,
         flush=True,
     )

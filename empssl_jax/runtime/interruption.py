@@ -1,4 +1,4 @@
-"""Stopping a run between two steps: by a signal, and where there are several processes at the same step in all."""
+"""Stops a run between two steps on a signal. Several processes all stop at the same step."""
 
 import contextlib
 import signal
@@ -9,26 +9,26 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 
 def begin_at(first_step: int) -> None:
-    """Tells JAX at which step the run begins; to be called before anything that takes its time.
+    """Reports to JAX the step at which the run begins. Call it before anything slow.
 
-    Of several processes that nothing has been told, a signal makes JAX agree on step 1, which a resumed run has passed.
+    Without this call, a signal makes several processes agree to stop at step 1, which a resumed run has already passed.
     """
     reached_preemption_sync_point(first_step)
 
 
 def end_at_sigterm() -> None:
-    """Lets SIGTERM end this process at once, also where JAX has taken it over, as it does with several processes."""
+    """Makes SIGTERM end this process at once, even if JAX handles the signal, as it does with several processes."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], int | None]]:
-    """Yields a function that is asked after each step and tells the signal, if any, by which the run ends there.
+    """Yields a function that returns the signal on which the run ends after this step, or None.
 
-    It takes the number of steps done, which Orbax, too, asks JAX about when it saves.
+    Call it after each step with the number of steps done. Orbax asks JAX about the same numbers when it saves.
 
-    With several processes, all must ask after every step: a signal to one of them is told to all, which agree on a
-    step that none has passed. SIGINT then counts as SIGTERM. Afterwards SIGTERM ends the process at once.
+    With several processes, all must call it after every step. JAX reports a signal to one of them to all, and they
+    agree on a step that none has passed. SIGINT then counts as SIGTERM. Afterwards SIGTERM ends the process at once.
     """
     if jax.process_count() == 1:
         with deferred_signals() as received:
@@ -41,7 +41,11 @@ def stop_requests() -> Iterator[Callable[[int], int | None]]:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT, for the loop to stop at the end of its step; a second one interrupts at once."""
+    """Yields a list that collects SIGTERM and SIGINT until the current step ends. A second signal interrupts at once.
+
+    Raises:
+        KeyboardInterrupt: on the second signal.
+    """
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:
@@ -59,7 +63,7 @@ def deferred_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _interrupt_as_termination() -> Iterator[None]:
-    """The first SIGINT is passed on as SIGTERM; a second one interrupts at once."""
+    """Turns the first SIGINT into SIGTERM; a second one interrupts at once."""
 
     def receive(number: int, frame: object) -> None:
         signal.signal(signal.SIGINT, previous)

@@ -1,4 +1,4 @@
-"""What a user sees of an error: one sentence and an exit code, never a stack trace."""
+"""Shows users one sentence and an exit code for an error, not a stack trace."""
 
 import contextlib
 import logging
@@ -12,9 +12,9 @@ from empssl_jax.config.errors import UserError, one_line
 
 @contextlib.contextmanager
 def user_errors_exit() -> Iterator[None]:
-    """Turns errors that the user can fix into a sentence and an exit code, and Ctrl-C into exit code 130.
+    """Turns errors that the user can fix into one sentence and an exit code, and Ctrl-C into exit code 130.
 
-    These are UserError, a failure of the file system, and too little memory.
+    These errors are UserError, failures of the file system, and too little memory.
     """
     _silence_background_threads()
     try:
@@ -23,10 +23,10 @@ def user_errors_exit() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        print(f"error: {one_line(error)}: free the disk, fix the file or give another folder.", file=sys.stderr)
+        print(f"error: {one_line(error)}: free disk space, fix the file or give another folder.", file=sys.stderr)
         raise SystemExit(UserError.exit_code) from None
     except (MemoryError, RuntimeError) as error:
-        # XLA's errors have no class of their own for this; a GPU's and a CPU's read differently.
+        # XLA has no exception class for too little memory; the messages differ between GPU and CPU.
         if not (isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|Out of memory", str(error))):
             raise
         remedy = "lower --batch-size, --embedding-batch-size, --train-patches or --width, or give --remat"
@@ -37,7 +37,7 @@ def user_errors_exit() -> Iterator[None]:
 
 
 def _silence_background_threads() -> None:
-    """Keeps stack traces of Orbax's and TensorStore's threads off the terminal. Their errors also reach the run."""
+    """Hides the stack traces of Orbax's and TensorStore's threads. The run gets these errors, too."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None

@@ -1,3 +1,3 @@
-"""Tries to break runs: random input, damaged files, kills at random moments, hours under load."""
+"""Stress tests: random and damaged input, kills at random moments, and memory in long runs."""
 
-import empssl_jax  # noqa: F401  (before JAX: it sets what XLA reads when it starts)
+import empssl_jax  # noqa: F401  (before JAX, because it sets flags that XLA reads when it starts)

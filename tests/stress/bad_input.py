@@ -1,4 +1,4 @@
-"""Random input of every kind that a user hands over, most of it bad, as hypothesis's strategies."""
+"""Hypothesis strategies for every kind of input from a user, mostly invalid."""
 
 import dataclasses
 import io
@@ -7,18 +7,19 @@ import math
 import sys
 import typing
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import PIL.Image
 from hypothesis import strategies as st
 
-from empssl_jax import config
-from empssl_jax.config import Config
-from empssl_jax.config import checked_fields as checks
+from empssl_jax.config import Config, checked_fields
+from empssl_jax.config.errors import flag
+from empssl_jax.config.options import SMALLEST_EPS
 from empssl_jax.run_folder import saved_config
 
-GROUPS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+GROUPS: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(Config)}
 OPTIONS = {name: [field.name for field in dataclasses.fields(group)] for name, group in GROUPS.items()}
 NUMBERS = st.integers() | st.floats() | st.sampled_from([-(2**63), 2**31, 1e-320, 1e308, 0, -0.0, 1])
 NUMBERS |= st.builds(pow, st.just(10), st.just(5000))  # more digits than Python prints
@@ -33,9 +34,9 @@ VALUES = JSON_VALUES | st.sampled_from(OTHER_VALUES)
 
 
 @st.composite
-def damaged(draw, whole: st.SearchStrategy[bytes]) -> bytes:
-    """Bytes that were flipped, cut, filled with zeros or doubled in up to three places."""
-    content = bytearray(draw(whole))
+def damaged(draw: st.DrawFn, contents: st.SearchStrategy[bytes]) -> bytes:
+    """Bytes with a bit flipped, a piece removed, zeroed or doubled, or the rest cut off, in up to three places."""
+    content = bytearray(draw(contents))
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(content)))
         stop = min(len(content), start + draw(st.sampled_from([1, 4, 50])))
@@ -53,7 +54,7 @@ def damaged(draw, whole: st.SearchStrategy[bytes]) -> bytes:
 
 
 def as_json(value: object) -> bytes:
-    """JSON, of integers with thousands of digits too."""
+    """The value as JSON, including integers with thousands of digits."""
     limit = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
@@ -66,20 +67,15 @@ def as_json(value: object) -> bytes:
 
 
 def some_options(name: str) -> st.SearchStrategy[dict[str, Any]]:
-    """Any values for a few options of a group, and a right one now and then."""
+    """Up to four options of a group with any values, sometimes their defaults."""
     fields = {field.name: VALUES | st.just(field.default) for field in dataclasses.fields(GROUPS[name])}
     return st.fixed_dictionaries({}, optional=fields).map(lambda values: dict(list(values.items())[:4]))
 
 
 ANY_OPTIONS = st.fixed_dictionaries({}, optional={name: some_options(name) | VALUES for name in GROUPS})
-
-
-CONFIG_JSON = (
-    damaged(st.just(saved_config.to_json(Config()).encode())) | JSON_VALUES.map(as_json) | st.binary(max_size=50)
-)
-CONFIG_JSON |= st.fixed_dictionaries({"model": st.dictionaries(st.sampled_from(OPTIONS["model"]), JSON_VALUES)}).map(
-    as_json
-)
+SOME_MODEL = st.fixed_dictionaries({"model": st.dictionaries(st.sampled_from(OPTIONS["model"]), JSON_VALUES)})
+CONFIG_JSON = damaged(st.just(saved_config.to_json(Config()).encode())) | JSON_VALUES.map(as_json)
+CONFIG_JSON |= st.binary(max_size=50) | SOME_MODEL.map(as_json)
 
 STATEMENTS = [
     *("config = Config()", "config = Config", "config = None", "config = Config(data=3)", "config = (Config(),)"),
@@ -89,15 +85,14 @@ STATEMENTS = [
     *("raise StopIteration", "raise MemoryError", "raise Exception('x' * 10**5)", "x = '\ud800'", "print('\u2028')"),
     *("1/0", "del config", "\tx = 1", "x = 1", "import math"),
 ]
+FIRST_LINES = ["from empssl_jax.config import *", "config = Config()"]
 CONFIG_FILES = st.lists(st.sampled_from(STATEMENTS), max_size=2).map(
-    lambda lines: "\n".join(["from empssl_jax.config import *", "config = Config()", *lines]).encode(
-        "utf-8", "surrogatepass"
-    )
+    lambda lines: "\n".join(FIRST_LINES + lines).encode("utf-8", "surrogatepass")
 )
 
 
-def npz(savez=np.savez, **arrays) -> bytes:
-    """An .npz in memory."""
+def npz(savez: Callable[..., None] = np.savez, **arrays: np.ndarray) -> bytes:
+    """The bytes of an .npz file."""
     file = io.BytesIO()
     savez(file, **arrays)
     return file.getvalue()
@@ -114,17 +109,16 @@ SIZES = st.sampled_from([0, 1, 2, 4, 2**20, 2**31, 2**62, -1])
 
 
 @st.composite
-def announced_npz(draw) -> bytes:
-    """An .npz whose headers announce any shapes and types, followed by a few bytes."""
+def announced_npz(draw: st.DrawFn) -> bytes:
+    """An .npz whose headers declare any shapes and types, followed by a few bytes."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name in draw(st.lists(st.sampled_from(["embeddings", "labels", "class_names", "x"]), unique=True)):
             shape, descr = tuple(draw(st.lists(SIZES, max_size=3))), draw(st.sampled_from(TYPES))
             header = repr({"descr": descr, "fortran_order": draw(st.booleans()), "shape": shape}).encode() + b"\n"
             start = b"\x93NUMPY" + bytes([draw(st.sampled_from([1, 2, 3, 9])), 0])
-            archive.writestr(
-                f"{name}.npy", start + len(header).to_bytes(2, "little") + header + draw(st.binary(max_size=64))
-            )
+            content = start + len(header).to_bytes(2, "little") + header + draw(st.binary(max_size=64))
+            archive.writestr(f"{name}.npy", content)
     return file.getvalue()
 
 
@@ -140,41 +134,21 @@ TEXTS = st.lists(st.text(max_size=5), max_size=9).map(lambda names: np.array(nam
 OTHER_NPZ = st.fixed_dictionaries({"embeddings": ARRAYS, "labels": LABELS}, optional={"class_names": LABELS | TEXTS})
 EMBEDDINGS = damaged(GOOD_NPZ) | announced_npz() | OTHER_NPZ.map(lambda arrays: npz(**arrays)) | st.binary(max_size=100)
 
-
-ACCURACIES = st.fixed_dictionaries(
-    {"top1": NUMBERS | JSON_VALUES, "top5": st.floats(0, 1)}, optional={"x": JSON_VALUES}
-)
-RESULTS = (JSON_VALUES | st.dictionaries(st.text(max_size=5), ACCURACIES, max_size=3)).map(as_json) | st.binary(
-    max_size=50
-)
+TOP1_TOP5 = {"top1": NUMBERS | JSON_VALUES, "top5": st.floats(0, 1)}
+ACCURACIES = st.fixed_dictionaries(TOP1_TOP5, optional={"x": JSON_VALUES})
+RESULTS = (JSON_VALUES | st.dictionaries(st.text(max_size=5), ACCURACIES, max_size=3)).map(as_json)
+RESULTS |= st.binary(max_size=50)
 RESULTS |= damaged(st.just(as_json({"kNN": {"top1": 0.5, "top5": 0.9}}))) | st.just(b"[" * 10**5)
 
-
 STEPS = st.integers(0, 9).map(lambda step: (step, b'{"step": %d, "loss": 1.0}' % step))
-NO_STEPS = [
-    b'{"step": "3"}',
-    b'{"step": null}',
-    b'{"step": NaN}',
-    b'{"step": true}',
-    b'{"step": 1.5}',
-    b'{"step": -1}',
-    b"[1]",
-]
-NO_STEPS += [
-    b'{"step": 3, "lo',
-    b'{"loss": 1.0}',
-    b"\0\0\0",
-    b"\xff\xfe",
-    b"[" * 10**5,
-    b'{"step": ' + b"9" * 5000 + b"}",
-    b"",
-    b"3",
-]
+NO_STEPS = [b'{"step": "3"}', b'{"step": null}', b'{"step": NaN}', b'{"step": true}', b'{"step": 1.5}']
+NO_STEPS += [b'{"step": -1}', b"[1]", b'{"step": 3, "lo', b'{"loss": 1.0}', b"\0\0\0", b"\xff\xfe", b"[" * 10**5]
+NO_STEPS += [b'{"step": ' + b"9" * 5000 + b"}", b"", b"3"]
 METRICS = st.lists(STEPS | st.sampled_from(NO_STEPS).map(lambda line: (None, line)), max_size=8)
 
 
 def encoded(mode: str, kind: str) -> bytes:
-    """A small picture."""
+    """The bytes of a small image file."""
     file = io.BytesIO()
     PIL.Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).convert(mode).save(file, kind)
     return file.getvalue()
@@ -184,54 +158,26 @@ MODES = [("RGB", "png"), ("RGB", "jpeg"), ("L", "jpeg"), ("P", "png"), ("P", "gi
 MODES += [("1", "png"), ("I;16", "png"), ("F", "tiff"), ("LA", "png"), ("RGB", "bmp"), ("RGB", "webp")]
 PICTURES = damaged(st.sampled_from([encoded(*mode) for mode in MODES])) | st.binary(max_size=50)
 
-
 TINY = {"train_patches": 3, "patch_size": 40, "width": 3, "hidden_dim": 6, "projection_dim": 6, "batch_size": 5}
 TINY |= {"max_epochs": 3, "warmup_epochs": 3.0, "valid_patches": 3, "num_neighbours": 5, "linear_epochs": 3}
 
 
 def valid_values(field: dataclasses.Field, annotation: object) -> st.SearchStrategy:
-    """Values that an option takes, small where they are sizes, its lowest and highest often."""
-    allowed = checks._allowed(field, annotation)
-    if isinstance(allowed, checks.Choice):
+    """Valid values of an option, often its lowest and highest; sizes are small."""
+    allowed = checked_fields._allowed(field, annotation)
+    if isinstance(allowed, checked_fields.Choice):
         return st.sampled_from(allowed.values)
-    if not isinstance(allowed, checks.Range):
+    if not isinstance(allowed, checked_fields.Range):
         return st.just(field.default)
     high = min(allowed.high, TINY.get(field.name, allowed.high))
     inside = st.integers(allowed.low, high) if allowed.is_integer else st.floats(allowed.low, high)
     return st.sampled_from([allowed.low, high]) | inside
 
 
-FLAGS = [checks.flag(option) for options in OPTIONS.values() for option in options]
-WORDS = [
-    "",
-    "-1",
-    "0",
-    "1",
-    "nan",
-    "inf",
-    "1e400",
-    "None",
-    "True",
-    "1e3",
-    "9" * 5000,
-    "\ud800",
-    "x" * 2000,
-    "a b",
-    "\n",
-]
-WORDS += [
-    "auto",
-    "digits",
-    "configs/digits.py",
-    "/dev/null",
-    "configs",
-    "-",
-    "--",
-    "--help",
-    "--config",
-    "--model.width",
-]
-WORDS += ["--no-remat", "--x"]
+FLAGS = [flag(option) for options in OPTIONS.values() for option in options]
+WORDS = ["", "-1", "0", "1", "nan", "inf", "1e400", "None", "True", "1e3", "9" * 5000, "\ud800", "x" * 2000, "a b"]
+WORDS += ["\n", "auto", "digits", "configs/digits.py", "/dev/null", "configs", "-", "--", "--help", "--config"]
+WORDS += ["--model.width", "--no-remat", "--x"]
 ARGUMENTS = st.lists(
     st.sampled_from(FLAGS + WORDS) | st.tuples(st.sampled_from(FLAGS), st.sampled_from(WORDS)).map("=".join), max_size=4
 )
@@ -240,17 +186,17 @@ SCALES = st.sampled_from([0, 1e-30, 1e-10, 1e-3, 1.0, 1e3, 1e10, 1e17])
 
 
 @st.composite
-def tiny_configs(draw) -> Config:
-    """Any config whose sizes are tiny."""
-    groups = {}
+def tiny_configs(draw: st.DrawFn) -> Config:
+    """Any valid config with tiny sizes."""
+    groups: dict[str, Any] = {}
     for name, group in GROUPS.items():
         hints = typing.get_type_hints(group)
         values = {field.name: draw(valid_values(field, hints[field.name])) for field in dataclasses.fields(group)}
         if name == "distributed":
-            values = {}  # one process
+            values = {}  # the defaults: one process
         if name == "training":
             values["warmup_epochs"] = min(values["warmup_epochs"], np.nextafter(values["max_epochs"], 0).item())
-            smallest = config.SMALLEST_EPS * groups["model"].projection_dim
+            smallest = SMALLEST_EPS * groups["model"].projection_dim
             values["coding_rate_eps"] = max(values["coding_rate_eps"], smallest)
         if name == "evaluation" and values["valid_crops"] == "random":
             values["cells"] = 1

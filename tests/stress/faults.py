@@ -1,11 +1,11 @@
-"""Kills training at random moments until it has finished, and compares it with a run that was left alone.
+"""Kills training at random moments, restarts it until it finishes, and compares it with an uninterrupted run.
 
     python -m tests.stress.faults [--kills 50] [--seed 0] [--output FILE] [options of train.py]
 
-Moments are of three kinds: between two steps, while a checkpoint is being written, and while the trained encoder embeds
-the images; every fourth of the first kind is a SIGTERM, all others are SIGKILL. The interrupted run starts again until
-it is done; then parameters, BatchNorm statistics, optimizer state, metrics.jsonl, embeddings and results must be those
-of the uninterrupted run, bit for bit. Runs are repeated in new folders until all kills are used up.
+There are three kinds of moments: between two steps, while a checkpoint is being written, and while the trained encoder
+embeds the images. Of the first kind, one in four is a SIGTERM; all others are SIGKILL. The interrupted run restarts
+until it finishes. Then parameters, BatchNorm statistics, optimizer state, metrics.jsonl, embeddings and results must be
+bit-identical to those of the uninterrupted run. Runs are repeated in new folders until all kills are used.
 """
 
 import dataclasses
@@ -36,54 +36,54 @@ STEPS, SAVE, EMBEDDING = "between steps", "during a save", "during the embedding
 
 @dataclass(frozen=True)
 class Options:
-    """How often, and what is killed."""
+    """The kills, and the file for the report."""
 
+    # Number of kills, over all runs.
     kills: int = 50
-    """Kills in all."""
+    # Seed of the random moments.
     seed: int = 0
-    """Decides the moments."""
+    # JSON file for the report.
     output: str = "tests/stress/results/faults.json"
-    """File that receives the report."""
 
 
 @dataclass
 class Report:
-    """What was done to the runs and what came of it."""
+    """The interruptions and their consequences."""
 
     kills: dict[str, int] = field(default_factory=lambda: {STEPS: 0, SAVE: 0, EMBEDDING: 0})
-    terminations: int = 0  # SIGTERMs, each answered by one more step at most, a save and exit code 143
+    terminations: int = 0  # SIGTERMs, each followed by at most one more step, a save and exit code 143
     runs: int = 0
     resumed: int = 0
     steps_repeated: int = 0
     mismatches: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """The report as a table."""
+        """The report as a Markdown table."""
         rows = {f"SIGKILL {moment}": count for moment, count in self.kills.items()}
-        rows |= {"SIGTERM between steps": self.terminations, "runs brought to their end": self.runs}
-        rows |= {"resumptions": self.resumed, "steps made twice": self.steps_repeated}
+        rows |= {"SIGTERM between steps": self.terminations, "runs completed": self.runs}
+        rows |= {"resumptions": self.resumed, "steps repeated": self.steps_repeated}
         rows |= {"differences from the uninterrupted run": len(self.mismatches)}
         return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 class Victim:
-    """A running train.py whose progress is read off its folder; it prints into a file beside that.
+    """A running train.py. Its progress is read from its folder; its output goes to a file beside the folder.
 
     Args:
         workdir: folder of the run.
         options: other options of train.py.
     """
 
-    def __init__(self, workdir: Path, options: list[str]):
+    def __init__(self, workdir: Path, options: list[str]) -> None:
         self.workdir, self._log = workdir, workdir.with_name(workdir.name + ".log")
-        # What JAX and tests have set for their own process is not for this one.
+        # These variables were set by the package and the tests for their own process.
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         command = [sys.executable, "train.py", *options, "--workdir", str(workdir)]
         with self._log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=inherited, stdout=log, stderr=subprocess.STDOUT)
 
     def steps(self) -> int:
-        """Steps in metrics.jsonl."""
+        """Number of steps in metrics.jsonl."""
         path = self.workdir / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -93,11 +93,11 @@ class Victim:
         return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
 
     def output(self) -> str:
-        """What it has printed."""
+        """Everything it has printed."""
         return self._log.read_text()
 
     def wait_for(self, reached: Callable[[], bool]) -> bool:
-        """Waits until something is reached, or the process has ended; says whether it was reached."""
+        """Waits until `reached` returns True or the process ends; returns whether it was reached."""
         while self.process.poll() is None:
             if reached():
                 return True
@@ -111,17 +111,19 @@ class Victim:
         return self.process.wait(timeout=600)
 
 
-def harass(whole: Path, workdir: Path, options: list[str], moments: random.Random, report: Report, kills: int) -> int:
-    """Runs train.py in a folder to its end, with at most `kills` kills; compares it with the run in `whole`.
+def run_with_kills(
+    reference: Path, workdir: Path, options: list[str], moments: random.Random, report: Report, kills: int
+) -> int:
+    """Runs train.py to its end with at most `kills` kills, and compares it with the run in `reference`.
 
-    Returns the kills used up.
+    Returns the number of kills.
     """
-    steps_in_all = len((whole / "metrics.jsonl").read_text().splitlines())
+    last_step = len((reference / "metrics.jsonl").read_text().splitlines())
     for kill in range(kills + 1):
         victim = Victim(workdir, options)
         before = victim.steps()
-        if kill < kills and (before < steps_in_all or moments.random() < 0.5):
-            strike(victim, before >= steps_in_all, moments, report)
+        if kill < kills and (before < last_step or moments.random() < 0.5):
+            kill_at_random(victim, before >= last_step, moments, report)
         code, output = victim.end(), victim.output()
         if f"resuming {workdir}" in output:
             report.resumed += 1
@@ -133,12 +135,12 @@ def harass(whole: Path, workdir: Path, options: list[str], moments: random.Rando
             report.mismatches.append(f"exit code {code}: {output[-2000:]}")
             return kill + 1
     report.runs += 1
-    report.mismatches += differences(whole, workdir)
+    report.mismatches += differences(reference, workdir)
     return kill
 
 
-def strike(victim: Victim, trained: bool, moments: random.Random, report: Report) -> None:
-    """Ends a process at a random moment, unless it comes to its end before."""
+def kill_at_random(victim: Victim, trained: bool, moments: random.Random, report: Report) -> None:
+    """Kills or terminates a process at a random moment, unless it ends before."""
     chosen = EMBEDDING if trained else moments.choices((STEPS, SAVE, EMBEDDING), (5, 3, 2))[0]
     if chosen == EMBEDDING:
         victim.wait_for(lambda: "embedding train" in victim.output())
@@ -158,31 +160,31 @@ def strike(victim: Victim, trained: bool, moments: random.Random, report: Report
 
 
 def _terminate(victim: Victim, report: Report) -> None:
-    """SIGTERM: one more step at most, a save of it, and exit code 143."""
+    """Sends SIGTERM, and checks that at most one more step is made and saved before exit code 143."""
     before = victim.steps()
     code = victim.end(signal.SIGTERM)
     if "stopped and saved" not in victim.output():
-        return  # it came before the first step or after the last
+        return  # the signal came before the first step or after the last
     report.terminations += 1
     stopped = int(victim.output().split("stopped and saved at step ")[1].split()[0])
     newest = max(int(path.name) for path in (victim.workdir / "checkpoints").iterdir() if path.name.isdigit())
-    # metrics.jsonl is one step behind while training, and the step under way is brought to its end.
+    # While training, metrics.jsonl is one step behind, and the current step is still completed.
     if code != 143 or stopped != newest or stopped != victim.steps() or stopped - before > 2:
         report.mismatches.append(f"SIGTERM at {before} steps: exit code {code}, stopped at {stopped}, saved {newest}")
 
 
-def differences(whole: Path, other: Path) -> list[str]:
-    """What two finished runs do not have in common."""
+def differences(reference: Path, other: Path) -> list[str]:
+    """The files and arrays that differ between two finished runs."""
     found = []
     for name in ("metrics.jsonl", "results.json"):
-        if (whole / name).read_text() != (other / name).read_text():
+        if (reference / name).read_text() != (other / name).read_text():
             found.append(f"{other}: {name}")
-    for ours, theirs in zip(_checkpoint(whole), _checkpoint(other), strict=True):
+    for ours, theirs in zip(_checkpoint(reference), _checkpoint(other), strict=True):
         if not np.array_equal(ours, theirs):
             found.append(f"{other}: an array of shape {ours.shape} of the last checkpoint")
     for split in ("train", "test"):
         with (
-            np.load(whole / "embeddings" / f"{split}.npz", allow_pickle=False) as ours,
+            np.load(reference / "embeddings" / f"{split}.npz", allow_pickle=False) as ours,
             np.load(other / "embeddings" / f"{split}.npz", allow_pickle=False) as theirs,
         ):
             found += [f"{other}: {split} {name}" for name in ours if not np.array_equal(ours[name], theirs[name])]
@@ -190,7 +192,7 @@ def differences(whole: Path, other: Path) -> list[str]:
 
 
 def _checkpoint(workdir: Path) -> list[np.ndarray]:
-    """All arrays of the newest checkpoint, read without this package."""
+    """All arrays of the newest checkpoint, read without the package."""
     steps = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     newest = max(steps, key=lambda path: int(path.name)).absolute()
     trees = [ocp.StandardCheckpointer().restore(newest / item) for item in ("encoder", "optimizer")]
@@ -198,14 +200,14 @@ def _checkpoint(workdir: Path) -> list[np.ndarray]:
 
 
 def run(kills: int, seed: int, options: list[str], folder: Path) -> Report:
-    """One uninterrupted run and as many interrupted ones as the kills need, in a folder."""
+    """Makes one uninterrupted run, and interrupted ones until all kills are used, in a folder."""
     report, moments, used = Report(), random.Random(seed), 0
-    whole = Victim(folder / "whole", options)
-    if (code := whole.end()) != 0:
-        raise SystemExit(f"the uninterrupted run ended with exit code {code}:\n{whole.output()[-2000:]}")
+    reference = Victim(folder / "uninterrupted", options)
+    if (code := reference.end()) != 0:
+        raise SystemExit(f"the uninterrupted run ended with exit code {code}:\n{reference.output()[-2000:]}")
     while used < kills:
         workdir = folder / f"killed-{used}"
-        used += max(1, harass(whole.workdir, workdir, options, moments, report, min(kills - used, 8)))
+        used += max(1, run_with_kills(reference.workdir, workdir, options, moments, report, min(kills - used, 8)))
         print(f"{used} kills:\n{report.markdown()}\n", flush=True)
     return report
 

@@ -1,9 +1,9 @@
-"""Whatever a user hands over works or is refused with a sentence: random input of every kind, and what comes of it.
+"""Tries random input of every kind: each must either work or be refused with one sentence.
 
     python -m tests.stress.fuzz --examples 10000
 
-prints for each kind how many inputs were tried, refused with a sentence, worked and failed; the last must be 0.
-tests/test_bad_input.py tries a few of each.
+Prints for each kind how many inputs were tried, refused with a sentence, worked and failed; the last must be 0.
+tests/test_bad_input.py tries fewer of each.
 """
 
 import collections
@@ -33,25 +33,24 @@ from empssl_jax.evaluation import embedding_files, embeddings
 from empssl_jax.evaluation.evaluate import measure_knn, measure_linear
 from empssl_jax.method import losses
 from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
-from empssl_jax.run_folder import saved_config
-from empssl_jax.run_folder import step_files as json_lines
+from empssl_jax.run_folder import saved_config, step_files
 from empssl_jax.run_folder.results import add_results, load_results
 from empssl_jax.runtime.devices import device_mesh
 from tests.stress import bad_input
-from tests.stress.bad_input import FLAGS, GROUPS, OPTIONS
+from tests.stress.bad_input import GROUPS, OPTIONS
 
-REPOSITORY = Path(__file__).parents[2]
+SETTINGS = hypothesis.settings(deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
 
 
 def make_config(groups: dict[str, Any], folder: Path) -> None:
-    """A config is refused by the name of an option, or survives its way to JSON and back."""
+    """A config is refused with the name of an option, or is equal after a round trip through JSON."""
     try:
         made = Config(
             **{k: GROUPS[k](**v) if isinstance(v, dict) and set(v) <= set(OPTIONS[k]) else v for k, v in groups.items()}
         )
     except UserError as error:
-        if str(error).split(" is ")[0] not in set(FLAGS) | {f"Config's {name}" for name in GROUPS}:
-            raise AssertionError("This names no option.") from error
+        if str(error).split(" is ")[0] not in set(bad_input.FLAGS) | {f"Config's {name}" for name in GROUPS}:
+            raise AssertionError("The message does not name an option.") from error
         raise
     assert saved_config.from_json(saved_config.to_json(made), "config.json") == made
 
@@ -69,7 +68,7 @@ def run_config_file(content: bytes, folder: Path) -> None:
 
 
 def parse(arguments: list[str], folder: Path) -> None:
-    """The command line is refused with a message and exit code 2, or gives a config or its help."""
+    """The command line is refused with a message and exit code 2, gives a config, or prints the help."""
     shown = io.StringIO()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
@@ -78,13 +77,13 @@ def parse(arguments: list[str], folder: Path) -> None:
     except SystemExit as error:
         assert shown.getvalue()
         if error.code not in (0, 2):
-            raise AssertionError("This is another exit code.") from error
+            raise AssertionError("The exit code is neither 0 nor 2.") from error
         if error.code == 2:
             raise UserError("The command line was refused.") from error
 
 
 def load_embeddings(content: bytes, folder: Path) -> None:
-    """Embeddings are refused or finite, each with a class below their number or with -1 for none."""
+    """Embeddings are refused, or finite and with valid labels: a class's number, or -1 for none."""
     path = folder / "test.npz"
     path.write_bytes(content)
     loaded = embedding_files.load_embeddings(path)
@@ -95,7 +94,7 @@ def load_embeddings(content: bytes, folder: Path) -> None:
 
 
 def add_to_results(content: bytes, folder: Path) -> None:
-    """Results are refused, or what they hold is still there after others are added."""
+    """Results are refused, or kept when others are added."""
     path = folder / "results.json"
     path.write_bytes(content)
     before = load_results(folder)
@@ -105,48 +104,38 @@ def add_to_results(content: bytes, folder: Path) -> None:
 
 
 def resume_metrics(lines: list[tuple[int | None, bytes]], folder: Path) -> None:
-    """Of metrics.jsonl exactly the lines of the steps before the resumption are kept."""
+    """Exactly the lines of the steps before the resumption are kept in metrics.jsonl."""
     path = folder / "metrics.jsonl"
     path.write_bytes(b"\n".join(line for _, line in lines))
-    json_lines.drop_steps_from(path, 5)
+    step_files.drop_steps_from(path, 5)
     assert path.read_bytes() == b"".join(line + b"\n" for step, line in lines if step is not None and step < 5)
 
 
 def decode(content: bytes, folder: Path) -> None:
-    """A picture is refused or gives RGB pixels."""
+    """An image is refused or gives RGB pixels."""
     try:
         image = decoding.decode(content, None)
     except decoding.UnreadableError as error:
-        raise UserError(f"The picture is refused: {error}.") from error
+        raise UserError(f"The image is refused: {error}.") from error
     assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)
 
 
-def prepare(made: Config, steps_per_epoch: int = 2):
-    """The optimizer and the train step of a config, on one device."""
-    schedule = learning_rate_schedule(made.training, steps_per_epoch)
-    optimizer = make_optimizer(made.training, schedule)
-    return optimizer, make_train_step(made, optimizer, schedule, steps_per_epoch, device_mesh(1))
-
-
-def batch_of(made: Config, side: int) -> Batch:
-    """Images of noise."""
-    size = made.training.batch_size
-    images = np.random.RandomState(0).randint(0, 256, (size, side, side, 3)).astype(np.uint8)
-    return Batch(images, np.arange(size, dtype=np.int32))
-
-
-def resolved(made: Config) -> Config:
-    """The config with its precision named."""
+def prepare(made: Config, side: int, steps_per_epoch: int = 2) -> tuple[Config, Any, Any, Batch]:
+    """The config with "auto" as float32, its optimizer, its train step on one device, and a batch of noise images."""
     precision = "float32" if made.model.precision == "auto" else made.model.precision
-    return dataclasses.replace(made, model=dataclasses.replace(made.model, precision=precision))
+    made = dataclasses.replace(made, model=dataclasses.replace(made.model, precision=precision))
+    schedule, size = learning_rate_schedule(made.training, steps_per_epoch), made.training.batch_size
+    optimizer = make_optimizer(made.training, schedule)
+    train_step = make_train_step(made, optimizer, schedule, steps_per_epoch, device_mesh(1))
+    images = np.random.RandomState(0).randint(0, 256, (size, side, side, 3)).astype(np.uint8)
+    return made, optimizer, train_step, Batch(images, np.arange(size, dtype=np.int32))
 
 
 def trace(example: tuple[Config, int], folder: Path) -> None:
-    """The train step can be traced, and gives a state like the one before; so can embeddings."""
-    made, side = resolved(example[0]), example[1]
-    optimizer, step = prepare(made)
-    state, batch = jax.eval_shape(lambda: create_state(made, optimizer)), batch_of(made, side)
-    after, _ = jax.eval_shape(step, state, batch)
+    """The train step can be traced and keeps the shapes and types of its state; embeddings can be traced too."""
+    made, optimizer, train_step, batch = prepare(*example)
+    state = jax.eval_shape(lambda: create_state(made, optimizer))
+    after, _ = jax.eval_shape(train_step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     embedded = jax.eval_shape(embeddings.make_embed(made, device_mesh(1)), state.encoder, *batch)
     assert embedded.shape == (made.training.batch_size, embeddings.embedding_dim(made))
@@ -154,21 +143,19 @@ def trace(example: tuple[Config, int], folder: Path) -> None:
 
 def step(example: tuple[Config, int], folder: Path) -> None:
     """A train step has a finite loss, similarity at most 1 and a coding rate within its bounds."""
-    made, side = resolved(example[0]), example[1]
-    optimizer, train_step = prepare(made)
-    _, measured = train_step(create_state(made, optimizer), batch_of(made, side))
+    made, optimizer, train_step, batch = prepare(*example)
+    _, measured = train_step(create_state(made, optimizer), batch)
     values = {name: float(value) for name, value in measured.items()}
     assert np.isfinite(list(values.values())).all(), values
-    bounds = losses.coding_rate_bounds(
-        made.training.batch_size, made.model.projection_dim, made.training.coding_rate_eps
-    )
-    assert bounds[0] < bounds[1]
-    assert bounds[0] - 1e-3 <= values["coding_rate"] <= bounds[1] + 1e-3 * max(1, bounds[1])
+    training = made.training
+    low, high = losses.coding_rate_bounds(training.batch_size, made.model.projection_dim, training.coding_rate_eps)
+    assert low < high
+    assert low - 1e-3 <= values["coding_rate"] <= high + 1e-3 * max(1, high)
     assert values["similarity"] <= 1 + 1e-5
 
 
 def schedule(example: tuple[Config, int], folder: Path) -> None:
-    """The learning rate is finite, from 0 to its highest, in every step."""
+    """The learning rate of every step is finite, and between 0 and the peak."""
     made, steps_per_epoch = example
     rates = jax.vmap(learning_rate_schedule(made.training, steps_per_epoch))(jnp.arange(15))
     rates = rates[: steps_per_epoch * made.training.max_epochs]
@@ -177,16 +164,13 @@ def schedule(example: tuple[Config, int], folder: Path) -> None:
 
 
 def measure(example: tuple[float, Config], folder: Path) -> None:
-    """Accuracies are fractions, of embeddings of any size, or the classifier is said to have diverged."""
+    """Accuracies of embeddings of any scale are fractions, or the classifier is reported to have diverged."""
     scale, made = example
-    random, names = np.random.RandomState(0), ("a", "b", "c")
-    labelled = [
-        embeddings.LabelledEmbeddings(
-            np.float32(scale * random.standard_normal((7, 3))), random.randint(0, 3, 7).astype(np.int32), names
-        )
-        for _ in range(2)
-    ]
-    both = dict(zip(("train", "test"), labelled, strict=True))
+    random, splits = np.random.RandomState(0), []
+    for _ in range(2):
+        vectors, labels = np.float32(scale * random.standard_normal((7, 3))), random.randint(0, 3, 7)
+        splits.append(embeddings.LabelledEmbeddings(vectors, labels.astype(np.int32), ("a", "b", "c")))
+    both = embeddings.Embeddings(*splits)
     accuracies = [measure_knn(both, made.evaluation, device_mesh())]
     if made.evaluation.linear_epochs > 0:
         accuracies += measure_linear(both, made.evaluation, made.training.seed, device_mesh()).values()
@@ -195,11 +179,11 @@ def measure(example: tuple[float, Config], folder: Path) -> None:
 
 
 class Kind(NamedTuple):
-    """A kind of input and what is done with it, which raises UserError, succeeds, or fails the test."""
+    """A kind of input, and a check of it that returns, raises UserError, or fails with another error."""
 
     inputs: st.SearchStrategy
     attempt: Callable[[Any, Path], None]
-    share: float = 1.0  # of the examples asked for: some take long
+    share: float = 1.0  # of the requested examples, below 1 for slow checks
 
 
 SIDES = st.sampled_from([1, 2, 8, 28, 32, 33])
@@ -220,24 +204,18 @@ KINDS = {
 
 
 def tally(name: str, examples: int, folder: Path, derandomize: bool = False) -> collections.Counter[str]:
-    """How many inputs of a kind worked and how many were refused; raises what anything else of them raised."""
+    """Numbers of inputs of a kind that worked and that were refused; raises any other error."""
     kind, counts = KINDS[name], collections.Counter[str]()
 
-    @hypothesis.settings(
-        max_examples=max(1, round(kind.share * examples)),
-        deadline=None,
-        database=None,
-        derandomize=derandomize,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
+    @hypothesis.settings(SETTINGS, max_examples=max(1, round(kind.share * examples)), derandomize=derandomize)
     @hypothesis.given(kind.inputs)
-    def attempt(example):
+    def attempt(example: Any) -> None:
         try:
             kind.attempt(example, folder)
             counts["worked"] += 1
         except UserError as error:
             if not re.fullmatch(r".{20,2000}\.", str(error)):
-                raise AssertionError("This is no sentence.") from error
+                raise AssertionError("The message is not one sentence.") from error
             counts["refused"] += 1
 
     attempt()
@@ -248,8 +226,8 @@ def main(examples: int = 1000, kinds: tuple[str, ...] = tuple(KINDS)) -> None:
     """Tries random inputs.
 
     Args:
-        examples: inputs of each kind; of those that compile, a share.
-        kinds: which.
+        examples: Number of inputs of each kind; a fraction of it for slow kinds.
+        kinds: Kinds of input to try.
     """
     failed = 0
     print(f"{'kind':15} {'tried':>7} {'refused':>7} {'worked':>7} {'failed':>7}")

@@ -1,10 +1,10 @@
-"""Trains many short epochs with a save after each, then evaluates many times, and reports what grows.
+"""Trains many short epochs with a save after each, then evaluates many times, and reports which resources grow.
 
     python -m tests.stress.soak [--minutes 30] [--evaluations 50] [--output FILE]
 
-All in one process, on the built-in digits with a tiny model, so that half an hour holds thousands of epochs. Host
-memory, open files, threads, and the bytes and number of live device arrays are sampled; a line is fitted to each over
-the last three quarters of the time, when caches have filled.
+Everything runs in one process, on the built-in digits with a tiny model, so half an hour holds more than a thousand
+epochs. Host memory, open files, threads, and the number and bytes of live device arrays are sampled. A line is fitted
+to each over the last three quarters of the samples, when caches are full.
 """
 
 import contextlib
@@ -28,25 +28,25 @@ from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.data.datasets import load_split
-from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.evaluation.evaluate import evaluate as evaluate_run
 
 ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How long."""
+    """The length of the test, and the file for the report."""
 
+    # Minutes of training.
     minutes: float = 30.0
-    """Time for training."""
+    # Number of evaluations after training.
     evaluations: int = 50
-    """Evaluations after it."""
+    # JSON file for the report.
     output: str = "tests/stress/results/soak.json"
-    """File that receives the report."""
 
 
 def config(workdir: str) -> Config:
-    """Five steps an epoch, more epochs than there is time for."""
+    """Five steps per epoch, and more epochs than the time allows."""
     return Config(
         data=DataConfig(dataset="digits", images_per_class=20, test_images_per_class=10),
         patches=PatchConfig(train_patches=4, patch_size=16),
@@ -58,7 +58,7 @@ def config(workdir: str) -> Config:
 
 
 def sample() -> dict[str, float]:
-    """What this process holds now."""
+    """The resources that this process holds now."""
     status = Path("/proc/self/status").read_text()
     arrays = jax.live_arrays()
     return {
@@ -71,9 +71,9 @@ def sample() -> dict[str, float]:
 
 
 class Sampler(threading.Thread):
-    """Samples in the background, and ends training after its time as a preempting machine would."""
+    """Samples in the background, and ends training after some seconds with SIGTERM, as a preemption does."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float) -> None:
         super().__init__(daemon=True)
         self.samples: list[dict[str, float]] = []
         self._seconds = seconds
@@ -87,7 +87,7 @@ class Sampler(threading.Thread):
 
 
 def slopes(samples: list[dict[str, float]], unit: str) -> dict[str, dict[str, float]]:
-    """For each quantity its first and last value of the last three quarters, and the slope of a line through them."""
+    """For each quantity, the first and last value and the slope of a fitted line over the last three quarters."""
     late = samples[len(samples) // 4 :]
     x = np.array([one[unit] for one in late])
     report = {}
@@ -102,7 +102,7 @@ def slopes(samples: list[dict[str, float]], unit: str) -> dict[str, dict[str, fl
 
 
 def train(workdir: Path, minutes: float) -> tuple[int, list[dict[str, float]]]:
-    """Trains for so long; returns the epochs and the samples."""
+    """Trains for some minutes; returns the number of epochs and the samples."""
     sampler = Sampler(60 * minutes)
     sampler.start()
     with (workdir / "log").open("w") as log, contextlib.redirect_stderr(log), contextlib.suppress(SystemExit):
@@ -111,18 +111,18 @@ def train(workdir: Path, minutes: float) -> tuple[int, list[dict[str, float]]]:
 
 
 def evaluate(workdir: Path, times: int) -> list[dict[str, float]]:
-    """Evaluates the run so often; returns a sample after each."""
+    """Evaluates the run several times; returns a sample after each."""
     samples = []
     options = EvaluateOptions(workdir=str(workdir), evaluation=config(str(workdir)).evaluation)
     for number in range(times):
         with (workdir / "log").open("a") as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
-            evaluation.evaluate(options, write_report=lambda *_: None)
+            evaluate_run(options, write_report=lambda *_: None)
         samples.append({"evaluations": float(number)} | sample())
     return samples
 
 
 def main(options: Options) -> None:
-    """Prints and writes the report."""
+    """Runs the test; writes and prints the report."""
     with tempfile.TemporaryDirectory() as folder:
         epochs, samples = train(Path(folder), options.minutes)
         report = {"epochs": epochs, "training": slopes(samples, "hours")}
@@ -133,6 +133,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    # Read once here, so that the first sample is not of an empty process.
+    # Load the data once before sampling, so the first sample is not of a process without them.
     load_split(config("unused").data, "train", None)
     main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,108 @@
+"""The command `empssl`: its subcommands, their help, and what they import."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+
+from empssl_jax import __version__, command_line
+from empssl_jax.config import Config
+from empssl_jax.config.config_files import parse_train_options
+
+HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "sklearn", "numpy")
+COMMANDS = ["train", "eval", "embed", "export", "import", "report", "compare"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_imports_nothing_heavy(arguments):
+    code = f"""
+import json, sys
+from empssl_jax.command_line import main
+try:
+    main({arguments!r})
+finally:
+    print(json.dumps(sorted(set({HEAVY!r}) & sys.modules.keys())), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stderr.splitlines()[-1]) == []
+    assert "usage: empssl" in done.stdout
+
+
+def help_of(*arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.main([*arguments, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_overview_names_every_command(capsys):
+    command_line.main([])
+    shown = capsys.readouterr().out
+    assert list(command_line.COMMANDS) == COMMANDS
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+
+
+def test_options_stand_in_groups_with_a_heading_each(capsys):
+    shown = help_of("train", capsys=capsys)
+    groups = ("data", "patches", "model", "training", "evaluation", "run", "distributed")
+    places = [shown.index(f"{group} options") for group in groups]
+    assert places == sorted(places)
+    assert shown.index("--learning-rate") > shown.index("training options") > shown.index("--width")
+
+
+def test_paragraphs_are_reflowed(capsys):
+    """No line of an option's text ends where the first word of the next would still fit."""
+    shown = help_of("train", capsys=capsys)
+    block = shown[shown.index("--dataset STR") + len("--dataset STR") : shown.index("--train-split STR")]
+    lines = [line.strip(" │") for line in block.splitlines()[:-1]]
+    assert len(lines) > 3
+    width = max(map(len, lines))
+    for line, following in itertools.pairwise(lines):
+        assert len(line) + 1 + len(following.split()[0]) > width - 3, line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_has_an_example(name, capsys):
+    assert f"Example: empssl {name} " in help_of(name, capsys=capsys)
+
+
+def test_an_unknown_command_is_refused_with_the_commands(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.main(["trian"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said == f"error: empssl has no command 'trian': give one of {', '.join(COMMANDS)}.\n"
+
+
+def test_compare_needs_a_run(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.main(["compare", "--whiten"])
+    assert ended.value.code == 2
+    assert "names no run" in capsys.readouterr().err
+
+
+def test_compare_takes_runs_before_options(monkeypatch):
+    taken = []
+    monkeypatch.setattr(command_line, "evaluate", lambda arguments, prog: taken.append(list(arguments)))
+    command_line.compare(["a", "b", "--whiten"], "empssl compare")
+    assert taken == [["--workdir", "a", "b", "--whiten"]]
+
+
+def test_the_configs_of_the_package_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    by_name = parse_train_options(["--config", "digits"])
+    assert by_name == parse_train_options(["--config", "configs/digits.py"])
+    assert by_name.data.dataset == "digits"
+    assert parse_train_options([]) == Config()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits.py").write_text("from empssl_jax.config import Config\nconfig = Config()\n")
+    assert parse_train_options(["--config", "configs/digits.py"]) == Config()  # a file of the user's comes first
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert __version__ == version("empssl_jax")
