@@ -1,6 +1,6 @@
 """EMP-SSL (Tong, Chen, Ma, LeCun 2023, arXiv 2304.03977) in JAX: image embeddings from about one epoch of training.
 
-`empssl_jax.load(RUN)` gives a trained encoder. Begin reading at `empssl_jax.method`, the whole method in one room.
+`empssl_jax.load(RUN)` gives a trained encoder. Start reading at `empssl_jax.method`.
 """
 
 import os

@@ -6,6 +6,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from empssl_jax.evaluation.embeddings import embedding_dim
 from empssl_jax.report.charts import MAP_SIDE, Curve, Map, curve, map_of
 from empssl_jax.report.findings import Findings, Neighbours, map_classes
 from empssl_jax.report.pictures import PatchSheet, as_grid, data_uri, sprite, thumbnail
@@ -45,6 +46,7 @@ def render(run: Run, sheet: PatchSheet | None, findings: Findings | None) -> str
         "numbers": numbers(run),
         "sheet": _sheet_rows(run, sheet),
         "published": PUBLISHED.get(run.config.data.dataset, []),
+        "dimension": embedding_dim(run.config),
         "options": options(run.config),
         "command": command(run.config),
         "findings": findings,
