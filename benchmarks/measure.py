@@ -1,6 +1,5 @@
 """Timing: alternating runs of two implementations, their medians, and the machine and versions behind the figures."""
 
-import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
@@ -15,13 +14,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
-
-from empssl_jax.config import EvaluationConfig
-from empssl_jax.config.command_options import CheckpointChoice
-from empssl_jax.data.datasets import Datasets
-from empssl_jax.evaluation.embeddings import Embeddings, embed_datasets
-from empssl_jax.inference.image_encoder import load
-from empssl_jax.runtime.devices import device_mesh
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -168,23 +160,3 @@ def markdown(rows: Iterable[Row]) -> str:
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line; empty if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Appends a JSON object to such a file."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def checkpoint_embeddings(
-    workdir: Path, options: EvaluationConfig, datasets: Datasets, step: CheckpointChoice = "latest"
-) -> Embeddings:
-    """Embeddings of a run's checkpoint, computed with the given options."""
-    encoder = load(workdir, step)
-    config = dataclasses.replace(encoder.config, evaluation=options)
-    return embed_datasets(config, encoder.state, datasets, device_mesh())

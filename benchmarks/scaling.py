@@ -56,7 +56,7 @@ def base_config(tiny: bool) -> Config:
 
 
 def varied(config: Config, quantity: str, value: int) -> Config:
-    """The config with another value of one quantity; unchanged for devices, which are no part of it."""
+    """The config with another value of one quantity; unchanged for devices, which it does not include."""
     groups = {"images": ("training", "batch_size"), "patches": ("patches", "train_patches")}
     groups |= {"projection_dim": ("model", "projection_dim")}
     if quantity == "devices":

@@ -17,11 +17,11 @@ from typing import Any
 
 import tyro
 
-from benchmarks.measure import append_line, environment, read_lines
+from benchmarks.measure import environment
 from empssl_jax.run_folder.results import load_results
+from experiments.records import RESULTS, append_line, read_lines
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 SPLITS = ["--train-split", "train[:45000]", "--test-split", "train[45000:]"]
 POINTS: dict[str, dict[str, int]] = {
     "width 16": {"width": 16, "max-epochs": 1},

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.measure import append_line, checkpoint_embeddings
 from empssl_jax.data.datasets import load_datasets
 from empssl_jax.evaluation.evaluate import measure_knn
 from empssl_jax.run_folder.checkpoints import Checkpoints
@@ -24,6 +23,7 @@ from empssl_jax.run_folder.step_files import TIMING_FILE, read_steps
 from empssl_jax.runtime.compilation import keep_compiled_programs
 from empssl_jax.runtime.devices import device_mesh
 from empssl_jax.runtime.user_errors import user_errors_exit
+from experiments.records import append_line, checkpoint_embeddings
 
 NUM_NEIGHBOURS = 10
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import tyro
 
-from benchmarks.measure import append_line, checkpoint_embeddings, read_lines
 from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
 from empssl_jax.config.errors import InUseError
@@ -28,6 +27,7 @@ from empssl_jax.evaluation.evaluate import measure_knn
 from empssl_jax.run_folder.workdir import locked
 from empssl_jax.runtime.compilation import keep_compiled_programs
 from empssl_jax.runtime.devices import device_mesh
+from experiments.records import append_line, checkpoint_embeddings, read_lines
 
 BASE = Config(
     data=DataConfig(train_split="train[:5000]", test_split="train[45000:]"),

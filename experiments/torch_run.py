@@ -5,8 +5,8 @@
     empssl eval --workdir IMPORTED
     python -m experiments.layer_norms OURS IMPORTED
 
-Uses the network, transforms, loss, LARS and loop of benchmarks/baseline_torch.py, on one thread. Writes metrics.jsonl and
-weights.safetensors into the workdir, which `empssl import` makes a run of. It needs the extra `bench`.
+Uses the network, transforms, loss and LARS of benchmarks/baseline_torch.py, on one thread. Writes metrics.jsonl and
+weights.safetensors to the workdir; `empssl import` turns the weights into a run. Needs the extra `bench`.
 """
 
 import json

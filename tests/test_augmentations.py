@@ -1,4 +1,4 @@
-"""Each augmentation against torchvision on PIL."""
+"""Compares each augmentation with torchvision on PIL images."""
 
 import functools
 import itertools
@@ -55,11 +55,11 @@ def test_golden_fixed_operations(golden):
 
 
 def test_color_jitter_equals_its_operations_in_order(golden):
-    """The branch-free form against the four operations applied one after the other, where the order shows."""
+    """The branch-free form equals the four operations in sequence, for every order."""
     image = planes(golden("augmentations")["images"])[3]
     operations = [jax.jit(functools.partial(adjust, which)) for which in range(3)] + [jax.jit(augmentations.adjust_hue)]
     color_jitter = jax.jit(augmentations.color_jitter)
-    values = 1.4, 1.4, 1.4, -0.15  # so large that what is clipped depends on the order
+    values = 1.4, 1.4, 1.4, -0.15  # large enough that clipping depends on the order
     orders = list(itertools.permutations(range(4)))
     jittered = np.zeros((24, *image.shape))
     expected = np.zeros_like(jittered)
@@ -70,7 +70,7 @@ def test_color_jitter_equals_its_operations_in_order(golden):
         expected[i] = patch
         places, factors, shift = jnp.argsort(jnp.array(order)), jnp.array(values[:3]), jnp.float32(values[3])
         jittered[i] = color_jitter(image, places, factors, shift)
-    # Rounding moves a few pixels across a step of the 8-bit hue and saturation, which ones depends on the processor.
+    # Rounding moves a few pixels to the next level of 8-bit hue and saturation. Which ones depends on the processor.
     difference = np.mean(np.abs(jittered[:, None] - expected), axis=(2, 3, 4))
     assert np.max(np.diag(difference)) < 0.1
     assert np.min(difference + np.eye(24)) > 0.3

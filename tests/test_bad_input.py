@@ -1,4 +1,4 @@
-"""Whatever a user hands over works or is refused with one sentence; each test prints how many inputs it tried."""
+"""User input works or is refused with one error message. The fuzz tests print how many inputs they try."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def test_random_input_works_or_is_refused(kind, tmp_path):
     print(f"{kind}: {counts['refused']} refused, {counts['worked']} worked")
     assert counts["worked"] > 0
     never_refused = {"metrics.jsonl", "schedules", "traced steps", "train steps"}
-    if kind != "evaluations":  # few are tried, and whether a classifier of them diverges is chance
+    if kind != "evaluations":  # few are tried, and whether their classifier diverges is random
         assert (counts["refused"] == 0) == (kind in never_refused)
 
 
@@ -63,7 +63,7 @@ def test_the_warm_up_leaves_a_step_to_the_cosine():
 
 
 def bomb(name: str, shape: tuple[int, ...], held: int) -> bytes:
-    """An .npz of good arrays, one of which is said to be of a shape, and holds so many zeros, tightly packed."""
+    """An .npz of good arrays, except that `name` declares `shape` and has `held` zero bytes, compressed."""
     file = io.BytesIO()
     np.savez(file, **{"embeddings": np.eye(4, dtype=np.float32), "labels": np.arange(4)} | {name: np.zeros(0)})
     with zipfile.ZipFile(file) as good:
@@ -102,7 +102,7 @@ def test_embeddings_that_would_fill_the_memory_are_refused_before_they_do(tmp_pa
 
 
 @pytest.mark.parametrize(("labels", "num_names"), [([0, 1, 2**40], 3), ([0, 1, 2], 100_001), ([0, -2, 2], 3)])
-def test_labels_that_are_no_classes_are_refused(tmp_path, labels, num_names):
+def test_labels_that_are_not_classes_are_refused(tmp_path, labels, num_names):
     names = np.array(["name"] * num_names)
     np.savez(tmp_path / "test.npz", embeddings=np.eye(3), labels=np.array(labels), class_names=names)
     with pytest.raises(UserError, match="number the classes from 0 to at most 99999"):
@@ -136,7 +136,7 @@ def evaluate(folder, **options):
 def test_results_that_cannot_be_added_to_are_refused_before_the_work(embeddings_folder, monkeypatch, content):
     path = embeddings_folder / "results.json"
     path.mkdir() if content is None else path.write_bytes(content)
-    monkeypatch.setattr(evaluation, "measure_knn", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(evaluation, "measure_knn", lambda *_: pytest.fail("the evaluation has begun"))
     with pytest.raises(UserError, match=r"results\.json cannot be read .*: delete it"):
         evaluate(embeddings_folder)
     assert content is None or path.read_bytes() == content
@@ -157,7 +157,7 @@ def test_the_table_is_shown_even_if_it_cannot_be_written(embeddings_folder, monk
     )
 
 
-def test_a_linear_classifier_that_diverges_is_told_and_the_knn_kept(embeddings_folder, capsys):
+def test_a_linear_classifier_that_diverges_is_reported_and_the_knn_kept(embeddings_folder, capsys):
     with pytest.raises(DivergenceError, match=r"diverged at --linear-learning-rate 1000000000.0: try a lower one"):
         evaluate(embeddings_folder, linear_epochs=9, linear_learning_rate=1e9, linear_weight_decay=1e3)
     assert "kNN  100.00%  100.00%" in capsys.readouterr().out
@@ -172,14 +172,14 @@ def test_a_linear_classifier_that_diverges_is_told_and_the_knn_kept(embeddings_f
         RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 43585457712 bytes."),
     ],
 )
-def test_too_little_memory_gets_a_sentence(error, capsys):
+def test_too_little_memory_gets_an_error_message(error, capsys):
     with pytest.raises(SystemExit) as caught, user_errors_exit():
         raise error
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: out of memory ({error}): lower --batch-size, ")
 
 
-def test_xla_says_out_of_memory_in_the_way_that_is_recognised(capsys):
+def test_xla_s_out_of_memory_error_is_recognised(capsys):
     with pytest.raises(SystemExit), user_errors_exit():
         jax.block_until_ready(jnp.zeros((2**20, 2**24)))
     assert "error: out of memory (" in capsys.readouterr().err
@@ -194,7 +194,7 @@ def test_other_errors_keep_their_traces():
 
 
 class Pictures(tfds.core.GeneratorBasedBuilder):
-    """A TFDS data set of what a test gives it."""
+    """A TFDS data set with the features and examples that a test sets."""
 
     VERSION = tfds.core.Version("1.0.0")
     FEATURES: dict = {}  # noqa: RUF012
@@ -224,7 +224,7 @@ def encoded(image, kind="png", **options) -> bytes:
 
 
 def load_pictures(monkeypatch, folder, images, labels=(0, 1, 2, 1), image=None, label=None, split="train"):
-    """A split of a data set of these images."""
+    """Loads a split of a data set of these images."""
     kinds = {"image": image or features.Image(), "label": label or features.ClassLabel(num_classes=3)}
     monkeypatch.setattr(Pictures, "FEATURES", kinds)
     examples = [{"image": i, "label": j} for i, j in zip(images, labels, strict=False)]
@@ -260,7 +260,7 @@ def test_images_become_rgb_without_tensorflow(case, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("label", [features.Scalar(dtype=np.int64), features.Text()])
-def test_labels_that_are_no_classes_are_none(label, monkeypatch, tmp_path):
+def test_labels_that_are_not_classes_are_ignored(label, monkeypatch, tmp_path):
     labels = ["a", "b"] if isinstance(label, features.Text) else [0, 5]
     loaded = load_pictures(monkeypatch, tmp_path, [PIXELS] * 2, labels, label=label)
     assert (loaded.labels.tolist(), loaded.num_classes) == ([-1, -1], 0)
@@ -304,7 +304,7 @@ def test_other_data_sets_are_refused(case, monkeypatch, tmp_path):
 
 
 def moved(folder: Path) -> Path:
-    """The data set under a name whose builder TFDS has no code of."""
+    """Renames the data set to a name without a TFDS builder; returns its new folder."""
     shutil.move(folder / "pictures", folder / "moved")
     version = folder / "moved" / "1.0.0"
     for path in version.iterdir():
@@ -372,7 +372,7 @@ def test_a_data_folder_that_cannot_be_written_to_is_refused(folder, monkeypatch)
 
 
 def test_cifar10_is_prepared_without_tensorflow(monkeypatch, tmp_path):
-    """TFDS's own builder, on files in the format of the real ones."""
+    """Runs TFDS's own builder on files in the format of the real ones."""
     source = tmp_path / "source" / "cifar-10-batches-bin"
     source.mkdir(parents=True)
     records = np.random.RandomState(0).randint(0, 10, (6, 2, 3073)).astype(np.uint8)
@@ -387,7 +387,7 @@ def test_cifar10_is_prepared_without_tensorflow(monkeypatch, tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-# Folders that are no checkpoints.
+# Folders that are not checkpoints.
 
 
 class Planted:
@@ -437,7 +437,7 @@ def test_nothing_is_unpickled_from_checkpoints(run_folder, tmp_path):
             restored += 1
         except UserError:
             pass
-    print(f"pickles in place of {len(names)} files: {restored} times restored, never run")
+    print(f"pickles instead of {len(names)} files: restored {restored} times, never run")
     assert restored < len(names)
     assert not trap.exists()
     assert unpickled == []
@@ -474,7 +474,7 @@ def test_folders_without_checkpoints_are_refused(case, tmp_path):
         restore(tmp_path)
 
 
-def test_a_file_in_place_of_checkpoints_is_refused_before_training(tmp_path):
+def test_a_file_instead_of_checkpoints_is_refused_before_training(tmp_path):
     (tmp_path / "checkpoints").write_text("x")
     with pytest.raises(UserError), checkpoints.Checkpoints(tmp_path) as store:
         store.latest_step()
@@ -493,13 +493,13 @@ def test_a_checkpoint_of_another_model_is_refused(run_folder, shape):
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe", b"[" * 10**5, b'{"training": {"seed": 1.5}}', b'{"seed": 1}', b"3", b""]
 )
-def test_a_config_json_that_is_none_is_refused_by_name(content, tmp_path):
+def test_an_invalid_config_json_is_refused_by_name(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"^.*config\.json (is not a config|has a wrong value).*\.$"):
         saved_config.load_config(tmp_path)
 
 
-def test_a_wrong_value_in_config_json_is_told_with_its_option(tmp_path):
+def test_a_wrong_value_in_config_json_is_reported_with_its_option(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": {"width": "wide"}}))
     with pytest.raises(UserError, match=r"config\.json has a wrong value: --width is 'wide': give a whole number"):
         saved_config.load_config(tmp_path)

@@ -1,4 +1,4 @@
-"""The PyTorch yardstick against the same golden numbers; skipped without the extra `bench`."""
+"""The PyTorch baseline reproduces the same golden numbers. Skipped without the extra `bench`."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ baseline = pytest.importorskip("benchmarks.baseline_torch")
 
 @pytest.fixture(scope="module")
 def trained_once(golden):
-    """The golden network after one pass in training mode, and what came out."""
+    """The golden numbers and network, with its embeddings, loss and gradients after one pass in training mode."""
     numbers = golden("resnet18")
     model = baseline.Encoder(hidden_dim=64, projection_dim=32)
     state = model.state_dict()

@@ -1,4 +1,4 @@
-"""Batch normalisation and its gradient against float64."""
+"""Compares batch normalisation and its gradients with float64 formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ SHAPES = [(6, 5, 4, 3), (40, 7)]
 
 
 def oracle(x, scale, bias, g):
-    """Output, mean, biased variance, and the gradients of sum(g * output), by the textbook in float64."""
+    """Output, mean, biased variance, and the gradients of sum(g * output), by the textbook formulas in float64."""
     x, scale, bias, g = (np.asarray(a, np.float64) for a in (x, scale, bias, g))
     axes = tuple(range(x.ndim - 1))
     mean, var = x.mean(axes), x.var(axes)
@@ -43,7 +43,7 @@ def test_output_statistics_and_gradients(shape):
 
 @pytest.mark.parametrize("shape", [(16, 5, 4, 3), (40, 7)])
 def test_devices_share_statistics_and_gradients(shape):
-    """Eight devices with a share each against one with everything."""
+    """Eight devices with a shard each equal one device with the full batch."""
     x, scale, bias, g = example(shape)
 
     def gradients(x, scale, bias, g):
@@ -53,8 +53,8 @@ def test_devices_share_statistics_and_gradients(shape):
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, scale, bias)
 
-    split, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
-    specs = {"in_specs": (split, whole, whole, split), "out_specs": ((split, whole, whole), (whole, whole))}
+    rows, same = PartitionSpec(DATA_AXIS), PartitionSpec()
+    specs = {"in_specs": (rows, same, same, rows), "out_specs": ((rows, same, same), (same, same))}
     (d_x, d_scale, d_bias), (mean, var) = jax.jit(jax.shard_map(gradients, mesh=device_mesh(8), **specs))(
         x, scale, bias, g
     )
@@ -76,7 +76,7 @@ def test_running_statistics_and_evaluation():
 
 
 def test_bfloat16_is_rounded_once():
-    """The result is the float32 one rounded, not made of rounded parts."""
+    """The result is the rounded float32 result. Intermediate values are not rounded."""
     x, scale, bias, _ = example((6, 5, 4, 3))
     x = x.astype(jnp.bfloat16)
     y, mean, _ = batch_norm.normalise_batch(x, scale, bias, None)

@@ -1,4 +1,4 @@
-"""What the tables say about given times, and counts of FLOPs against published ones."""
+"""Tables for given times, and FLOP counts compared with published ones."""
 
 import xml.etree.ElementTree
 
@@ -22,7 +22,7 @@ def test_a_row_without_the_baseline_says_so():
     assert measure.markdown([row]).splitlines()[-1] == "| row | 2 | - | s | not measured | 2 |"
 
 
-def test_works_run_in_turn():
+def test_ours_and_theirs_run_in_turn():
     calls = []
     seconds = measure.compare(lambda: calls.append("ours"), lambda: calls.append("theirs"), repeats=2)
     assert calls == ["ours", "theirs"] * 3
@@ -34,7 +34,7 @@ def test_works_run_in_turn():
 
 
 def test_flops_of_a_resnet_18_on_32x32():
-    """0.56 G multiplications (published for the variant without pooling), and 2.1 M of the hidden layer."""
+    """0.56 G multiplications (published for the variant without pooling), plus 2.1 M for the hidden layer."""
     flops = limits.flops_per_patch(ModelConfig(), 32, training=False)
     assert flops / 2 == pytest.approx(0.5558e9 + 512 * 4096, rel=2e-3)
 
@@ -62,7 +62,7 @@ def test_a_row_of_the_study_has_mean_spread_and_difference_to_the_same_seeds():
     assert study.table(lines).splitlines()[2:] == ["| base | 2 | 42.0 (2.8) | +0.0 |", "| batch 25 | 1 | 45.0 | +1.0 |"]
 
 
-def test_the_study_changes_the_options_that_are_named():
+def test_the_study_changes_the_named_options():
     config = study.changed(study.BASE, {"batch_size": 25, "patch_area": 0.4, "valid_patches": 4})
     assert (config.training.batch_size, config.patches.patch_area, config.evaluation.valid_patches) == (25, 0.4, 4)
     assert config.model == study.BASE.model
@@ -76,7 +76,7 @@ def test_every_row_of_the_study_is_a_config_of_its_own():
         assert all(config not in configs[:number] for number, config in enumerate(configs))
 
 
-def test_the_frontier_marks_what_no_faster_point_reaches():
+def test_the_frontier_marks_points_that_no_faster_point_reaches():
     lines = [
         {"point": "slow", "minutes": 30.0, "top1": 0.6, "top5": 0.9},
         {"point": "worse", "minutes": 20.0, "top1": 0.4, "top5": 0.8},

@@ -48,7 +48,7 @@ def test_keeps_the_newest_and_the_best(workdir):
     assert kept == {1, 3, 4}
 
 
-def test_a_missing_step_is_refused_with_those_there(workdir):
+def test_a_missing_step_is_refused_with_the_available_steps(workdir):
     with pytest.raises(UserError, match=r"--step is 2: .* has 1, 3, 4"):
         restore(workdir, 2)
 
@@ -58,7 +58,7 @@ def test_no_checkpoint_is_refused(tmp_path):
         restore(tmp_path, "latest")
 
 
-def test_an_unfinished_save_is_cleared_away(workdir):
+def test_an_unfinished_save_is_removed(workdir):
     left = workdir / "checkpoints" / "5.orbax-checkpoint-tmp-123"
     left.mkdir()
     assert restore(workdir, "latest")[0] == 4
@@ -74,7 +74,7 @@ def test_a_state_that_is_not_finite_is_not_saved(workdir):
     assert restore(workdir, "latest")[0] == 4
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json"):
         saved_config.load_config(tmp_path)
     (tmp_path / "config.json").write_text('{"data": 3}')

@@ -1,4 +1,4 @@
-"""Several runs side by side: who is grouped with whom, means and spreads by hand, what is read and what is measured."""
+"""Comparison of runs: grouping, means and spreads computed by hand, and which results are read or measured."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from empssl_jax.evaluation import evaluate as evaluation
 from empssl_jax.run_folder import saved_config
 from empssl_jax.run_folder.results import add_results, of_embeddings
 
-KNN = {0: (0.30, 0.80), 1: (0.34, 0.84), 2: (0.44, 0.88)}  # by seed
+KNN = {0: (0.30, 0.80), 1: (0.34, 0.84), 2: (0.44, 0.88)}  # top-1 and top-5 by seed
 
 
 def write_run(folder, seed, top1, top5, linear=True, **training):
@@ -53,7 +53,7 @@ def test_mean_and_spread_over_seeds(tmp_path, no_evaluation, capsys):
     table = (tmp_path / "comparison.md").read_text()
     header, _, fast, slow, *_ = table.splitlines()
     assert cells(header) == ["runs", "n", "seeds", "kNN top-1", "kNN top-5", "linear top-1", "linear top-5"]
-    # Mean of 30, 34, 44: 36; deviations -6, -2, 8: squares 104, over 2: 52.
+    # 30, 34 and 44 have the mean 36 and the deviations -6, -2 and 8, whose squares add up to 104. 104 / 2 = 52.
     assert cells(fast) == [
         "--learning-rate 0.3",
         "3",
@@ -76,7 +76,7 @@ def test_the_same_seed_twice_is_one_sample(tmp_path, no_evaluation):
     assert cells((tmp_path / "comparison.md").read_text().splitlines()[2])[:4] == ["all", "1", "3", "50.00 %"]
 
 
-def test_only_what_is_missing_or_asked_for_otherwise_is_measured(tmp_path, no_evaluation):
+def test_only_missing_results_and_changed_options_are_measured(tmp_path, no_evaluation):
     done, missing = write_run(tmp_path / "a", 0, 0.5, 0.9), write_run(tmp_path / "b", 1, 0.5, 0.9, linear=False)
     compare(done, missing)
     assert [options.workdir for options in no_evaluation] == [missing]
@@ -92,7 +92,7 @@ def test_results_of_other_embeddings_are_measured_again(tmp_path, no_evaluation)
         add_results(Path(folder), of_embeddings(options.embeddings, {"kNN": {"top1": 0.5, "top5": 0.9}}))
     compare(*folders)
     assert [options.workdir for options in no_evaluation] == folders[1:]
-    # Without a linear classifier, a run's linear accuracy of other embeddings is neither shown nor measured again.
+    # Without a linear classifier, a linear accuracy of other embeddings is neither shown nor measured again.
     old = {"linear": {"top1": 0.6, "top5": 1.0}}
     add_results(Path(folders[0]), of_embeddings(EvaluationConfig(whiten=True).embeddings, old))
     config = Config(evaluation=EvaluationConfig(linear_epochs=0))
@@ -104,7 +104,7 @@ def test_results_of_other_embeddings_are_measured_again(tmp_path, no_evaluation)
     assert cells(header)[3:] == ["kNN top-1", "kNN top-5"]
 
 
-def test_one_run_is_evaluated_as_ever(tmp_path, no_evaluation):
+def test_one_run_is_evaluated_without_a_comparison(tmp_path, no_evaluation):
     folder = write_run(tmp_path / "a", 0, 0.5, 0.9)
     compare(folder)
     expected = dataclasses.replace(EvaluateOptions(), workdir=folder, evaluation=EvaluationConfig())
@@ -112,6 +112,6 @@ def test_one_run_is_evaluated_as_ever(tmp_path, no_evaluation):
     assert not (tmp_path / "comparison.md").exists()
 
 
-def test_folders_that_are_no_runs_are_refused(tmp_path):
+def test_folders_that_are_not_runs_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"names 2 folders, and none has a config\.json: give runs"):
         parse_evaluations(["--workdir", str(tmp_path), str(tmp_path / "none")])

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, and the trace that --profile leaves."""
+"""The cache of compiled programs, and the trace that --profile writes."""
 
 import os
 import subprocess
@@ -19,19 +19,19 @@ jax.jit(lambda x: x * 2 + 1)(3.0)
 
 def run(**environment):
     """Runs the program; returns what it wrote to stderr."""
-    # JAX sets the level of XLA's messages in its own process, which a user's shell has not done.
+    # Importing JAX sets XLA's log level in this process. A user's shell does not set it.
     inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     command = [sys.executable, "-c", PROGRAM]
     return subprocess.run(command, env=inherited | environment, check=True, capture_output=True, text=True).stderr
 
 
-def test_programs_are_kept_in_the_users_cache_folder_and_read_in_silence(tmp_path):
+def test_programs_are_kept_in_the_users_cache_folder_and_read_without_messages(tmp_path):
     run(XDG_CACHE_HOME=str(tmp_path))
     assert list((tmp_path / "empssl_jax").iterdir())
     assert run(XDG_CACHE_HOME=str(tmp_path)) == ""
 
 
-def test_a_folder_that_the_user_chose_stands(tmp_path):
+def test_a_folder_that_the_user_chose_is_used(tmp_path):
     run(XDG_CACHE_HOME=str(tmp_path / "not"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "chosen"))
     assert list((tmp_path / "chosen").iterdir())
     assert not (tmp_path / "not").exists()

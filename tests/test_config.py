@@ -1,4 +1,4 @@
-"""Options: their checks, their way to JSON and back, and the command line."""
+"""Options: validation, conversion to JSON and back, and the command line."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ GROUPS = [field.default_factory for field in dataclasses.fields(Config)]
 
 
 def out_of_range():
-    """Every field with a range, and values that it must refuse."""
+    """Yields every field that has a range, with values that it must refuse."""
     for group in GROUPS:
         for field in dataclasses.fields(group):
             if "range" in field.metadata:
@@ -63,7 +63,7 @@ def test_names_that_files_cannot_have_are_refused(value):
         (config.EvaluationConfig, "untrained", None, "False or True"),
     ],
 )
-def test_values_that_are_no_choice_are_refused_with_the_choices(group, name, value, remedy):
+def test_values_that_are_not_a_choice_are_refused_with_the_choices(group, name, value, remedy):
     with pytest.raises(UserError, match=f"^--{name} is {value!r}: give {remedy}"):
         group(**{name: value})
 
@@ -111,7 +111,7 @@ def test_help_shows_each_option_with_its_default_in_that_config(capsys):
 
 
 @pytest.mark.parametrize("parse", [parse_evaluate_options, parse_embed_options])
-def test_help_shows_the_values_of_the_run_and_needs_none(parse, tmp_path, capsys):
+def test_help_shows_the_values_of_the_run_and_works_without_one(parse, tmp_path, capsys):
     saved_config.save_config(tmp_path, Config(evaluation=config.EvaluationConfig(valid_patches=77)))
     for workdir, patches in ((tmp_path, 77), (tmp_path / "none", config.EvaluationConfig.valid_patches)):
         with pytest.raises(SystemExit) as caught:
@@ -135,7 +135,7 @@ def test_training_differences_are_those_that_change_what_is_learned():
     assert config.training_differences(ours, other) == ["--learning-rate 0.3 (was 0.1)"]
 
 
-def test_the_user_s_xla_flags_stand():
+def test_the_user_s_xla_flags_are_kept():
     import subprocess
     import sys
 

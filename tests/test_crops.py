@@ -1,4 +1,4 @@
-"""Crops of any aspect ratio against PIL and against the distribution that torchvision draws them from."""
+"""Compares crops of any aspect ratio with PIL, and their distribution with that of torchvision."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ BOXES = [(0, 0, 64, 64), (5, 9, 28, 37), (36, 0, 28, 37), (31, 17, 33, 25), (63,
 
 @pytest.fixture(scope="module")
 def mosaic(golden):
-    """The four real images as one of 64x64 pixels."""
+    """The four real images, tiled into one image of 64x64 pixels."""
     first, second, third, fourth = golden("augmentations")["images"]
     return np.vstack([np.hstack([first, second]), np.hstack([third, fourth])])
 
@@ -39,8 +39,8 @@ def resized(image, box, size, interpolation):
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("size", [8, 32, 96])
 @pytest.mark.parametrize("box", BOXES)
-def test_crops_are_resized_as_pil_does_it(mosaic, box, size, interpolation):
-    """PIL rounds to whole levels after each axis, and newer versions begin with the cheaper one: here the rows."""
+def test_crops_are_resized_as_in_pil(mosaic, box, size, interpolation):
+    """PIL rounds to integers after each axis. Two calls fix the order, which newer versions choose themselves."""
     top, left, height, width = box
     image = PIL.Image.fromarray(mosaic).crop((left, top, left + width, top + height))
     for shape in ((size, height), (size, size)):
@@ -87,12 +87,12 @@ def test_square_bilinear_crops_are_those_of_the_plain_path(mosaic):
 
 @pytest.fixture(scope="module")
 def draws():
-    """Sides of 20,000 crops of a quarter of an image, height and width."""
+    """Height and width of 20,000 crops that cover a quarter of an image."""
     draw = functools.partial(crops.draw_sides, image_side=100_000, area=0.25, aspect=4 / 3)
     return np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(KEY, 20_000)))
 
 
-def test_crops_have_their_area_and_ratios_uniform_in_their_logarithm(draws):
+def test_crops_have_their_area_and_log_uniform_ratios(draws):
     height, width = draws.T
     np.testing.assert_allclose(1.0 * height * width, 2.5e9, rtol=1e-4)
     ratios, limit = np.log(width / height), math.log(4 / 3)
@@ -126,19 +126,19 @@ def test_patches_of_any_aspect_depend_only_on_key_index_and_number(golden):
     images = jnp.asarray(golden("augmentations")["images"])
     make = jax.jit(functools.partial(patches.multi_patch, KEY, **OPTIONS), static_argnames="num_patches")
     indices = jnp.array([7, 3, 11, 5])
-    whole = make(images, num_patches=4, indices=indices)
-    assert whole.shape == (4, 4, 20, 20, 3)
-    assert float(jnp.max(jnp.abs(whole))) <= 1.00001
-    np.testing.assert_array_equal(whole, make(images[::-1], num_patches=4, indices=indices[::-1])[::-1])
+    expected = make(images, num_patches=4, indices=indices)
+    assert expected.shape == (4, 4, 20, 20, 3)
+    assert float(jnp.max(jnp.abs(expected))) <= 1.00001
+    np.testing.assert_array_equal(expected, make(images[::-1], num_patches=4, indices=indices[::-1])[::-1])
     later = make(images, num_patches=4, indices=indices, first_patch=2)
-    np.testing.assert_array_equal(whole[:, 2:], later[:, :2])
+    np.testing.assert_array_equal(expected[:, 2:], later[:, :2])
     parts = [make(images, num_patches=2, indices=indices, first_patch=first) for first in (0, 2)]
-    # Another number of patches is another program, which rounds differently on some processors.
-    np.testing.assert_allclose(whole, jnp.concatenate(parts, axis=1), atol=1e-6)
+    # A different number of patches compiles a different program, which rounds differently on some processors.
+    np.testing.assert_allclose(expected, jnp.concatenate(parts, axis=1), atol=1e-6)
 
 
-def test_crops_of_any_aspect_reach_every_place(monkeypatch):
-    """An image of its own coordinates, in crops that nothing but the place and the sides changes."""
+def test_crops_of_any_aspect_reach_every_position(monkeypatch):
+    """The pixels of the image hold their own coordinates. Without augmentations, crops keep these values."""
     monkeypatch.setattr(patches, "apply_recipe", lambda patch, recipe: patch)
     rows, columns = np.meshgrid(np.arange(64.0), np.arange(64.0), indexing="ij")
     image = np.stack([rows, columns, rows], axis=-1)[None]

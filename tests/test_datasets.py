@@ -35,11 +35,11 @@ def test_digits_are_split_once_and_stratified(digits):
 
 
 def test_the_batch_of_a_step_does_not_depend_on_where_training_began(digits):
-    whole = indices_of(digits, 0, 40)
-    np.testing.assert_array_equal(whole[17:], indices_of(digits, 17, 40))
+    from_the_start = indices_of(digits, 0, 40)
+    np.testing.assert_array_equal(from_the_start[17:], indices_of(digits, 17, 40))
 
 
-def test_each_epoch_is_another_permutation_without_its_incomplete_batch(digits):
+def test_each_epoch_is_a_new_permutation_without_its_incomplete_batch(digits):
     first, second = indices_of(digits, 0, 28).reshape(2, -1)
     assert len(first) == 1400
     assert len(set(first)) == len(set(second)) == 1400

@@ -1,4 +1,4 @@
-"""Decoded images in memory and on disk: the same, made once, made anew when their files change, mapped."""
+"""Decoded images are equal in memory and on disk, memory-mapped, and decoded again only when their files change."""
 
 import io
 import multiprocessing
@@ -27,8 +27,8 @@ def source_of(contents, memory=0, **options) -> Source:
     def read(numbers):
         return [Example(contents[i], i % 3 - 1, f"{i:03}.png") for i in numbers]
 
-    known = {"name": "pictures train", "location": "here", "fingerprint": "1", "strict": False, "remedy": "mend it"}
-    return Source(size=len(contents), read=read, memory=memory, **(known | options))
+    defaults = {"name": "pictures train", "location": "here", "fingerprint": "1", "strict": False, "remedy": "fix it"}
+    return Source(size=len(contents), read=read, memory=memory, **(defaults | options))
 
 
 CONTENTS = [png(pixels(i)) for i in range(100)]
@@ -86,13 +86,13 @@ def test_images_are_decoded_once(stored, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "side", "files"), [({"fingerprint": "2"}, None, 3), ({}, 4, 6), ({"location": "there"}, None, 6)]
 )
-def test_other_images_are_decoded_anew_and_replace_those_of_the_same_place(stored, tmp_path, changed, side, files):
+def test_other_images_are_decoded_and_replace_those_of_the_same_location(stored, tmp_path, changed, side, files):
     others = [png(pixels(1000 + i)) for i in range(50)]
     images = load_images(source_of(others, **changed), side, str(tmp_path)).images
     assert images.shape == (50, side or 8, side or 8, 3)
     if side is None:
         np.testing.assert_array_equal(images, np.stack([pixels(1000 + i) for i in range(50)]))
-    np.testing.assert_array_equal(stored.images[7], pixels(7))  # a run that has them mapped goes on
+    np.testing.assert_array_equal(stored.images[7], pixels(7))  # a run that has them mapped is not affected
     assert len(entries(tmp_path)) == files
 
 
@@ -111,7 +111,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_files_are_made_anew(stored, tmp_path, case):
+def test_damaged_files_are_made_again(stored, tmp_path, case):
     expected = stored.images.copy()
     DAMAGE[case](next(tmp_path.iterdir()))
     np.testing.assert_array_equal(load_images(source_of(CONTENTS), None, str(tmp_path)).images, expected)
@@ -154,7 +154,7 @@ def test_strict_sources_refuse_what_cannot_be_decoded(tmp_path):
         load_images(source_of([CONTENTS[0], BAD[1]], strict=True), None, str(tmp_path))
 
 
-def test_none_that_can_be_decoded_gets_a_sentence(tmp_path):
+def test_a_data_set_without_decodable_images_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^None of the 3 images of pictures train can be decoded, for example 000\.p"):
         load_images(source_of(BAD), None, str(tmp_path))
 
@@ -167,7 +167,7 @@ def test_several_shapes_are_refused_with_the_option_that_helps(tmp_path):
     assert load_images(source_of(contents), 8, str(tmp_path)).images.shape == (51, 8, 8, 3)
 
 
-def test_a_full_disk_gets_a_sentence_and_is_left_as_it_was(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_left_as_it_was(tmp_path, monkeypatch):
     class Full(io.BytesIO):
         def write(self, content):
             raise OSError(28, "No space left on device")
@@ -178,7 +178,7 @@ def test_a_full_disk_gets_a_sentence_and_is_left_as_it_was(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
 
 
-def test_a_cache_folder_that_is_a_file_gets_a_sentence(tmp_path):
+def test_a_cache_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"^--cache-dir .*/file cannot be written to \(Not a directory\)"):
         load_images(source_of(CONTENTS), None, str(tmp_path / "file"))

@@ -1,4 +1,4 @@
-"""Files of images to pixels: turned as EXIF says, of the right part and size."""
+"""Decoding of image files: EXIF orientation, cropping, resizing and errors."""
 
 import io
 
@@ -18,13 +18,13 @@ def encoded(image, kind, **options) -> bytes:
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """A picture without fine detail, so that a resize hardly depends on its filter."""
+    """A picture without fine detail. Resizing it hardly depends on the filter."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(6 * x / width), np.cos(5 * y / height), np.sin(4 * x / width + 3 * y / height)]
     return np.uint8(128 + 100 * np.stack(waves, axis=-1))
 
 
-# The EXIF standard: where the 0th row and column of the stored image belong on the displayed one.
+# The displayed image for each orientation in the EXIF standard.
 UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -39,7 +39,7 @@ UPRIGHT = {
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
-def test_exif_orientation_is_honoured(kind, orientation, tmp_path):
+def test_exif_orientation_is_applied(kind, orientation, tmp_path):
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
     content = encoded(PIXELS, kind, exif=exif, **({"lossless": True} if kind == "webp" else {}))
@@ -67,7 +67,7 @@ def test_the_centre_is_kept_and_enlarged_or_reduced():
             out = decode(encoded(image, "png"), side)
             assert out.shape == (side, side, 3)
             inner = out[side // 5 : -(side // 5), side // 5 : -(side // 5)]
-            assert np.abs(inner.astype(int) - [0, 200, 0]).max() <= 3  # what a cubic overshoots near edges
+            assert np.abs(inner.astype(int) - [0, 200, 0]).max() <= 3  # a cubic filter overshoots near edges
 
 
 @pytest.mark.parametrize(("height", "width"), [(600, 800), (801, 333), (97, 130), (40, 50)])

@@ -1,4 +1,4 @@
-"""Several processes on this machine, joined by CPU collectives, against one: as users start them, and lose them."""
+"""Several processes on one machine, joined by CPU collectives, give the results of one, even if one is lost."""
 
 import json
 import os
@@ -27,8 +27,8 @@ from empssl_jax.runtime import distributed
 from empssl_jax.runtime.devices import device_mesh
 from tests.stress.faults import NOT_INHERITED
 
-# At so small a rate the rounding of one step is not amplified by the next ones, and all steps can be compared. Only
-# gradients jump now and then: the flat margins of digits put thousands of equal pixels on one side of a ReLU together.
+# At this small learning rate, later steps do not amplify the rounding of earlier ones, and all steps can be compared.
+# Only gradients jump now and then: the flat margins of digits move thousands of equal pixels across a ReLU at once.
 OPTIONS = [*DIGITS, "--max-epochs", "3", "--learning-rate", "1e-7", "--max-to-keep", "20"]
 STEPS = 15
 RESUMES = "Start all processes again with the same command: training resumes"
@@ -36,7 +36,7 @@ RESUMES = "Start all processes again with the same command: training resumes"
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts a script in so many processes of so many devices each, all with one compilation cache."""
+    """Starts a script in `processes` processes of `devices` devices each. All share one compilation cache."""
     started = []
     environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
@@ -49,8 +49,8 @@ def start(tmp_path_factory):
             variables, arguments = joining(processes, number)
             variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
-            whole = [sys.executable, *map(str, command), *arguments]
-            job.append(subprocess.Popen(whole, env=environment | variables, **pipes))
+            command_line = [sys.executable, *map(str, command), *arguments]
+            job.append(subprocess.Popen(command_line, env=environment | variables, **pipes))
         started.extend(job)
         return job
 
@@ -96,7 +96,7 @@ def finish(job):
 
 @pytest.fixture(scope="module")
 def alone(start, tmp_path_factory):
-    """The folder of a whole run by one process with one device."""
+    """The folder of a complete run by one process with one device."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"
     codes, _, errors = finish(start(*training(workdir)))
     assert codes == [0], errors
@@ -104,7 +104,7 @@ def alone(start, tmp_path_factory):
 
 
 def assert_equal_runs(ours, theirs):
-    """Losses, parameters, the optimizer's accumulated gradients, and embeddings, within rounding."""
+    """Compares losses, parameters, the optimizer's accumulated gradients and embeddings, up to rounding."""
     lines = [
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (ours, theirs)
     ]
@@ -113,7 +113,7 @@ def assert_equal_runs(ours, theirs):
         a, b = ([line[name] for line in run] for run in lines)
         np.testing.assert_allclose(a, b, rtol=5e-3 if name == "update_norm" else 1e-5, err_msg=name)
         assert a[0] == pytest.approx(b[0], rel=1e-5)
-    # Biases, the smallest parameters, have grown from 0 to 1e-5 by gradients alone.
+    # Biases are the smallest parameters: they start at 0, and gradients move them to 1e-5.
     for item, tolerance, smallest in (("encoder", 1e-5, 1e-2), ("optimizer", 2e-2, 0.0)):
         arrays = (checkpoint_arrays(folder, STEPS, item) for folder in (ours, theirs))
         for a, b in zip(*arrays, strict=True):
@@ -129,8 +129,8 @@ def assert_equal_runs(ours, theirs):
 
 
 @pytest.mark.long
-def test_two_processes_of_two_devices_lose_one_stop_together_and_equal_one_process(start, alone, tmp_path):
-    """Three jobs in one folder. In the second, SIGTERM comes while they compile, and both save after the next step."""
+def test_two_processes_of_two_devices_survive_a_loss_stop_together_and_equal_one_process(start, alone, tmp_path):
+    """Three jobs use one folder. The second gets SIGTERM while it compiles; its processes save after the next step."""
     job = start(*training(tmp_path, "--step-timeout", 8), processes=2, devices=2)
     read_until(job[0].stderr, "step 7/15")
     job[1].send_signal(signal.SIGSTOP)
@@ -153,13 +153,13 @@ def test_two_processes_of_two_devices_lose_one_stop_together_and_equal_one_proce
     assert_equal_runs(tmp_path, alone)
     assert "kNN" in outputs[0]
     assert "step 15/15" in errors[0]
-    # Only the first process speaks.
+    # Only the first process prints.
     assert [line for line in outputs[1].splitlines() if "Gloo" not in line] == []
     assert "step" not in errors[1]
 
 
 @pytest.mark.long
-def test_four_resume_what_one_saved_lose_one_and_one_goes_on(start, alone, tmp_path):
+def test_four_processes_resume_the_run_of_one_lose_one_and_one_resumes_theirs(start, alone, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(alone, workdir)
     for folder in (workdir / "checkpoints").iterdir():
@@ -170,7 +170,7 @@ def test_four_resume_what_one_saved_lose_one_and_one_goes_on(start, alone, tmp_p
     read_until(job[0].stderr, "step 8/15")
     job[3].kill()
     codes, _, errors = finish(job)
-    # Whoever loses its connection first says so and ends; where that is the first process, JAX aborts the others.
+    # The process that loses its connection first reports it and exits. If it is process 0, JAX aborts the others.
     assert codes[3] == -signal.SIGKILL
     assert set(codes[:3]) <= {distributed.LOST, -signal.SIGABRT}, errors
     assert "lost another process" in "".join(errors)
@@ -179,7 +179,7 @@ def test_four_resume_what_one_saved_lose_one_and_one_goes_on(start, alone, tmp_p
     codes, outputs, errors = finish(start(*training(workdir)))
     assert codes == [0], errors
     resumed = int(outputs[0].split(f"resuming {workdir} at step ")[1].split()[0])
-    assert resumed >= 5  # the four had saved after steps 5 and 6, the latter perhaps not to the end
+    assert resumed >= 5  # the four saved after steps 5 and 6, the latter perhaps incompletely
     assert_equal_runs(workdir, alone)
 
 
@@ -212,13 +212,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_wrong_combinations_get_a_sentence(case):
+def test_wrong_combinations_are_refused(case):
     options, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
         DistributedConfig(**options)
 
 
-def test_the_processes_are_no_part_of_the_saved_run():
+def test_the_processes_are_not_part_of_the_saved_run():
     config = Config(distributed=DistributedConfig("a:1", 2, 1))
     assert from_json(to_json(config), "text") == Config()
 
@@ -232,7 +232,7 @@ def test_the_processes_are_no_part_of_the_saved_run():
     ],
 )
 def test_jax_is_asked_for_a_cluster_only_where_the_options_leave_it_open(config, called, monkeypatch):
-    """As on a single machine, where JAX finds no cluster."""
+    """The fake `initialize` behaves as on a single machine, where JAX finds no cluster."""
     calls = []
 
     def initialize(*address, heartbeat_timeout_seconds, shutdown_timeout_seconds, cluster_detection_method=None):
@@ -259,7 +259,7 @@ def test_a_cluster_that_cannot_be_joined_is_named(monkeypatch):
 
 
 def blobs(size, dim):
-    """Embeddings around ten centres; neither number is a multiple of eight devices."""
+    """Embeddings around ten centres."""
     random = np.random.default_rng(size)
     labels = random.integers(0, 10, size).astype(np.int32)
     centres = np.random.default_rng(0).standard_normal((10, dim))
@@ -269,7 +269,7 @@ def blobs(size, dim):
 
 
 def test_knn_and_the_linear_classifier_have_the_same_numbers_on_eight_devices():
-    train, test = blobs(203, 13), blobs(101, 13)
+    train, test = blobs(203, 13), blobs(101, 13)  # neither size is a multiple of eight
     options = {"num_classes": 10, "num_neighbours": 7, "temperature": 0.07}
     config = EvaluationConfig(linear_epochs=4, linear_batch_size=30)
     scores, accuracies = [], []
@@ -286,9 +286,9 @@ def test_knn_and_the_linear_classifier_have_the_same_numbers_on_eight_devices():
 
 def test_batches_of_rows_are_the_rows_of_batches():
     dataset = blobs_as_images()
-    whole = list(shuffled_batches(dataset, 8, 42, 0, 9))
+    batches = list(shuffled_batches(dataset, 8, 42, 0, 9))
     parts = [list(shuffled_batches(dataset, 8, 42, 0, 9, rows)) for rows in (np.arange(2), np.array([2, 5]))]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(batches):
         np.testing.assert_array_equal(parts[0][step].indices, batch.indices[:2])
         np.testing.assert_array_equal(parts[1][step].indices, batch.indices[[2, 5]])
         np.testing.assert_array_equal(parts[1][step].images, batch.images[[2, 5]])

@@ -1,4 +1,4 @@
-"""python -m empssl_jax.embed: folders of files to embeddings, also interrupted ones, with files that are no images."""
+"""empssl embed: folders of image files to embeddings, after an interruption and with unreadable files."""
 
 import shutil
 
@@ -17,7 +17,7 @@ GRID = {"valid-crops": "grid", "valid-patches": 16, "embedded-layer": "stages"}
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """150 pictures, more than the 128 of a part, two files that are none, and one that is not looked at."""
+    """150 pictures (a part has 128), two unreadable files with image suffixes, and a file with another suffix."""
     folder, random = tmp_path_factory.mktemp("photos"), np.random.RandomState(0)
     for number in range(150):
         path = folder / f"{'ab'[number % 2]}" / f"{number:03}.png"
@@ -37,22 +37,22 @@ def run(photos, workdir, output, **options):
 
 
 @pytest.fixture(scope="module")
-def whole(photos, tiny_run, tmp_path_factory):
-    return run(photos, tiny_run, tmp_path_factory.mktemp("whole") / "out.npz")
+def uninterrupted(photos, tiny_run, tmp_path_factory):
+    return run(photos, tiny_run, tmp_path_factory.mktemp("uninterrupted") / "out.npz")
 
 
-def test_embeddings_are_those_of_the_pictures_in_the_order_of_their_names(photos, tiny_run, whole):
+def test_embeddings_are_those_of_the_pictures_in_the_order_of_their_names(photos, tiny_run, uninterrupted):
     bad = {"a/017.png", "b/100.jpg"}
     names = sorted([f"{'ab'[number % 2]}/{number:03}.png" for number in range(150)] + list(bad))
-    assert whole["files"].tolist() == [name for name in names if name not in bad]
-    assert whole["unreadable"].tolist() == sorted(bad)
-    images = [PIL.Image.open(photos / name) for name in whole["files"]]
+    assert uninterrupted["files"].tolist() == [name for name in names if name not in bad]
+    assert uninterrupted["unreadable"].tolist() == sorted(bad)
+    images = [PIL.Image.open(photos / name) for name in uninterrupted["files"]]
     indices = np.array([number for number, name in enumerate(names) if name not in bad])
     expected = empssl_jax.load(tiny_run).embed(images, patches=1, indices=indices)
-    np.testing.assert_allclose(whole["embeddings"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(uninterrupted["embeddings"], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_embeddings_are_made_as_the_options_say_and_else_as_in_the_run_s_evaluation(photos, tiny_run, tmp_path):
+def test_embeddings_follow_the_options_and_default_to_those_of_the_run(photos, tiny_run, tmp_path):
     image = photos / "a" / "002.png"
     made = run(image, tiny_run, tmp_path / "a.npz", **GRID, cells=2)["embeddings"]
     encoder = empssl_jax.load(tiny_run, valid_crops="grid", valid_patches=16, embedded_layer="stages", cells=2)
@@ -73,7 +73,9 @@ def test_parts_of_other_embeddings_are_refused(photos, tiny_run, tmp_path, monke
         run(image, tiny_run, tmp_path / "out.npz", **GRID, cells=2)
 
 
-def test_an_interrupted_command_goes_on_to_the_same_bits(photos, tiny_run, whole, tmp_path, monkeypatch):
+def test_a_resumed_command_is_bit_identical_to_an_uninterrupted_one(
+    photos, tiny_run, uninterrupted, tmp_path, monkeypatch
+):
     calls, original = [], ImageEncoder.embed
 
     def interrupted(self, images, *arguments, **options):
@@ -89,8 +91,8 @@ def test_an_interrupted_command_goes_on_to_the_same_bits(photos, tiny_run, whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz.parts"]
     resumed = run(photos, tiny_run, tmp_path / "out.npz")
     assert calls == [126, 24, 24]
-    assert resumed.keys() == whole.keys()
-    for name, array in whole.items():
+    assert resumed.keys() == uninterrupted.keys()
+    for name, array in uninterrupted.items():
         np.testing.assert_array_equal(resumed[name], array)
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
 
@@ -101,7 +103,9 @@ def test_a_wrong_number_of_patches_leaves_nothing_behind(photos, tiny_run, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_part_is_made_again_and_other_parts_are_refused(photos, tiny_run, whole, tmp_path, monkeypatch):
+def test_a_damaged_part_is_made_again_and_other_parts_are_refused(
+    photos, tiny_run, uninterrupted, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patched:
         patched.setattr(embed.shutil, "rmtree", lambda path: None)
         run(photos, tiny_run, tmp_path / "out.npz")
@@ -109,7 +113,9 @@ def test_a_damaged_part_is_made_again_and_other_parts_are_refused(photos, tiny_r
     part.write_bytes(part.read_bytes()[:-1000])
     with pytest.raises(UserError, match="holds parts of other images or by another encoder"):
         run(photos, tiny_run, tmp_path / "out.npz", step=1)
-    np.testing.assert_array_equal(run(photos, tiny_run, tmp_path / "out.npz")["embeddings"], whole["embeddings"])
+    np.testing.assert_array_equal(
+        run(photos, tiny_run, tmp_path / "out.npz")["embeddings"], uninterrupted["embeddings"]
+    )
 
 
 def test_unreadable_files_are_listed_with_their_number(photos, tiny_run, tmp_path, capsys):

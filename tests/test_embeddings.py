@@ -1,4 +1,4 @@
-"""Bag-of-features embeddings: the mean that they are, and what they do not depend on."""
+"""Bag-of-features embeddings are means over patches and depend on neither batches nor devices."""
 
 import dataclasses
 
@@ -59,8 +59,8 @@ def test_an_embedding_of_a_grid_is_the_mean_feature_of_its_plain_crops(encoder_s
     mesh = device_mesh(1)
     embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), mesh)
     ours = embeddings.embed_dataset(embed, encoder_state, digits, 20, mesh, "test")
-    places = range(0, 17, 8)
-    crops = np.stack([digits.images[:, i : i + 16, j : j + 16] / np.float32(127.5) - 1 for i in places for j in places])
+    starts = range(0, 17, 8)
+    crops = np.stack([digits.images[:, i : i + 16, j : j + 16] / np.float32(127.5) - 1 for i in starts for j in starts])
     encoder = nnx.merge(encoder_graph(CONFIG.model), *encoder_state)
     encoder.eval()
     features = jax.jit(lambda patches: encoder.embed(patches))(crops.reshape(-1, 16, 16, 3)).reshape(9, 20, -1)
@@ -89,9 +89,9 @@ def test_the_mean_of_all_cells_is_the_embedding_of_the_whole_image(encoder_state
     np.testing.assert_allclose(np.mean(cells, axis=1), whole, rtol=1e-4, atol=1e-6)
 
 
-def test_a_cell_sees_its_own_patches_alone(encoder_state, digits):
+def test_a_cell_sees_only_its_own_patches(encoder_state, digits):
     changed = digits.images.copy()
-    changed[:, :8, -8:] = 255 - changed[:, :8, -8:]  # the corner at the top and to the right
+    changed[:, :8, -8:] = 255 - changed[:, :8, -8:]  # the top right corner
     pair = [
         embed_grid(encoder_state, digits._replace(images=images), valid_patches=16, cells=2).reshape(20, 4, -1)
         for images in (digits.images, changed)
@@ -101,8 +101,8 @@ def test_a_cell_sees_its_own_patches_alone(encoder_state, digits):
 
 
 def test_embeddings_depend_on_neither_batches_nor_devices(encoder_state, digits):
-    whole = embed_all(encoder_state, digits, 1, 20).embeddings
-    np.testing.assert_allclose(whole, embed_all(encoder_state, digits, 8, 9).embeddings, rtol=1e-4, atol=1e-6)
+    expected = embed_all(encoder_state, digits, 1, 20).embeddings
+    np.testing.assert_allclose(expected, embed_all(encoder_state, digits, 8, 9).embeddings, rtol=1e-4, atol=1e-6)
 
 
 def test_embeddings_that_are_not_finite_are_refused(encoder_state, digits):
@@ -133,8 +133,8 @@ def test_memory_does_not_grow_with_the_number_of_patches(encoder_state):
     assert temporaries(64) == temporaries(2)
 
 
-def test_images_without_labels_take_no_part_in_either_measure(tmp_path, capsys):
-    """Their embeddings lie where they would change every vote and every gradient."""
+def test_images_without_labels_count_in_neither_measure(tmp_path, capsys):
+    """Unlabelled embeddings lie where they would otherwise change every vote and every gradient."""
     random = np.random.RandomState(0)
     mesh, config = device_mesh(2), EvaluationConfig(num_neighbours=3, linear_epochs=3, linear_batch_size=4)
     some, mixed = {}, {}

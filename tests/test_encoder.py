@@ -1,4 +1,4 @@
-"""The encoder against the PyTorch reference, and what is true of it."""
+"""The encoder equals the PyTorch reference and has the expected properties."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ CONFIG = ModelConfig(hidden_dim=64, projection_dim=32, precision="float32")
 
 @pytest.fixture(scope="module")
 def reference(golden):
-    """The golden numbers, the names of its arrays as paths of ours, and an encoder with its weights."""
+    """The golden numbers, the map from their names to our paths, and the graph and state of an encoder."""
     numbers = golden("resnet18")
     paths = torch_names(numbers["names"])
     state = golden_state(models.init_encoder(CONFIG, KEY), numbers["names"], int(numbers["weight_seed"]))
@@ -30,7 +30,7 @@ def reference(golden):
 
 @pytest.fixture(scope="module")
 def trained_once(reference):
-    """One pass in training mode: gradients, loss, outputs and running statistics after it."""
+    """Loss, outputs, running statistics and gradients of one pass in training mode."""
     numbers, _, graph, state = reference
 
     @jax.jit
@@ -39,7 +39,7 @@ def trained_once(reference):
             encoder = nnx.merge(graph, params, batch_stats)
             encoder.train()
             embeddings, projections = encoder(images)
-            # The rows are 3 images of 4 patches, an image's patches side by side.
+            # The rows are 3 images with 4 consecutive patches each.
             by_patch = jnp.swapaxes(losses.normalise(projections).reshape(3, 4, -1), 0, 1)
             loss = losses.emp_ssl_loss(by_patch, 200.0, 0.2)
             return loss.total, (embeddings, projections, models.encoder_state(encoder).batch_stats)
@@ -99,7 +99,7 @@ def test_golden_eval_outputs(reference, trained_once):
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_golden_backbones(golden, backbone, stem):
-    """Features in training mode, a running statistic after that, and features in evaluation mode then."""
+    """Compares features in training mode, a running statistic after it, and features in evaluation mode."""
     numbers = golden("backbones")
     expected = {key.split("/")[1]: value for key, value in numbers.items() if key.startswith(f"{backbone}-{stem}/")}
     config = ModelConfig(backbone=backbone, stem=stem, hidden_dim=1, projection_dim=2, precision="float32")
@@ -141,7 +141,7 @@ def test_remat_changes_no_gradient():
 
 @pytest.mark.parametrize(("side", "stride"), [(2, 1), (4, 1), (4, 2), (8, 2)])
 def test_convolutions_equal_the_general_one(side, stride):
-    """In output and in both gradients."""
+    """The output and both gradients are equal."""
     x, kernel = jax.random.normal(jax.random.key(1), (7, side, side, 6)), jax.random.normal(KEY, (3, 3, 6, 5))
 
     def ours(x, kernel):
@@ -161,7 +161,7 @@ def test_convolutions_equal_the_general_one(side, stride):
 
 
 def test_parameters_start_as_in_torch():
-    """Normal by fan out for convolutions, uniform within 1 / sqrt(fan in) for the rest."""
+    """Convolutions are normal by fan-out. All other parameters are uniform within 1 / sqrt(fan-in)."""
     params = models.init_encoder(ModelConfig(precision="float32"), KEY).params
     kernel = params["backbone"]["blocks"][7]["conv1"]["kernel"]
     assert float(jnp.std(kernel)) == pytest.approx(np.sqrt(2 / (9 * 512)), rel=0.01)
@@ -175,7 +175,7 @@ def test_parameters_start_as_in_torch():
 
 
 def test_the_paper_s_encoder_has_the_reference_s_size():
-    """ResNet-18 without its classifier, 11.17 million parameters, and the head's layers."""
+    """ResNet-18 without its classifier has 11.17 million parameters. The head adds its layers."""
     shapes = jax.eval_shape(lambda: models.init_encoder(ModelConfig(precision="float32"), KEY))
     count = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes.params))
     head = 512 * 4096 + 2 * 4096 + 4096 * 4096 + 2 * 4096 + 4096 * 1024 + 1024

@@ -1,4 +1,4 @@
-"""train.py and eval.py as a user runs them: whole runs, interrupted ones, and what they refuse."""
+"""train.py and eval.py as a user runs them: complete runs, interrupted runs, and refused input."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ def arrays_of(path):
 
 
 def checkpoint_arrays(workdir, step, *items):
-    """Every array of a checkpoint's items, all by default, as Orbax restores it when told only shapes."""
+    """Every array of a checkpoint's items (default: all), restored by Orbax from shapes alone."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -66,7 +66,7 @@ def checkpoint_arrays(workdir, step, *items):
 
 @pytest.fixture(scope="module")
 def uninterrupted(environment, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     command = [sys.executable, "train.py", *DIGITS, "--max-epochs", "4", "--report", "--workdir", str(workdir)]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -110,8 +110,10 @@ def test_evaluation_repeats_training_s_embeddings_and_adds_the_linear_classifier
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.long
-def test_an_interrupted_run_resumes_to_the_same_bits(uninterrupted, environment, run, tmp_path, number, code):
-    whole, _ = uninterrupted
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
+    uninterrupted, environment, run, tmp_path, number, code
+):
+    expected, _ = uninterrupted
     workdir = tmp_path / "interrupted"
     options = [*DIGITS, "--max-epochs", "4", "--workdir", str(workdir)]
     process = subprocess.Popen(
@@ -130,11 +132,11 @@ def test_an_interrupted_run_resumes_to_the_same_bits(uninterrupted, environment,
     done = run("train.py", *options)
     assert done.returncode == 0, done.stderr
     assert f"resuming {workdir} at step {stopped} of 20" in done.stdout
-    assert metrics.read_text() == (whole / "metrics.jsonl").read_text()
-    for ours, theirs in zip(checkpoint_arrays(workdir, 20), checkpoint_arrays(whole, 20), strict=True):
+    assert metrics.read_text() == (expected / "metrics.jsonl").read_text()
+    for ours, theirs in zip(checkpoint_arrays(workdir, 20), checkpoint_arrays(expected, 20), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     for split in ("train", "test"):
-        ours, theirs = (arrays_of(path / "embeddings" / f"{split}.npz") for path in (workdir, whole))
+        ours, theirs = (arrays_of(path / "embeddings" / f"{split}.npz") for path in (workdir, expected))
         np.testing.assert_array_equal(ours["embeddings"], theirs["embeddings"])
 
 
@@ -165,7 +167,7 @@ def save_npz(path, **arrays):
 
 
 def embeddings_folder(tmp_path, **wrong):
-    """A folder of embeddings, its test split wrong in one way."""
+    """Writes embeddings whose test split has the wrong arrays; returns the options that evaluate them."""
     good = {"embeddings": np.eye(4, dtype=np.float32), "labels": np.arange(4)}
     save_npz(tmp_path / "train.npz", **good)
     save_npz(tmp_path / "test.npz", **(good | wrong))
@@ -214,7 +216,7 @@ REFUSED = {
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """Runs a script without the seconds that a process of its own takes; returns its exit code and what it said."""
+    """Runs a script in this process, which is faster than a new one; returns its exit code and stderr."""
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(compilation, "keep_compiled_programs", lambda: None)
     monkeypatch.setattr(distributed, "processes", contextlib.nullcontext)
@@ -231,7 +233,7 @@ def run_here(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_gets_a_sentence_and_exit_code_2(case, run_here, tmp_path):
+def test_bad_input_gets_an_error_message_and_exit_code_2(case, run_here, tmp_path):
     script, options, message = REFUSED[case]
     code, said = run_here(script, *options(tmp_path))
     assert code == 2
@@ -260,7 +262,7 @@ def test_another_run_s_folder_is_refused(uninterrupted, run_here):
 @pytest.mark.long
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(run, tmp_path):
     options = [*DIGITS, "--workdir", tmp_path, "--max-epochs", 4, "--checkpoint-every", 1]
-    # Weight decay at such a rate multiplies the weights by -1e9 in each step.
+    # At this learning rate, weight decay multiplies the weights by -1e9 in each step.
     done = run("train.py", *options, "--learning-rate", 1e9, "--trust-coefficient", 1e9, "--weight-decay", 1)
     assert done.returncode == 1
     assert "error: Step" in done.stderr

@@ -1,4 +1,4 @@
-"""Folders of pictures: which are trained and tested on, their classes, and the same embeddings as from TFDS."""
+"""Folders of pictures: splits, classes, and the same embeddings as from TFDS."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ needs_cifar10 = pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TF
 
 
 def pixels(name: str, side: int = 8) -> np.ndarray:
-    """A picture of its own for each name."""
+    """A different picture for each name."""
     seed = int.from_bytes(hashlib.md5(name.encode()).digest()[:4])
     return np.random.RandomState(seed).randint(0, 256, (side, side, 3)).astype(np.uint8)
 
@@ -50,7 +50,7 @@ def load_both(root, **options):
 
 @pytest.fixture
 def root(tmp_path):
-    """A folder to write pictures into, beside which their decoded images go."""
+    """An empty folder for pictures. Their decoded images go into a folder beside it."""
     (tmp_path / "pictures").mkdir()
     return tmp_path / "pictures"
 
@@ -91,7 +91,7 @@ def test_image_files_are_found_and_no_others(root):
     (root / "notes.txt").write_text("no picture")
     os.mkfifo(root / "pipe.png")
     assert [file.name for file in list_images(root)] == found
-    assert (load(root).num_classes, set(load(root).labels.tolist())) == (0, {-1})  # one subfolder is no class
+    assert (load(root).num_classes, set(load(root).labels.tolist())) == (0, {-1})  # one subfolder is not a class
 
 
 def test_links_are_followed_but_not_in_circles(root, tmp_path):
@@ -115,7 +115,7 @@ def test_without_a_test_folder_a_tenth_is_held_out_whatever_the_order_of_the_fil
     assert [len(part) for part in hold_out(list_images(root)[:2])] == [1, 1]
 
 
-def test_pictures_of_any_size_are_brought_to_one(root):
+def test_pictures_of_any_size_are_resized_to_one(root):
     write(root, "a.png", "b.png", "c.png")
     PIL.Image.fromarray(pixels("wide", 40)[:13]).save(root / "wide.png")
     PIL.Image.fromarray(pixels("tall", 40)[:, :17, 0]).save(root / "tall.jpg")
@@ -124,7 +124,7 @@ def test_pictures_of_any_size_are_brought_to_one(root):
     assert load(root, image_size=12).images.shape == (4, 12, 12, 3)
 
 
-def test_files_that_cannot_be_decoded_are_listed_left_out_and_on_demand_refused(root, capsys):
+def test_files_that_cannot_be_decoded_are_listed_and_skipped_or_refused(root, capsys):
     write(root, *NESTED)
     (root / "train" / "a" / "1train.png").write_bytes(b"nonsense")
     (root / "train" / "b" / "nowhere.png").symlink_to(root / "nowhere")
@@ -145,7 +145,7 @@ def test_files_that_cannot_be_decoded_are_listed_left_out_and_on_demand_refused(
     assert len(load(root, "test").labels) == 12
 
 
-def test_a_changed_file_is_decoded_anew(root):
+def test_a_changed_file_is_decoded_again(root):
     write(root, *NESTED)
     before = load(root)
     PIL.Image.fromarray(pixels("new")).save(root / "train" / "a" / "1train.png")
@@ -160,7 +160,7 @@ def test_images_per_class_leaves_out_those_without_a_label(root):
     assert loaded.names.tolist() == [f"{animal}/{i}train.png" for animal in "abc" for i in range(2)]
 
 
-def test_names_that_are_no_text_are_taken(root):
+def test_names_that_are_not_utf_8_are_accepted(root):
     write(root, *FLAT)
     os.rename(root / "000.png", os.fsencode(root) + b"/\xff\xfe.png")
     loaded = [load(root, split) for split in ("train", "test")]
@@ -194,7 +194,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_folders_that_do_not_fit_get_a_sentence(case, root):
+def test_folders_that_do_not_fit_are_refused(case, root):
     make, options, message = REFUSED[case]
     make(root)
     with pytest.raises(UserError, match=f"^--.*{message.removeprefix('--')}.*\\.$"):
@@ -228,7 +228,7 @@ def test_pictures_without_classes_are_trained_on_and_embedded_but_not_measured(r
     write(root, *FLAT)
     config = config_of(root, patch_aspect=4 / 3, interpolation="bicubic")
     training.train(config)
-    assert "no train and no test image has a label, so that neither" in capsys.readouterr().out
+    assert "no train and no test image has a label: kNN and linear are not measured" in capsys.readouterr().out
     with np.load(root.parent / "run" / "embeddings" / "train.npz") as arrays:
         assert arrays["names"].tolist() == load(root).names.tolist()
         assert arrays["embeddings"].shape == (36, 8)
@@ -243,7 +243,7 @@ def test_pictures_without_classes_are_trained_on_and_embedded_but_not_measured(r
 
 @pytest.fixture(scope="module")
 def embed(tmp_path_factory):
-    """The embeddings of a data set by an encoder that is compiled once."""
+    """A function from a data set to its embeddings. Its encoder is compiled once."""
     config, mesh = config_of(tmp_path_factory.mktemp("any")), device_mesh(1)
     encoder, compiled = init_encoder(config.model, jax.random.key(0)), embeddings.make_embed(config, mesh)
     return lambda dataset: embeddings.embed_dataset(compiled, encoder, dataset, 50, mesh, "train").embeddings
@@ -257,7 +257,7 @@ def cifar10():
 
 @needs_cifar10
 def test_cifar10_as_files_has_the_embeddings_of_cifar10_from_tfds(cifar10, embed, root):
-    """Written out in the order of TFDS, so that each image has the index that draws its patches."""
+    """The files are in the order of TFDS. Each image keeps its index, which determines its patches."""
     for number, image in enumerate(cifar10.images):
         path = root / "train" / f"{number:05}.png"
         path.parent.mkdir(exist_ok=True)

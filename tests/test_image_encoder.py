@@ -1,4 +1,4 @@
-"""Encoders from Python: what eval.py computes, for images of every kind, and nothing else."""
+"""Encoders in Python compute the embeddings of eval.py, accept every kind of image, and leave the run unchanged."""
 
 import dataclasses
 import os
@@ -32,7 +32,7 @@ def digits(tiny_run):
     return load_split(load_config(tiny_run).data, "test", None).images
 
 
-def test_embeddings_are_those_of_eval_to_the_bit(tiny_run, loaded):
+def test_embeddings_are_bit_identical_to_those_of_eval(tiny_run, loaded):
     config = load_config(tiny_run)
     evaluate(EvaluateOptions(str(tiny_run), evaluation=config.evaluation), write_report=lambda *_: None)
     for split, size in (("train", 80), ("test", 10)):
@@ -44,13 +44,13 @@ def test_embeddings_are_those_of_eval_to_the_bit(tiny_run, loaded):
 
 
 def test_an_image_s_index_decides_its_patches(loaded, digits):
-    whole, alone = loaded.embed(digits), loaded.embed(digits[7:8], indices=np.array([7]))
-    np.testing.assert_allclose(alone[0], whole[7], rtol=1e-4, atol=1e-5)
-    assert np.max(np.abs(loaded.embed(digits[7:8])[0] - whole[7])) > 1e-3
+    together, alone = loaded.embed(digits), loaded.embed(digits[7:8], indices=np.array([7]))
+    np.testing.assert_allclose(alone[0], together[7], rtol=1e-4, atol=1e-5)
+    assert np.max(np.abs(loaded.embed(digits[7:8])[0] - together[7])) > 1e-3
 
 
 def test_the_number_of_patches(loaded, digits):
-    # Patch p of an image does not depend on how many there are.
+    # Patch p of an image does not depend on the number of patches.
     one, two, three = (loaded.embed(digits, patches=patches) for patches in (1, 2, 3))
     np.testing.assert_array_equal(two, loaded.embed(digits))
     assert np.max(np.abs(3 * three - 2 * two - one)) > 1e-3
@@ -59,9 +59,9 @@ def test_the_number_of_patches(loaded, digits):
 
 def test_options_of_the_evaluation_replace_the_run_s(tiny_run, digits):
     grid = empssl_jax.load(tiny_run, valid_crops="grid", valid_patches=4, cells=2)
-    whole = grid.embed(digits)
-    alone = empssl_jax.load(tiny_run, valid_crops="grid", valid_patches=4).embed(digits)
-    np.testing.assert_allclose(whole.reshape(10, 4, 32).mean(axis=1), alone, rtol=1e-4, atol=1e-5)
+    by_cell = grid.embed(digits)
+    mean = empssl_jax.load(tiny_run, valid_crops="grid", valid_patches=4).embed(digits)
+    np.testing.assert_allclose(by_cell.reshape(10, 4, 32).mean(axis=1), mean, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="--cells is 2: random crops belong to no cell"):
         empssl_jax.load(tiny_run, cells=2)
 
@@ -80,7 +80,7 @@ def test_few_sizes_are_compiled(loaded, digits):
     assert embed._cache_size() == 1
 
 
-def test_no_images_have_no_embeddings(loaded):
+def test_an_empty_list_gives_no_embeddings(loaded):
     assert loaded.embed([]).shape == (0, 32)
 
 
@@ -92,7 +92,7 @@ def test_the_middle_of_the_shorter_side_is_kept():
     np.testing.assert_array_equal(encoder.to_square(PIXELS, 32), PIXELS[:, 8:40])
     np.testing.assert_array_equal(encoder.to_square(PIXELS.swapaxes(0, 1), 32), PIXELS.swapaxes(0, 1)[8:40])
     np.testing.assert_array_equal(encoder.to_square(RED, 32), RED[:32, :32])
-    # A step from black to white at column 50 of 100 by 64 lies in the middle of 64 by 64, and of 16 by 16.
+    # An image of 64 rows and 100 columns turns from black to white in the middle, and so does its resized crop.
     step = np.repeat(np.uint8(255 * (np.arange(100) >= 50))[None], 64, axis=0)
     shrunk = encoder.to_square(step, 16)
     assert shrunk[:, :7].max() < 10
@@ -126,7 +126,7 @@ def test_modes_are_converted(image):
         ([PIL.Image.new("F", (8, 8))], "instead of 8 or 16 bits"),
     ],
 )
-def test_what_is_no_image_is_refused(loaded, images, message):
+def test_what_is_not_an_image_is_refused(loaded, images, message):
     with pytest.raises(UserError, match=message):
         loaded.embed(images)
 
@@ -155,7 +155,7 @@ def test_loading_leaves_the_folder_as_it_is_while_another_process_has_it(tiny_ru
         (lambda folder: folder.joinpath("images.json").write_text('{"size": "x"}'), "images.json cannot be read"),
     ],
 )
-def test_folders_that_are_no_runs_are_refused(tiny_run, tmp_path, prepare, message):
+def test_folders_that_are_not_runs_are_refused(tiny_run, tmp_path, prepare, message):
     if prepare(tmp_path) is not None:
         (tmp_path / "config.json").write_bytes((tiny_run / "config.json").read_bytes())
         (tmp_path / "checkpoints").symlink_to(tiny_run / "checkpoints")

@@ -1,4 +1,4 @@
-"""Weighted kNN against the reference's numbers and a plain oracle."""
+"""Weighted kNN, compared with the reference's numbers."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +34,7 @@ def test_golden_scores_and_accuracies(golden, queries_at_once):
 
 
 def test_nine_of_ten_are_nine_tenths():
-    # In float32 they are less, and a run that is to reach 90 % would not.
+    # In float32 the mean is below 0.9, and a run would miss a target of 90 %.
     scores = jnp.eye(10)
     assert top_k_accuracy(scores, jnp.arange(10).at[0].set(9), 1) == 0.9
 

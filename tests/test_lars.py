@@ -1,4 +1,4 @@
-"""LARS against the reference's numbers, and its special cases."""
+"""LARS, compared with the reference's numbers, and its special cases."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""The linear classifier against the same SGD in NumPy."""
+"""The linear classifier, compared with the same SGD in NumPy."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Where numbers go besides metrics.jsonl."""
+"""Logging to Weights & Biases."""
 
 import dataclasses
 import importlib.util
@@ -20,7 +20,7 @@ def config_in(folder):
 
 
 @pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
-def test_wandb_that_is_missing_is_told_before_anything_is_computed(tmp_path):
+def test_missing_wandb_is_reported_before_anything_is_computed(tmp_path):
     with pytest.raises(UserError, match=r"--wandb needs .*pip install \"empssl_jax\[wandb\]\""):
         training.train(config_in(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

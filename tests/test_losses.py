@@ -1,4 +1,4 @@
-"""The objective against golden numbers, a float64 oracle, and what is true of it."""
+"""The objective, compared with golden numbers and a float64 oracle, and its properties."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def unit_rows(*shape, seed=0):
 
 
 def oracle_coding_rate(z, eps=EPS):
-    """Equation 1 as written, on the D x D side, in float64."""
+    """Equation 1 as written, with the D x D determinant, in float64."""
     z = np.asarray(z, np.float64)
     _, num_images, dim = z.shape
     scale = dim / (num_images * eps)
@@ -109,7 +109,7 @@ def test_normalise_hides_no_overflow():
 @pytest.mark.parametrize(("images", "dim"), [(8, 64), (64, 8), (100, 1024)])
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
 def test_rows_rounded_to_bfloat16_are_finite_and_exact(images, dim, spread):
-    """Rounded rows are no longer of unit length."""
+    """Rounded rows no longer have unit length."""
     z = unit_rows(2, 1, dim) + spread * unit_rows(2, images, dim, seed=1)
     z = jnp.asarray(z / np.linalg.norm(z, axis=-1, keepdims=True), jnp.bfloat16).astype(jnp.float32)
     value, gradient = jax.value_and_grad(lambda z: coding_rate(z, EPS))(z)

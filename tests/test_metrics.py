@@ -1,4 +1,4 @@
-"""What a run writes down: each step once, in order, one step late."""
+"""metrics.jsonl gets each step once, in order, one step late."""
 
 import json
 
@@ -37,13 +37,13 @@ def test_metrics_are_written_one_step_late_until_flushed(tmp_path):
     np.testing.assert_allclose([json.loads(line)["coding_rate_fraction"] for line in lines], [0.5, 0.8, 0.1], rtol=1e-6)
 
 
-def test_resuming_drops_the_steps_that_are_made_again(tmp_path):
+def test_resuming_drops_the_steps_that_run_again(tmp_path):
     with writer_in(tmp_path) as writer:
         for step in range(5):
             writer.add(step, metrics_of(step))
         writer.flush()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "los')  # killed here
+        file.write('{"step": 5, "los')  # incomplete: the process was killed
     with writer_in(tmp_path, first_step=3) as writer:
         writer.add(3, metrics_of(30.0))
         writer.flush()

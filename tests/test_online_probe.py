@@ -1,4 +1,4 @@
-"""The online probe: it measures what it says, and training is the same to the bit with it and across a restart."""
+"""The online probe: its accuracy is correct, and training with it is bit-identical, even across a restart."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ def lines_of(path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run without a probe; one with it; one with it that is stopped after step 5 and resumed."""
+    """Three runs: one without a probe, one with it, and one with it that stops after step 5 and resumes."""
     folder = tmp_path_factory.mktemp("runs")
     training.train(config_in(folder / "without"))
     training.train(config_in(folder / "probed", probe_every=3))
@@ -57,14 +57,15 @@ def runs(tmp_path_factory):
     assert ended.value.code == 128 + 15
     assert [line["step"] for line in lines_of(folder / "stopped" / "probe.jsonl")] == [3]
     with (folder / "stopped" / "probe.jsonl").open("a") as file:
-        file.write('{"step": 6, "seconds": 1e9, "top1": 0.5}\n{"step": 9')  # of steps that are made again, and cut
+        # A step that runs again, and an incomplete line.
+        file.write('{"step": 6, "seconds": 1e9, "top1": 0.5}\n{"step": 9')
     training.train(stopped)
     return folder
 
 
 @pytest.mark.parametrize("name", ["probed", "stopped"])
 @pytest.mark.long
-def test_training_is_the_same_to_the_bit(runs, name):
+def test_training_is_bit_identical(runs, name):
     assert (runs / name / "metrics.jsonl").read_bytes() == (runs / "without" / "metrics.jsonl").read_bytes()
     for ours, theirs in zip(checkpoint_arrays(runs / name, 10), checkpoint_arrays(runs / "without", 10), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -72,7 +73,7 @@ def test_training_is_the_same_to_the_bit(runs, name):
 
 
 @pytest.mark.long
-def test_it_measures_every_so_many_steps_and_at_the_end_also_across_a_restart(runs):
+def test_it_measures_at_every_interval_and_at_the_end_even_across_a_restart(runs):
     probed, stopped = (lines_of(runs / name / "probe.jsonl") for name in ("probed", "stopped"))
     assert [line["step"] for line in probed] == [line["step"] for line in stopped] == [3, 6, 9, 10]
     assert [line["top1"] for line in probed] == [line["top1"] for line in stopped]
@@ -106,7 +107,7 @@ def test_it_is_knn_on_sixteen_patches_of_the_first_images(runs):
     )
 
 
-def test_it_takes_as_many_images_of_each_class():
+def test_it_takes_equally_many_images_of_each_class():
     labels = np.repeat(np.arange(4), [1, 5, 3, 9]).astype(np.int32)
     dataset = ImageDataset(np.zeros((18, 4, 4, 3), np.uint8), labels, tuple("abcd"))
     assert np.bincount(probe._first_images(dataset, 12).labels).tolist() == [1, 3, 3, 3]
@@ -124,7 +125,7 @@ def test_the_clock_stands_still_while_something_else_is_measured(monkeypatch):
     assert clock.seconds() == 12.0
 
 
-def test_seconds_go_on_after_the_steps_that_are_kept(tmp_path, monkeypatch):
+def test_seconds_continue_from_the_steps_that_are_kept(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     file = timing.TimingFile(tmp_path, 0)

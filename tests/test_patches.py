@@ -1,4 +1,4 @@
-"""The distribution of patches, and those of a grid."""
+"""The distribution of random patches, and the patches of a grid."""
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +26,18 @@ def test_shapes_types_and_range(golden):
 def test_patches_depend_only_on_key_index_and_number(golden):
     images = jnp.asarray(golden("augmentations")["images"])
     indices = jnp.array([7, 3, 11, 5])
-    whole = multi_patch(KEY, images, 6, patch_size=16, indices=indices)
+    expected = multi_patch(KEY, images, 6, patch_size=16, indices=indices)
     reordered = multi_patch(KEY, images[::-1], 6, patch_size=16, indices=indices[::-1])
-    np.testing.assert_array_equal(whole, reordered[::-1])
+    np.testing.assert_array_equal(expected, reordered[::-1])
     parts = [multi_patch(KEY, images[:2], 3, patch_size=16, indices=indices[:2], first_patch=first) for first in (0, 3)]
-    np.testing.assert_array_equal(whole[:2], jnp.concatenate(parts, axis=1))
+    np.testing.assert_array_equal(expected[:2], jnp.concatenate(parts, axis=1))
     other = multi_patch(jax.random.key(1), images, 6, patch_size=16, indices=indices)
-    assert float(jnp.mean(jnp.abs(other - whole))) > 0.1
+    assert float(jnp.mean(jnp.abs(other - expected))) > 0.1
 
 
 @pytest.fixture(scope="module")
 def recipes():
-    """20,000 draws, as NumPy arrays."""
+    """20,000 random recipes, as NumPy arrays."""
     keys = jax.random.split(KEY, 20_000)
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(lambda key: patches.draw_recipe(key, 17)))(keys))
 
@@ -71,12 +71,12 @@ def test_numbers_are_uniform_in_their_ranges(recipes):
 
 
 def test_choices_are_independent(recipes):
-    """Correlations of all numbers of a recipe: each number is drawn on its own."""
+    """No two numbers of a recipe are correlated."""
     columns = [np.reshape(values, (len(recipes.top), -1)).astype(float) for values in recipes]
     places = list(recipes._fields).index("places")
-    columns[places] = columns[places][:, :1]  # the places of one recipe exclude each other
+    columns[places] = columns[places][:, :1]  # the places of a recipe are a permutation, so they depend on each other
     correlations = np.corrcoef(np.concatenate(columns, axis=1), rowvar=False)
-    # The strength of a blur is zero where there is none: it is compared as it is.
+    # blur_sigma is zero without a blur; the zeros are included.
     assert np.abs(correlations - np.eye(len(correlations))).max() < 5 / np.sqrt(len(recipes.top))
 
 
@@ -98,7 +98,7 @@ def test_a_patch_is_mirrored_where_the_recipe_says():
 
 
 def test_how_often_each_augmentation_applies():
-    """A saturated image whose crops are all alike, with one step edge, tells what was done to a patch."""
+    """All crops of an image of one saturated colour are equal, so the pixels of a patch show what changed it."""
     image = np.zeros((1, 32, 32, 3), np.uint8)
     image[..., 0] = 90
     image[..., 1] = 30
@@ -107,7 +107,7 @@ def test_how_often_each_augmentation_applies():
     gray = np.ptp(pixels, axis=-1).max(axis=(1, 2)) < 0.5
     assert abs(gray.mean() - 0.2) < 0.032
     original = np.all(np.abs(pixels - image[0, :1, :1]) < 0.5, axis=(1, 2, 3))
-    # not jittered, not gray, not solarized (which does nothing below 128), blur without effect on a flat image
+    # Neither jittered nor gray. Solarization changes no value below 128, and blur has no effect on one colour.
     assert abs(original.mean() - 0.2 * 0.8) < 0.03
 
 
@@ -123,6 +123,6 @@ def test_grid_patches_are_plain_crops_from_edge_to_edge(grid_side, places):
 def test_grid_patches_are_resized_as_pil_does_it():
     images = np.random.RandomState(0).randint(0, 256, (1, 32, 32, 3)).astype(np.uint8)
     made = np.asarray(patches.grid_patch(images, 2, 2, patch_area=0.5, patch_size=32))[0]
-    crop = PIL.Image.fromarray(images[0, 9:, :23])  # of two by two crops of 23 pixels, the one at the lower left
+    crop = PIL.Image.fromarray(images[0, 9:, :23])  # the lower left one of 2 x 2 crops of 23 pixels
     expected = np.asarray(crop.resize((32, 32), PIL.Image.Resampling.BILINEAR))
     np.testing.assert_allclose((made + 1) * 127.5, expected, atol=1.01)

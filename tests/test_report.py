@@ -1,4 +1,4 @@
-"""The report of a run: its numbers against others' ways to find them, what it must never hold, and what it survives."""
+"""The report of a run: numbers computed a second way, content it must never have, and incomplete or bad input."""
 
 import base64
 import dataclasses
@@ -34,7 +34,7 @@ from empssl_jax.report.run import read_run
 
 
 class Tables(HTMLParser):
-    """The cells of the page's tables that have an id, by it and by row; and the text of everything."""
+    """The cells of the page's tables, by the table's id and by row, and the text of the page."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -63,7 +63,7 @@ class Tables(HTMLParser):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A run, its embeddings and its page."""
+    """The folder of a run, its embeddings and its page."""
     folder = tmp_path_factory.mktemp("runs") / "good"
     embeddings = write_run(folder)
     path = write_report.write_report(folder, CONFIG, datasets())
@@ -184,7 +184,7 @@ def test_classes_have_the_names_of_the_data_set(tmp_path, with_images):
     expected = [name.replace("\udcfc", "?") for name in names]
     folder = tmp_path / "run"
     embeddings, images = write_run(folder), None
-    if with_images:  # these are asked, whatever older embeddings say
+    if with_images:  # these names take precedence over those of saved embeddings
         images = Datasets(*(dataset._replace(class_names=tuple(names)) for dataset in datasets()))
     else:
         call_classes(folder, embeddings, names)
@@ -204,7 +204,7 @@ def test_patches_are_those_that_the_first_step_saw(written):
         shown = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(strip[0]))))
         assert shown.shape == (16, 4 * 17 - 1, 3)
         for number, patch in enumerate(expected):
-            # Half a gray value of rounding.
+            # Rounding changes a value by at most half a gray level.
             columns = slice(17 * number, 17 * number + 16)
             np.testing.assert_allclose(shown[:, columns] / 127.5 - 1, patch, atol=0.51 / 127.5)
 
@@ -254,7 +254,7 @@ def test_the_sprite_holds_each_thumbnail_in_its_place():
         np.testing.assert_array_equal(sheet.picture[top : top + 32, left : left + 32], image)
 
 
-def test_published_figures_stand_only_beside_their_own_data_set(written, tmp_path):
+def test_published_figures_appear_only_for_their_own_data_set(written, tmp_path):
     folder = tmp_path / "run"
     write_run(folder)
     assert "published, not" not in written[2]
@@ -274,27 +274,27 @@ def test_a_good_run_has_no_warnings(written):
     assert [text for warns, text in texts(written[0]) if warns] == []
 
 
-def test_collapse_is_told(tmp_path):
+def test_collapse_is_reported(tmp_path):
     write_run(tmp_path / "run", embed=lambda labels, seed: np.ones((len(labels), 24), np.float32))
     collapsed = {"loss": -200.0, "coding_rate": 2.0, "similarity": 0.999, "learning_rate": 0.1}
     lines = [{"step": step, **collapsed, "coding_rate_fraction": 0.001} for step in range(STEPS)]
     write_lines(tmp_path / "run" / "metrics.jsonl", lines)
-    told = [text for warns, text in texts(tmp_path / "run") if warns]
-    assert any("all projections are nearly equal" in text for text in told)
-    assert any("the embeddings of all test images are nearly the same" in text for text in told)
-    assert any("no better than guessing" in text for text in told)
+    warnings = [text for warns, text in texts(tmp_path / "run") if warns]
+    assert any("all projections are nearly equal" in text for text in warnings)
+    assert any("the embeddings of all test images are nearly the same" in text for text in warnings)
+    assert any("no better than guessing" in text for text in warnings)
     assert "A map of the test images" not in page_of(tmp_path / "run", images=datasets())
 
 
-def test_too_few_neighbours_and_unfinished_training_are_told(written):
+def test_too_few_neighbours_and_unfinished_training_are_reported(written):
     evaluation = dataclasses.replace(CONFIG.evaluation, num_neighbours=30)
     longer = dataclasses.replace(CONFIG.training, max_epochs=40)
-    told = texts(written[0], dataclasses.replace(CONFIG, evaluation=evaluation, training=longer))
-    assert any("30 neighbours vote, and the smallest class has 20" in text for _, text in told)
-    assert any("100 of 200 steps are done" in text for warns, text in told if warns)
+    reported = texts(written[0], dataclasses.replace(CONFIG, evaluation=evaluation, training=longer))
+    assert any("30 neighbours vote, and the smallest class has 20" in text for _, text in reported)
+    assert any("100 of 200 steps are done" in text for warns, text in reported if warns)
 
 
-def test_a_loss_that_still_falls_is_told_from_noise_and_from_a_plateau():
+def test_a_loss_that_still_falls_is_distinguished_from_noise_and_from_a_plateau():
     random = np.random.RandomState(0)
     assert remarks.still_falling(-np.arange(100.0))
     assert not remarks.still_falling(random.standard_normal(100))
@@ -309,7 +309,7 @@ def test_a_folder_with_nothing_but_a_config_has_a_page(written, tmp_path):
     assert "There are no embeddings yet" in page
 
 
-def test_a_report_that_fails_is_told_in_a_sentence_and_harms_nothing(written, tmp_path, capsys):
+def test_a_report_that_fails_prints_one_warning_and_harms_nothing(written, tmp_path, capsys):
     (tmp_path / "results.json").write_text("no JSON")
     write_report.try_to_report(tmp_path, CONFIG, None)
     output = capsys.readouterr()
@@ -325,7 +325,7 @@ def test_only_the_first_process_writes(written, tmp_path, monkeypatch, capsys):
 
 
 def records(path):
-    """The records of a TFRecord file: length, its checksum, content, its checksum."""
+    """The content of each record of a TFRecord file. A record is a length, its checksum, the content, its checksum."""
     content, start = path.read_bytes(), 0
     while start < len(content):
         length = int.from_bytes(content[start : start + 8], "little")

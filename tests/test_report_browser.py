@@ -1,4 +1,4 @@
-"""The report in a real browser; skipped where there is none."""
+"""The report in a real browser; skipped without Playwright and Chromium."""
 
 import io
 import shutil
@@ -26,7 +26,7 @@ def page_file(tmp_path_factory):
 
 @pytest.fixture
 def open_page(page_file, tmp_path):
-    """Opens the report in a window of a width and a scheme; whatever the browser complains of fails the test."""
+    """Opens the report with a window width and a colour scheme; console messages and network requests fail the test."""
     complaints, requests = [], []
     with sync_api.sync_playwright() as playwright:
         contexts = []
@@ -77,7 +77,7 @@ def test_pointing_at_a_dot_shows_its_image(open_page):
     assert peek.is_hidden()
     dot = page.locator(".map circle").nth(17)
     dot.scroll_into_view_if_needed()
-    # Scrolling hides the picture, and is told to the page with its next frame.
+    # Scrolling hides the picture. The page receives the scroll event with its next frame.
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     dot.dispatch_event("pointerover")
     assert peek.is_visible()
@@ -101,7 +101,7 @@ def test_a_class_can_be_singled_out(open_page):
     assert page.locator(".map circle.dim").count() == 0
 
 
-def test_it_is_dark_where_the_reader_wants_that(open_page):
+def test_it_is_dark_in_the_dark_colour_scheme(open_page):
     light, dark = screenshot(open_page(390)), screenshot(open_page(390, "dark"))
     assert np.median(light) > 240
     assert np.median(dark) < 40

@@ -1,4 +1,4 @@
-"""The table of a run's accuracies and the file they are kept in."""
+"""The table of a run's accuracies, and the file that stores them."""
 
 from empssl_jax.run_folder.results import add_results, format_table, load_results, of_embeddings
 

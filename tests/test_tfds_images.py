@@ -1,4 +1,4 @@
-"""TFDS data sets of other splits, sizes and labels than CIFAR-10's, as TFDS prepares them."""
+"""TFDS data sets whose splits, sizes and labels differ from CIFAR-10's, prepared by TFDS itself."""
 
 import numpy as np
 import PIL.Image
@@ -18,7 +18,7 @@ def pixels(number: int, height: int = 8, width: int = 8) -> np.ndarray:
 
 
 class TinyStl(tfds.core.GeneratorBasedBuilder):
-    """Like stl10: labelled images, and more without labels."""
+    """Like stl10: labelled splits and a larger unlabelled one."""
 
     VERSION = tfds.core.Version("1.0.0")
     SPLITS = {"train": (0, 30), "test": (100, 20), "unlabelled": (200, 50)}  # noqa: RUF012
@@ -41,7 +41,7 @@ class TinyStl(tfds.core.GeneratorBasedBuilder):
 
 
 class Unlabelled(TinyStl):
-    """Like div2k: images and nothing else; no test split, but a validation split."""
+    """Like div2k: images without labels, in a train and a validation split."""
 
     SPLITS = {"train": (0, 12), "validation": (100, 5)}  # noqa: RUF012
     LABEL = None
@@ -53,12 +53,12 @@ def load(folder, split="train", dataset="tiny_stl", **options):
 
 
 def numbers_of(dataset, numbers):
-    """Which of the pictures a data set holds, in order."""
-    known = {pixels(number).tobytes(): number for number in numbers}
-    return [known[image.tobytes()] for image in dataset.images]
+    """The number of each image of a data set, in order; `numbers` are the candidates."""
+    number_of = {pixels(number).tobytes(): number for number in numbers}
+    return [number_of[image.tobytes()] for image in dataset.images]
 
 
-def test_an_unlabelled_split_is_trained_on_and_the_labelled_one_measured_by(tmp_path):
+def test_training_uses_the_unlabelled_split_and_evaluation_the_labelled_ones(tmp_path):
     config = DataConfig(dataset="tiny_stl", train_split="unlabelled")
     run = RunConfig(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     datasets = load_datasets(Config(data=config, run=run))
@@ -92,7 +92,7 @@ def test_images_without_labels_and_of_any_shape(tmp_path):
     train = load(tmp_path, dataset="unlabelled", image_size=6)
     assert (train.images.shape, train.labels.tolist(), train.num_classes) == ((12, 6, 6, 3), [-1] * 12, 0)
     assert load(tmp_path, "test", dataset="unlabelled", image_size=6).images.shape == (5, 6, 6, 3)
-    # The first picture is of 10x14 pixels: its middle is kept, resized with a look at the pixels beside it.
+    # The first image has 10x14 pixels. Resizing its middle also uses the pixels beside it, so the two are not equal.
     first = PIL.Image.fromarray(pixels(0, 10, 14)[:, 2:12]).resize((6, 6), PIL.Image.Resampling.BICUBIC)
     assert np.abs(train.images - np.asarray(first, np.float64)).mean(axis=(1, 2, 3)).min() < 4
 
@@ -108,7 +108,7 @@ def test_larger_splits_are_kept_on_disk_with_their_labels(tmp_path, monkeypatch)
         np.testing.assert_array_equal(mapped.labels, in_memory.labels)
 
 
-def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+def test_a_missing_split_is_refused_with_a_list_of_those_that_exist(tmp_path):
     for options in ({"train_split": "all_of_it"}, {"test_split": "validation"}, {"test_split": "train[x"}):
         split = "train" if "train_split" in options else "test"
         with pytest.raises(UserError, match=r"has no .* split, only .*unlabelled.*: choose with --train-split and"):

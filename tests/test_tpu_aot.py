@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, and compiling a tiny train step for TPUs where libtpu is installed."""
+"""The collectives of a compiled program and, with libtpu installed, compiling a tiny train step for TPUs."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from empssl_jax.method.encoder import init_encoder
 
 REPOSITORY = Path(__file__).parent.parent
 
-# Layouts, comments inside of tuples and names are as libtpu writes them.
+# Layouts, names and comments inside tuples follow the output of libtpu.
 HLO = """
 HloModule jit_step, is_scheduled=true
 
@@ -51,7 +51,7 @@ def test_collectives_are_counted_once_with_the_bytes_of_their_results():
     }
 
 
-def test_the_table_has_a_row_a_topology_and_a_column_a_kind_of_collective():
+def test_the_table_has_a_row_per_topology_and_a_column_per_kind_of_collective():
     row = {"topology": "v5e:2x4", "chips": 8, "batch_size": 800, "flops": 6.25e12}
     row |= {"memory_bytes": {"arguments": 1_500_000, "total": 2_000_000_000}}
     gather = {"all-gather": {"count": 1, "bytes": 65_536_000}}
@@ -104,7 +104,7 @@ def test_a_tiny_train_step_compiles_for_eight_chips(tmp_path):
     encoder = ModelConfig(width=4, hidden_dim=16, projection_dim=16, precision="bfloat16")
     params = jax.eval_shape(lambda: init_encoder(encoder, jax.random.key(0))).params
     size = sum(array.size for array in jax.tree.leaves(params))
-    # At least the gradients are summed, in bfloat16; the parameters and their momentum are held, in float32.
+    # Lower bounds: gradients of two bytes each are summed; float32 parameters and momentum are arguments.
     assert row["collectives"]["all-reduce"]["bytes"] > 2 * size
     memory = row["memory_bytes"]
     assert memory["arguments"] > 2 * 4 * size

@@ -1,4 +1,4 @@
-"""The train step on one and on eight devices, the schedule, and learning itself."""
+"""The train step on one and on eight devices, the learning rate schedule, and whether the loss falls."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ STEPS_PER_EPOCH = 10
 
 @pytest.fixture(scope="module")
 def batches():
-    """Random images: the flat margins of digits put thousands of equal pixels on one side of a ReLU together."""
+    """Random images, because a rounding error can flip the ReLUs of all equal margin pixels of digits together."""
     random = np.random.default_rng(0)
     size = CONFIG.training.batch_size
     return [
@@ -37,7 +37,7 @@ def batches():
 
 @functools.cache
 def compiled_step(num_devices: int, config: Config):
-    """The step, a function that makes its first state, and the mesh."""
+    """The step, a function that returns its initial state, and the mesh."""
     mesh = device_mesh(num_devices)
     schedule = learning_rate_schedule(config.training, STEPS_PER_EPOCH)
     optimizer = make_optimizer(config.training, schedule)
@@ -46,7 +46,7 @@ def compiled_step(num_devices: int, config: Config):
 
 
 def run_steps(batches, num_devices: int, config: Config = CONFIG):
-    """The state and the metrics of each step."""
+    """The final state, and the metrics of each step."""
     step, create, mesh = compiled_step(num_devices, config)
     state, metrics = create(), []
     with jax.transfer_guard("disallow"):
@@ -62,7 +62,7 @@ def on_one_device(batches):
 
 
 def test_eight_devices_equal_one(batches, on_one_device):
-    """One step to the last parameter; later steps, whose gradients amplify rounding, in their losses."""
+    """Compares every parameter after one step, and only the metrics of later ones, which amplify rounding errors."""
     (ours, our_metrics), (theirs, their_metrics) = (run_steps(batches[:1], devices) for devices in (1, 8))
     assert_close(our_metrics[0], their_metrics[0])
     difference = jax.tree.map(lambda a, b: np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-3), ours, theirs)
@@ -93,7 +93,7 @@ def test_the_loss_is_minus_coding_rate_minus_weighted_similarity(on_one_device):
 
 
 def test_steps_follow_the_gradient(batches):
-    """The same batch again and again: the loss falls."""
+    """On one repeated batch, the loss falls."""
     _, metrics = run_steps([batches[0]] * 6, 1)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert metrics[-1]["similarity"] > metrics[0]["similarity"]
@@ -101,7 +101,7 @@ def test_steps_follow_the_gradient(batches):
 
 @pytest.mark.long
 def test_remat_changes_nothing_but_memory(batches):
-    """The same loss and parameters, and less to keep in a step of a batch that fills the memory."""
+    """Rematerialisation gives the same metrics and parameters."""
     remat = dataclasses.replace(CONFIG, run=RunConfig(remat=True))
     ours, theirs = run_steps(batches[:1], 1), run_steps(batches[:1], 1, remat)
     assert_close(ours[1][0], theirs[1][0])
@@ -110,7 +110,7 @@ def test_remat_changes_nothing_but_memory(batches):
 
 
 def test_gradients_are_summed_over_devices_in_float32(batches):
-    """In any precision of the layers: what is summed over devices has no bfloat16 in it."""
+    """With bfloat16 layers, no sum over devices is in bfloat16."""
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
     step, create, mesh = compiled_step(8, config)
     lowered = step.lower(jax.eval_shape(create), jax.device_put(batches[0], split_images(mesh))).as_text()
@@ -134,8 +134,8 @@ def test_warm_up_rises_linearly_then_falls():
     assert rates[16] == pytest.approx(0.0, abs=1e-7)
 
 
-def test_an_update_of_nothing_leaves_the_parameters(batches):
-    """After the last step of the schedule the rate is 0; BatchNorm's statistics go on."""
+def test_a_learning_rate_of_zero_leaves_the_parameters(batches):
+    """After the last step of the schedule, the rate is 0, but BatchNorm's statistics still change."""
     step, create, mesh = compiled_step(1, CONFIG)
     kept = jax.tree.map(lambda x: x + STEPS_PER_EPOCH if x.dtype == jnp.int32 else x, jax.device_get(create()))
     before = jax.device_put(kept, replicated(mesh))

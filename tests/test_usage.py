@@ -1,4 +1,4 @@
-"""Every block of docs/usage.md does what the page says, on a tiny run of digits in place of CIFAR-10."""
+"""Every block of docs/usage.md does what the page says, on a tiny run of digits instead of CIFAR-10."""
 
 import os
 import re
@@ -22,7 +22,7 @@ BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTA
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where a user would be: with a run of width 64, twelve photos, and one of them to look for."""
+    """A user's folder: a run of width 64, twelve photos, and a copy of the first photo as the query."""
     folder = tmp_path_factory.mktemp("usage")
     made = config.Config(
         data=config.DataConfig(dataset="digits", images_per_class=10, test_images_per_class=4),
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_block(folder):
-    """Runs a block where the ones before have left off; returns what Python knows then."""
+    """Runs a block after the previous ones and returns the Python namespace that they share."""
     namespace: dict = {}
 
     def run(language, block):
@@ -71,60 +71,60 @@ def test_block(folder, run_block, monkeypatch, capsys, number):
     CHECKS[number](run_block(language, block), capsys.readouterr().out)
 
 
-def embeds(known, shown):
-    assert known["embeddings"].shape == (5, 32)
-    np.testing.assert_array_equal(known["embeddings"], known["encoder"].embed(known["images"]))
+def embeds(namespace, output):
+    assert namespace["embeddings"].shape == (5, 32)
+    np.testing.assert_array_equal(namespace["embeddings"], namespace["encoder"].embed(namespace["images"]))
 
 
-def whitens(known, shown):
-    assert known["searched"].shape == (5, 4 * (64 + 128 + 256 + 512))
-    np.testing.assert_allclose(known["queries"], known["searched"][:2], rtol=1e-3, atol=1e-3)
+def whitens(namespace, output):
+    assert namespace["searched"].shape == (5, 4 * (64 + 128 + 256 + 512))
+    np.testing.assert_allclose(namespace["queries"], namespace["searched"][:2], rtol=1e-3, atol=1e-3)
 
 
-def classifies(known, shown):
-    """Both figures by hand, from what the run has left in its folder."""
-    train, test = known["train"], known["test"]
+def classifies(namespace, output):
+    """Recomputes both figures from the embeddings in the run's folder."""
+    train, test = namespace["train"], namespace["test"]
     bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train["embeddings"], test["embeddings"]))
     nearest = np.argsort(-(queries @ bank.T), axis=1)[:, :20]
     share = np.mean(train["labels"][nearest] == test["labels"][:, None])
-    assert known["share_of_same_class"] == pytest.approx(share, abs=0.01)
-    votes = queries @ known["classifier"].coef_.T + known["classifier"].intercept_
-    assert known["accuracy"] == pytest.approx(np.mean(np.argmax(votes, axis=1) == test["labels"]), abs=0.03)
-    assert f"classifier {known['accuracy']:.1%}" in shown
+    assert namespace["share_of_same_class"] == pytest.approx(share, abs=0.01)
+    votes = queries @ namespace["classifier"].coef_.T + namespace["classifier"].intercept_
+    assert namespace["accuracy"] == pytest.approx(np.mean(np.argmax(votes, axis=1) == test["labels"]), abs=0.03)
+    assert f"classifier {namespace['accuracy']:.1%}" in output
 
 
-def embeds_files(known, shown):
+def embeds_files(namespace, output):
     with np.load("photos.npz") as arrays:
         assert arrays["files"].tolist() == [f"{number:02}.png" for number in range(12)]
         assert arrays["unreadable"].tolist() == []
 
 
-def finds_itself_first(known, shown):
-    # The first photo is embedded by the same patches as the query, which is the same picture.
-    assert re.match(r"1\.000 00\.png\n", shown)
+def finds_itself_first(namespace, output):
+    # The query equals the first photo and has the same index, so both give the same patches.
+    assert re.match(r"1\.000 00\.png\n", output)
 
 
-def exports(known, shown):
+def exports(namespace, output):
     assert Path("encoder.safetensors").is_file()
 
 
-def gives_the_same_features(known, shown):
-    """Of the same patches in either framework."""
+def gives_the_same_features(namespace, output):
+    """Embeds the same patches in JAX and in PyTorch."""
     from flax import nnx
 
     from empssl_jax.method.encoder import encoder_graph
 
-    encoder = known["encoder"]
+    encoder = namespace["encoder"]
     model = nnx.merge(encoder_graph(encoder.config.model), *encoder.state)
     model.eval()
-    theirs = known["embeddings_of_patches"].detach().numpy()
-    ours = np.asarray(model.embed(jnp.asarray(np.moveaxis(known["patches"].numpy(), 1, -1))))
+    theirs = namespace["embeddings_of_patches"].detach().numpy()
+    ours = np.asarray(model.embed(jnp.asarray(np.moveaxis(namespace["patches"].numpy(), 1, -1))))
     assert np.abs(ours - theirs).max() < 1e-3 * np.abs(theirs).max()
 
 
-def imports(known, shown):
+def imports(namespace, output):
     ours, theirs = empssl_jax.load("runs/imported"), empssl_jax.load("runs/cifar10")
-    images = known["images"]
+    images = namespace["images"]
     np.testing.assert_array_equal(ours.embed(images), theirs.embed(images))
 
 

@@ -1,4 +1,4 @@
-"""Encoders as PyTorch files and back: against the authors' encoder, to the bit, and refused by name."""
+"""Encoders to PyTorch files and back: the authors' encoder, exact round trips, and errors that name the arrays."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def official(golden):
 
 
 def run_command(arguments):
-    """`empssl export ...` and `empssl import ...`, with errors raised."""
+    """Runs `empssl export ...` or `empssl import ...` in this process, where errors raise."""
     command_line.COMMANDS[arguments[0]].run(arguments[1:], "empssl")
 
 
@@ -81,7 +81,7 @@ def test_golden_official_checkpoint(official, tmp_path):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-def test_every_encoder_has_torchvision_s_names_and_comes_back_to_the_bit(golden, backbone, stem):
+def test_every_encoder_has_torchvision_s_names_and_an_exact_round_trip(golden, backbone, stem):
     config = ModelConfig(backbone=backbone, stem=stem, width=2, hidden_dim=3, projection_dim=2, precision="float32")
     state = models.init_encoder(config, KEY)
     arrays = names_module.to_torch(state, config, 7)
@@ -108,7 +108,7 @@ def test_export_then_import_is_exact(tiny_run, tmp_path, kind):
     assert (ours.step, ours.image_size) == (0, theirs.image_size)
     run = dataclasses.replace(theirs.config.run, workdir=str(workdir))
     assert ours.config == dataclasses.replace(theirs.config, run=run)
-    # Training starts from there.
+    # Training starts from the imported encoder.
     optimizer = make_optimizer(ours.config.training, lambda step: 0.1)
     with Checkpoints(workdir) as store:
         state = training._initial_state(ours.config, optimizer, store, device_mesh())
@@ -133,8 +133,8 @@ def test_metadata_say_how_to_build_the_encoder(tiny_run):
     assert json.loads(metadata["config"])["patches"]["patch_size"] == 16
 
 
-def test_a_torchvision_resnet_gets_heads_as_training_begins_with(tmp_path):
-    """Its own arrays stay as they are; its classifier goes."""
+def test_a_torchvision_resnet_gets_the_initial_heads_of_training(tmp_path):
+    """The ResNet's arrays are unchanged, and its classifier is dropped."""
     model = ModelConfig(width=2, stem="imagenet", hidden_dim=3, projection_dim=2, precision="float32")
     config = f"from empssl_jax.config import *\nconfig = Config(model={model!r}, training=TrainingConfig(seed=5))\n"
     (tmp_path / "config.py").write_text(config)

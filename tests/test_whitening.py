@@ -1,4 +1,4 @@
-"""Whitening against a float64 oracle, and what must be true of it."""
+"""Whitening, compared with a float64 oracle, and its properties."""
 
 import numpy as np
 import pytest
@@ -7,14 +7,14 @@ from empssl_jax.evaluation.whitening import SHRINKAGE, whiten
 
 
 def draw(size, seed):
-    """Embeddings whose dimensions differ in scale and go together."""
+    """Correlated embeddings with directions of very different scales."""
     rng = np.random.default_rng(seed)
     mixing = np.random.default_rng(0).normal(size=(6, 6)) * [10, 3, 1, 0.3, 0.1, 0.01]
     return (rng.normal(size=(size, 6)) @ mixing.T + 5).astype(np.float32)
 
 
 def inner_products(bank, queries):
-    """Of the whitened embeddings, through the eigenvectors of the covariance in float64."""
+    """The inner products of whitened embeddings, from the eigenvectors of the covariance in float64."""
     bank, queries = np.float64(bank), np.float64(queries)
     mean = bank.mean(axis=0)
     variances, directions = np.linalg.eigh(np.cov(bank.T, bias=True))
@@ -22,7 +22,7 @@ def inner_products(bank, queries):
     return ((queries - mean) @ root) @ ((bank - mean) @ root).T
 
 
-@pytest.mark.parametrize("size", [4, 200])  # fewer than dimensions, and more
+@pytest.mark.parametrize("size", [4, 200])  # fewer images than dimensions, and more
 def test_inner_products_are_those_of_an_eigendecomposition(size):
     bank, queries = draw(size, 1), draw(30, 2)
     of_bank, of_queries = whiten(bank, queries)

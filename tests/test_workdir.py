@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder, and files that are whole or absent."""
+"""Only one process at a time uses a run's folder, and files are replaced atomically."""
 
 import os
 import resource
@@ -45,12 +45,12 @@ def test_the_same_process_can_claim_again(tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"--workdir .*file.* cannot be written to \(.*\): give another folder"):
-            locked(place).__enter__()
+            locked(workdir).__enter__()
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("before")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""The forms for XLA's CPU compiler against the plain formulas of their docstrings."""
+"""The forms for XLA's CPU compiler, compared with the plain formulas in their docstrings."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_norms_of_trees(shape):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("images", "features_in", "features_out"), [(7, 6, 5), (1, 1, 4), (3, 16, 1)])
 def test_convolutions_to_2x2(stride, images, features_in, features_out):
-    """In output and in both gradients."""
+    """The output and both gradients agree with the general convolution."""
     side = 2 * stride
     x, kernel, g = in_float32(
         RANDOM.normal(size=(images, side, side, features_in)),
@@ -59,7 +59,7 @@ def test_convolutions_to_2x2(stride, images, features_in, features_out):
 
 @pytest.mark.parametrize(
     ("height", "width"), [(1, 5), (16, 16), (32, 32), (32, 40), (33, 20), (33, 40), (64, 64)]
-)  # to a height of 32 by a sum of products, above by a matrix product
+)  # up to a height of 32 a sum of products, above it a matrix product
 def test_matrices_applied_to_both_axes(height, width):
     planes, rows, columns = (RANDOM.random(shape) for shape in ((3, height, width), (9, height), (7, width)))
     ours = xla_cpu.apply_to_axes(*in_float32(planes, rows, columns))

@@ -1,4 +1,4 @@
-"""Checkpoints with damaged files: what is restored is what was saved, or the checkpoint before, or nothing."""
+"""Checkpoints with damaged files: a restore returns exactly what was saved, or an earlier checkpoint, or fails."""
 
 import gc
 import shutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(autouse=True)
 def leftovers():
-    """A read that fails in Orbax leaves its other reads behind, which Python reports when it clears them away."""
+    """Collects the reads that Orbax abandons after a failed one. Python would report them in a later test."""
     yield
     gc.collect()
 
@@ -95,11 +95,11 @@ def test_every_file_of_the_newest_checkpoint_damaged_in_turn(saved, tmp_path, ca
             with pytest.raises(UserError, match="No undamaged checkpoint"):
                 restore(workdir, 3)
     print(f"{damage.__name__}: {len(noticed)} of {len(names)} files matter")
-    # How many files TensorStore writes, and how many of them hold anything needed, differs from run to run.
+    # The number of files that TensorStore writes, and how many of them matter, differs between runs.
     assert {"encoder", "optimizer", "record"} <= {name.split("/")[0] for name in noticed}
 
 
-def test_all_checkpoints_damaged_is_an_error_and_no_fresh_start(saved, tmp_path):
+def test_all_checkpoints_damaged_is_an_error_and_not_a_fresh_start(saved, tmp_path):
     workdir = tmp_path / "all"
     shutil.copytree(saved, workdir)
     for path in (workdir / "checkpoints").rglob("*"):
@@ -109,7 +109,7 @@ def test_all_checkpoints_damaged_is_an_error_and_no_fresh_start(saved, tmp_path)
         restore(workdir)
 
 
-def test_damaged_checkpoints_are_set_aside_and_their_steps_saved_anew(saved, tmp_path):
+def test_damaged_checkpoints_are_set_aside_and_their_steps_saved_again(saved, tmp_path):
     workdir = tmp_path / "aside"
     shutil.copytree(saved, workdir)
     for step in (2, 3):

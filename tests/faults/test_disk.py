@@ -1,4 +1,4 @@
-"""Full, read-only and vanishing disks, and two processes in one folder: a sentence, and nothing lost."""
+"""Full, read-only and vanishing disks, and two processes in one folder: one error message and no data loss."""
 
 import contextlib
 import resource
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.long, pytest.mark.usefixtures("cache")]
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A compilation cache that is filled by the first run and read by the others."""
+    """A compilation cache that the first run fills and the others read."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -27,8 +27,8 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(cache, tmp_path_factory):
-    victim = Victim(tmp_path_factory.mktemp("runs") / "whole", OPTIONS)
+def uninterrupted(cache, tmp_path_factory):
+    victim = Victim(tmp_path_factory.mktemp("runs") / "uninterrupted", OPTIONS)
     assert victim.end() == 0, victim.output()
     return victim.workdir
 
@@ -38,7 +38,7 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def assert_stops(victim: Victim, code: int, *parts: str):
-    """With an exit code and one sentence that has these parts."""
+    """Checks that the run ends with this exit code and one error message that contains all parts."""
     assert victim.end() == code, victim.output()
     errors = [line for line in victim.output().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, victim.output()
@@ -46,26 +46,26 @@ def assert_stops(victim: Victim, code: int, *parts: str):
     assert "Traceback" not in victim.output()
 
 
-def assert_resumes_to_the_bits_of(whole: Path, workdir: Path):
+def assert_resumes_bit_identically_to(uninterrupted: Path, workdir: Path):
     step = max(saved_steps(workdir))
     victim = Victim(workdir, OPTIONS)
     assert victim.end() == 0, victim.output()
     assert f"resuming {workdir} at step {step} of 20" in victim.output()
-    assert differences(whole, workdir) == []
+    assert differences(uninterrupted, workdir) == []
 
 
-def test_a_save_that_does_not_fit_stops_the_run_and_spares_the_checkpoint_before(whole, tmp_path):
+def test_a_save_that_does_not_fit_stops_the_run_and_keeps_the_checkpoint_before(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     victim = Victim(workdir, OPTIONS)
     victim.wait_for(lambda: victim.steps() >= 7)
     assert victim.end(signal.SIGTERM) == 143
     before = saved_steps(workdir)
     victim = Victim(workdir, OPTIONS)
-    # Files cannot grow beyond 8 kB: those of a checkpoint do not fit, metrics.jsonl does.
+    # Files cannot grow beyond 8 kB: metrics.jsonl fits, the files of a checkpoint do not.
     resource.prlimit(victim.process.pid, resource.RLIMIT_FSIZE, (8192, 8192))
     assert_stops(victim, 1, "could not be saved in", "those before it are kept, and the same command resumes there")
     assert saved_steps(workdir) == before
-    assert_resumes_to_the_bits_of(whole, workdir)
+    assert_resumes_bit_identically_to(uninterrupted, workdir)
 
 
 @contextlib.contextmanager
@@ -80,12 +80,12 @@ def small_disk(folder: Path, options: str):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_stops_the_run_and_more_room_lets_it_resume(whole, tmp_path):
+def test_a_full_disk_stops_the_run_and_more_room_lets_it_resume(uninterrupted, tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, "size=1600k"):
         assert_stops(Victim(disk, OPTIONS), 1, "No space left on device", "the same command resumes there")
         subprocess.run(["mount", "-o", "remount,size=100M", str(disk)], check=True)
-        assert_resumes_to_the_bits_of(whole, disk)
+        assert_resumes_bit_identically_to(uninterrupted, disk)
 
 
 def test_a_read_only_disk_is_refused_at_once(tmp_path):
@@ -103,7 +103,7 @@ def test_a_folder_that_vanishes_stops_the_run_at_the_next_save(tmp_path):
     assert_stops(victim, 1, "could not be saved in")
 
 
-def test_others_are_refused_while_a_run_is_in_the_folder_and_disturb_nothing(whole, tmp_path):
+def test_others_are_refused_while_a_run_is_in_the_folder_and_disturb_nothing(uninterrupted, tmp_path):
     first = Victim(tmp_path / "run", OPTIONS)
     first.wait_for(lambda: first.steps() >= 1)
     first.process.send_signal(signal.SIGSTOP)
@@ -113,9 +113,9 @@ def test_others_are_refused_while_a_run_is_in_the_folder_and_disturb_nothing(who
     assert done.returncode == 2
     assert refusal in done.stderr
     log = first.output()
-    second = Victim(first.workdir, OPTIONS)  # prints where the first does
+    second = Victim(first.workdir, OPTIONS)  # writes to the first one's output file
     assert second.end() == 2
     assert refusal in second.output()
     first.process.send_signal(signal.SIGCONT)
     assert first.end() == 0, log
-    assert differences(whole, first.workdir) == []
+    assert differences(uninterrupted, first.workdir) == []

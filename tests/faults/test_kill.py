@@ -1,4 +1,4 @@
-"""Killed at random moments and started again, a run ends with the bits of one that was left alone.
+"""A run that is killed at random moments and started again is bit-identical to an uninterrupted one.
 
 `python -m tests.stress.faults` is the long form.
 """

@@ -1,4 +1,4 @@
-"""NaN and infinities in an image, a parameter or a gradient: the run stops at that step and keeps what is good."""
+"""NaN and infinities in an image, a parameter or a gradient: the run stops at that step and keeps a good checkpoint."""
 
 import functools
 import json
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.long
 
 
 def in_an_image(patch, config, value):
-    """Into the patches of one image of that step."""
+    """Puts the value into the patches of one image of the step."""
     dataset = load_datasets(config)["train"]
     batch = next(shuffled_batches(dataset, config.training.batch_size, config.training.seed, STEP, STEP + 1))
-    spared = train_step.multi_patch
+    original = train_step.multi_patch
 
     def multi_patch(*args, indices, **options):
-        patches = spared(*args, indices=indices, **options)
-        # Epochs begin at steps 0, 5 and 10: the image comes once before.
+        patches = original(*args, indices=indices, **options)
+        # Epochs begin at steps 0, 5 and 10. The first epoch has the image too, without damage.
         epochs = args[0] == train_step.training_patches_key(config.training.seed, STEP // 5)
         hit = (indices == batch.indices[3]) & epochs
         return patches.at[:, 2, 5, 5, 1].set(jnp.where(hit, value, patches[:, 2, 5, 5, 1]))
@@ -42,11 +42,11 @@ def in_an_image(patch, config, value):
 
 
 def in_a_parameter(patch, config, value):
-    """Into one weight, before the step."""
-    spared = training.make_train_step
+    """Puts the value into one weight before the step."""
+    original = training.make_train_step
 
     def make_train_step(*args):
-        step = spared(*args)
+        step = original(*args)
 
         def damaged_step(state, batch):
             if int(state.step) == STEP:
@@ -61,7 +61,7 @@ def in_a_parameter(patch, config, value):
 
 
 def in_a_gradient(patch, config, value):
-    """Into one gradient, on its way to the optimizer."""
+    """Puts the value into one gradient before the optimizer sees it."""
 
     def update(gradients, count, params=None):
         leaves, structure = jax.tree.flatten(gradients)
@@ -69,13 +69,13 @@ def in_a_gradient(patch, config, value):
         return jax.tree.unflatten(structure, leaves), count + 1
 
     damage = optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
-    spared = training.make_optimizer
-    patch.setattr(training, "make_optimizer", lambda *args: optax.chain(damage, spared(*args)))
+    original = training.make_optimizer
+    patch.setattr(training, "make_optimizer", lambda *args: optax.chain(damage, original(*args)))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
 @pytest.mark.parametrize("damage", [in_an_image, in_a_parameter, in_a_gradient], ids=lambda damage: damage.__name__)
-def test_the_run_stops_at_the_step_and_keeps_what_is_good(damage, value, tmp_path, monkeypatch):
+def test_the_run_stops_at_the_step_and_keeps_a_good_checkpoint(damage, value, tmp_path, monkeypatch):
     options = [*DIGITS, "--max-epochs", "4", "--precision", "float32", "--workdir", str(tmp_path)]
     config = parse_train_options(options)
     monkeypatch.setattr(data, "device_mesh", functools.partial(device_mesh, 1))
