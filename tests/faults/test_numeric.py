@@ -12,7 +12,6 @@ import pytest
 from empssl_jax import training
 from empssl_jax.config.config_files import parse_train_options
 from empssl_jax.config.errors import DivergenceError
-from empssl_jax.data import datasets as data
 from empssl_jax.data.batches import shuffled_batches
 from empssl_jax.data.datasets import load_datasets
 from empssl_jax.method import train_step
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.long
 
 def in_an_image(patch, config, value):
     """Puts the value into the patches of one image of the step."""
-    dataset = load_datasets(config)["train"]
+    dataset = load_datasets(config).train
     batch = next(shuffled_batches(dataset, config.training.batch_size, config.training.seed, STEP, STEP + 1))
     original = train_step.multi_patch
 
@@ -78,7 +77,7 @@ def in_a_gradient(patch, config, value):
 def test_the_run_stops_at_the_step_and_keeps_a_good_checkpoint(damage, value, tmp_path, monkeypatch):
     options = [*DIGITS, "--max-epochs", "4", "--precision", "float32", "--workdir", str(tmp_path)]
     config = parse_train_options(options)
-    monkeypatch.setattr(data, "device_mesh", functools.partial(device_mesh, 1))
+    monkeypatch.setattr(training, "device_mesh", functools.partial(device_mesh, 1))
     damage(monkeypatch, config, value)
     with pytest.raises(DivergenceError, match=f"Step {STEP} has"):
         training.train(config)
