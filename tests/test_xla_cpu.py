@@ -14,11 +14,13 @@ def in_float32(*arrays):
     return [jnp.asarray(array, jnp.float32) for array in arrays]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize(
     ("shape", "axes"),
     [((7,), (0,)), ((40, 7), (0,)), ((6, 5, 4, 3), (0, 1, 2)), ((6, 5, 4, 3), (3, 1)), ((6, 5), (0, 1)), ((6, 5), ())],
 )
-def test_sums_of_pairs(shape, axes):
+def test_sums_of_pairs(shape, axes, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     a, b = RANDOM.normal(1.0, 2.0, shape), RANDOM.normal(-3.0, 1.0, shape)
     sums = xla_cpu.sum_pair(*in_float32(a, b), axes)
     for ours, expected in zip(sums, (a.sum(axes), b.sum(axes)), strict=True):

@@ -21,9 +21,12 @@ def sum_pair(
 ) -> tuple[Float[Array, "*rest"], Float[Array, "*rest"]]:
     """Sums two float32 arrays over axes.
 
-    Plain: `jnp.sum(a, axes), jnp.sum(b, axes)`. One axis at a time, the last one first, reads memory in order, which is
-    2.5 times as fast on a map of 32x32. Short sums also keep rounding errors small.
+    Plain: `jnp.sum(a, axes), jnp.sum(b, axes)`, and so it is on GPU and TPU. On CPU, one axis at a time, the last one
+    first, reads memory in order, which is 2.5 times as fast on a map of 32x32; short sums also keep rounding errors
+    small. On an H100, pairs cost the encoder's forward and backward pass of 2,000 patches 26.3 ms, plain sums 22.2 ms.
     """
+    if jax.default_backend() != "cpu":
+        return jnp.sum(a, axes), jnp.sum(b, axes)
     zero = jnp.float32(0)
     for axis in sorted(axes, reverse=True):
         a, b = jax.lax.reduce((a, b), (zero, zero), _add, (axis,))
