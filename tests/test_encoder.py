@@ -49,6 +49,14 @@ def trained_once(reference):
     return run(*state, jnp.asarray(numbers["images"]))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def evaluated(graph, state, images):
+    """Embeddings and projections in evaluation mode."""
+    encoder = nnx.merge(graph, *state)
+    encoder.eval()
+    return encoder(images)
+
+
 def relative_error(ours, theirs) -> float:
     return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
 
@@ -89,9 +97,7 @@ def test_golden_running_statistics(reference, trained_once):
 def test_golden_eval_outputs(reference, trained_once):
     numbers, _, graph, state = reference
     (_, (_, _, batch_stats)), _ = trained_once
-    encoder = nnx.merge(graph, state.params, batch_stats)
-    encoder.eval()
-    embeddings, projections = encoder(jnp.asarray(numbers["images"]))
+    embeddings, projections = evaluated(graph, (state.params, batch_stats), numbers["images"])
     assert relative_error(embeddings, numbers["eval_embeddings"]) < 1e-3
     assert relative_error(projections, numbers["eval_projections"]) < 1e-3
 

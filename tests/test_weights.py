@@ -71,9 +71,14 @@ def test_golden_official_checkpoint(official, tmp_path):
     encoder = empssl_jax.load(tmp_path / "run")
     assert encoder.step == 0
     assert encoder.config.model == OFFICIAL
-    model = nnx.merge(models.encoder_graph(OFFICIAL), *encoder.state)
-    model.eval()
-    embeddings, projections = model(jnp.asarray(numbers["images"]))
+
+    @jax.jit
+    def evaluated(state, images):
+        model = nnx.merge(models.encoder_graph(OFFICIAL), *state)
+        model.eval()
+        return model(images)
+
+    embeddings, projections = evaluated(encoder.state, numbers["images"])
     assert relative_error(embeddings, numbers["eval_embeddings"]) < 1e-3
     unit = projections / jnp.linalg.norm(projections, axis=1, keepdims=True)
     assert relative_error(unit, numbers["eval_projections_normalised"]) < 1e-3
