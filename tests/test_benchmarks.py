@@ -1,10 +1,12 @@
 """Tables for given times, and FLOP counts compared with published ones."""
 
+import gzip
 import xml.etree.ElementTree
 
 import pytest
+from jax.profiler import ProfileData
 
-from benchmarks import limits, measure, scaling
+from benchmarks import limits, measure, profile_table, scaling
 from empssl_jax.config import EvaluationConfig, ModelConfig
 from experiments import frontier, study
 
@@ -85,3 +87,30 @@ def test_the_frontier_marks_points_that_no_faster_point_reaches():
     rows = [row.split(" | ")[:3] for row in frontier.table(lines).splitlines()[2:]]
     assert rows == [["| fast", "10.0", "**50.0 %**"], ["| worse", "20.0", "40.0 %"], ["| slow", "30.0", "**60.0 %**"]]
     assert xml.etree.ElementTree.fromstring(frontier.picture(lines)).tag.endswith("svg")
+
+
+def test_the_profile_table_sums_kernels_by_kind(tmp_path):
+    """Two steps: 6 ms of convolutions, 3 of sums and 1 of copies. A second device and the host do not count."""
+    kernels = {"sm90_xmma_fprop_gemm": 4, "input_reduce_fusion_3": 3, "sm90_xmma_wgrad_gemm": 2, "Memset 0": 1}
+    names = "".join(
+        f'event_metadata {{ key: {i} value {{ id: {i} name: "{name}" }} }}' for i, name in enumerate(kernels)
+    )
+    events = [
+        f"events {{ metadata_id: {i} duration_ps: {milliseconds * 10**9} }}"
+        for i, milliseconds in enumerate(kernels.values())
+    ]
+    line = f'lines {{ name: "Stream #1(Compute)" {" ".join(events)} }}'
+    planes = "".join(
+        f'planes {{ name: "{name}" {line} {names} }}' for name in ("/device:GPU:0", "/device:GPU:1", "/host:CPU")
+    )
+    path = tmp_path / "plugins" / "step.xplane.pb.gz"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(ProfileData.text_proto_to_serialized_xspace(planes)))
+    found = profile_table.kinds(profile_table.read_profile(tmp_path), steps=2)
+    assert found == {"convolutions": (3.0, 1.0), "reductions": (1.5, 0.5), "copies": (0.5, 0.5)}
+    assert profile_table.table(found).splitlines()[2:] == [
+        "| convolutions | 3.00 | 60% | 1 |",
+        "| reductions | 1.50 | 30% | 0 |",
+        "| copies | 0.50 | 10% | 0 |",
+        "| all | 5.00 | 100% | 2 |",
+    ]
