@@ -213,7 +213,7 @@ class RunConfig(Checked):
 
 @dataclass(frozen=True)
 class DistributedConfig(Checked):
-    """The processes of the job. They are no part of the run: other processes may resume it."""
+    """The processes of the job. They are not saved with the run; other processes may resume it."""
 
     # Where the processes meet: HOST:PORT, a host and a free port of process 0. Needs --num-processes and --process-id.
     # TPU pods, SLURM and other clusters that JAX detects need none of the three.

@@ -104,8 +104,8 @@ def effective_rank(values: Float[np.ndarray, " R"]) -> float:
 def draw_maps(embeddings: Float[np.ndarray, "M E"], seed: int) -> dict[str, Float[np.ndarray, "M 2"]]:
     """Maps embeddings to the plane with PCA, t-SNE and, if it is installed, UMAP.
 
-    As in kNN, only directions matter: embeddings are normalised first. There are no maps of fewer than five images, or
-    of embeddings that are all the same.
+    As in kNN, only directions matter: embeddings are normalised first. Fewer than five images have no maps, nor do
+    embeddings that are all the same.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
