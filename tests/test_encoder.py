@@ -166,6 +166,19 @@ def test_convolutions_equal_the_general_one(side, stride):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_the_stem_starts_as_in_the_references():
+    """They replace torchvision's first convolution, normal by fan-out, by one with torch's default."""
+
+    def kernel(stem):
+        config = ModelConfig(stem=stem, precision="float32")
+        return models.init_encoder(config, KEY).params["backbone"]["stem"]["kernel"]
+
+    assert float(jnp.std(kernel("cifar"))) == pytest.approx((3 * 3 * 9) ** -0.5, rel=0.03)
+    assert float(jnp.max(jnp.abs(kernel("cifar")))) == pytest.approx((3 * 9) ** -0.5, rel=2e-3)
+    assert float(jnp.std(kernel("imagenet"))) == pytest.approx(np.sqrt(2 / (49 * 64)), rel=0.03)
+    assert float(jnp.max(jnp.abs(kernel("imagenet")))) > 3 * np.sqrt(2 / (49 * 64))
+
+
 def test_parameters_start_as_in_torch():
     """Convolutions are normal by fan-out. All other parameters are uniform within 1 / sqrt(fan-in)."""
     params = models.init_encoder(ModelConfig(precision="float32"), KEY).params

@@ -14,6 +14,7 @@ from empssl_jax.config import ModelConfig
 from empssl_jax.method.batch_norm import BatchNorm
 from empssl_jax.method.resnet import ZEROS, ResNet
 
+CIFAR_STEM = "['backbone']['stem']"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -81,15 +82,20 @@ def encoder_graph(config: ModelConfig, axis_name: str | None = None, remat: bool
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_encoder(config: ModelConfig, key: Key[Array, ""]) -> EncoderState:
-    """New parameters, drawn as in torch and torchvision, and BatchNorm's initial statistics."""
+    """New parameters, drawn as in the reference implementations, and BatchNorm's initial statistics.
+
+    Convolutions are torchvision's, except the CIFAR stem: the references put a new convolution in its place.
+    """
     params, batch_stats = encoder_state(Encoder(config))
-    nodes, structure = jax.tree.flatten(params, is_leaf=is_layer)
+    paths, nodes = zip(*jax.tree.leaves_with_path(params, is_leaf=is_layer), strict=True)
     sizes = [sum(array.size for array in node.values()) if is_layer(node) else 0 for node in nodes]
     # One draw for all layers: see xla_cpu.py. It excludes -1 and 1, where the inverse error function is infinite.
     uniform = jax.random.uniform(key, (sum(sizes),), minval=np.nextafter(np.float32(-1), np.float32(0)))
     draws = jnp.split(uniform, np.cumsum(sizes)[:-1])
-    nodes = [_init_layer(*pair) if is_layer(pair[0]) else pair[0] for pair in zip(nodes, draws, strict=True)]
-    return EncoderState(jax.tree.unflatten(structure, nodes), batch_stats)
+    torchvision = [config.stem == "imagenet" or jax.tree_util.keystr(path) != CIFAR_STEM for path in paths]
+    layers = zip(nodes, draws, torchvision, strict=True)
+    nodes = [_init_layer(*layer) if is_layer(layer[0]) else layer[0] for layer in layers]
+    return EncoderState(jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_layer), nodes), batch_stats)
 
 
 def is_layer(node: object) -> bool:
@@ -97,17 +103,19 @@ def is_layer(node: object) -> bool:
     return isinstance(node, dict) and "kernel" in node
 
 
-def _init_layer(layer: dict[str, Array], uniform: Float[Array, " n"]) -> dict[str, Array]:
+def _init_layer(layer: dict[str, Array], uniform: Float[Array, " n"], torchvision: bool) -> dict[str, Array]:
     """Turns numbers that are uniform in (-1, 1) into a layer's initial arrays.
 
-    A convolution's kernel is normal with variance 2 / fan out. A linear layer is uniform within 1 / sqrt(fan in).
+    A convolution of torchvision is normal with variance 2 / fan out. All else has torch's default: uniform within
+    1 / sqrt(fan in).
     """
     shape = layer["kernel"].shape
+    fan_in, fan_out = (math.prod(shape) // features for features in (shape[-1], shape[-2]))
 
     def draw(uniform: Float[Array, " m"]) -> Float[Array, " m"]:
-        if len(shape) == 4:  # sqrt(2) * erf_inv(uniform) is standard normal
-            return jax.lax.erf_inv(uniform) * (2 / math.sqrt(math.prod(shape) // shape[2]))
-        return uniform / math.sqrt(shape[0])
+        if len(shape) == 4 and torchvision:  # sqrt(2) * erf_inv(uniform) is standard normal
+            return jax.lax.erf_inv(uniform) * (2 / math.sqrt(fan_out))
+        return uniform / math.sqrt(fan_in)
 
     pieces = jnp.split(uniform, np.cumsum([array.size for array in layer.values()])[:-1])
     return {name: draw(u).reshape(array.shape) for (name, array), u in zip(layer.items(), pieces, strict=True)}
