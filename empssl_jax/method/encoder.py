@@ -102,8 +102,8 @@ def init_encoder(config: ModelConfig, key: Key[Array, ""]) -> EncoderState:
     draws = jnp.split(uniform, np.cumsum(sizes)[:-1])
     torchvision = [config.stem == "imagenet" or jax.tree_util.keystr(path) != CIFAR_STEM for path in paths]
     layers = zip(nodes, draws, torchvision, strict=True)
-    nodes = [_init_layer(*layer) if is_layer(layer[0]) else layer[0] for layer in layers]
-    return EncoderState(jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_layer), nodes), batch_stats)
+    initial = [_init_layer(*layer) if is_layer(layer[0]) else layer[0] for layer in layers]
+    return EncoderState(jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_layer), initial), batch_stats)
 
 
 def is_layer(node: object) -> bool:
