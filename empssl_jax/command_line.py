@@ -55,8 +55,9 @@ def train(arguments: Sequence[str], prog: str) -> None:
     """Trains or resumes a run."""
     config = parse_train_options(arguments, prog)
     from empssl_jax import training
-    from empssl_jax.runtime import compilation, distributed
+    from empssl_jax.runtime import compilation, distributed, memory
 
+    memory.keep_freed_memory()
     compilation.keep_compiled_programs()
     with distributed.processes(config.distributed):
         training.train(config)
@@ -67,8 +68,9 @@ def evaluate(arguments: Sequence[str], prog: str) -> None:
     options = parse_evaluations(arguments, prog)
     from empssl_jax.evaluation import comparison
     from empssl_jax.report.write_report import try_to_report
-    from empssl_jax.runtime import compilation, distributed, interruption
+    from empssl_jax.runtime import compilation, distributed, interruption, memory
 
+    memory.keep_freed_memory()
     compilation.keep_compiled_programs()
     with distributed.processes(options[0].distributed):
         interruption.end_at_sigterm()
@@ -87,8 +89,9 @@ def embed(arguments: Sequence[str], prog: str) -> None:
     """Embeds a folder of image files."""
     options = parse_embed_options(arguments, prog)
     from empssl_jax.inference import embed_files
-    from empssl_jax.runtime import compilation
+    from empssl_jax.runtime import compilation, memory
 
+    memory.keep_freed_memory()
     compilation.keep_compiled_programs()
     embed_files.embed_files(options)
 

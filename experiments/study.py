@@ -38,6 +38,7 @@ from empssl_jax.run_folder.step_files import TIMING_FILE, read_steps
 from empssl_jax.run_folder.workdir import locked
 from empssl_jax.runtime.compilation import keep_compiled_programs
 from empssl_jax.runtime.devices import device_mesh
+from empssl_jax.runtime.memory import keep_freed_memory
 from experiments.records import RESULTS, append_line, checkpoint_embeddings, read_lines
 
 RECOMMENDED = EvaluationConfig(
@@ -215,5 +216,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     keep_compiled_programs()
     main(tyro.cli(Options, description=__doc__))
