@@ -15,7 +15,8 @@ from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig,
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.datasets import ImageDataset, load_bank, load_split
-from empssl_jax.data.folder_images import hold_out, list_images
+from empssl_jax.data.folder_images import hold_out
+from empssl_jax.data.image_files import list_images
 from empssl_jax.evaluation import embeddings
 from empssl_jax.evaluation.evaluate import evaluate
 from empssl_jax.method.encoder import init_encoder

@@ -3,29 +3,16 @@
 import filecmp
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from empssl_jax.config import DataConfig
 from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.data.decoded_images import NO_LABEL, Example, Images, Source, load_images
+from empssl_jax.data.image_files import SUFFIX_LIST, Files, list_images
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TEST_SPLITS = ("test", "validation", "val")
 SHOWN = 20  # files that cannot be decoded; the index of the decoded images lists all of them
-
-
-class ImageFile(NamedTuple):
-    """A file in a folder."""
-
-    name: str  # its path relative to the folder, with slashes
-    path: Path
-    size: int  # in bytes; -1 if the file is not accessible
-    time: int  # of its last change, in nanoseconds; -1 if the file is not accessible
-
-
-Files = list[ImageFile]
 
 
 def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[Images, tuple[str, ...]]:
@@ -50,54 +37,11 @@ def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[
     return images, classes
 
 
-def list_images(root: Path, option: str = "dataset") -> Files:
-    """All image files under a folder, sorted by name. Follows links; skips hidden files and folders.
-
-    Args:
-        root: the folder.
-        option: the option that named the folder, for the error message.
-
-    Raises:
-        UserError: a folder cannot be listed.
-    """
-    try:
-        return sorted(look_at(root, path) for path in _walk(root, frozenset()))
-    except OSError as error:
-        raise UserError(
-            f"--{option}: {error.filename} cannot be listed ({error.strerror}): fix or remove it."
-        ) from error
-
-
-def look_at(root: Path, path: Path) -> ImageFile:
-    """The name, size and time of a file under a folder."""
-    name = path.relative_to(root).as_posix()
-    try:
-        status = path.stat()
-    except OSError:  # for example a broken link; decoding reports it
-        return ImageFile(name, path, -1, -1)
-    return ImageFile(name, path, status.st_size, status.st_mtime_ns)
-
-
 def hold_out(files: Files) -> tuple[Files, Files]:
     """Splits files into nine tenths and a tenth, at least one file: those whose names have the lowest SHA-256."""
     by_digest = sorted(files, key=lambda file: hashlib.sha256(os.fsencode(file.name)).digest())
     tenth = max(1, len(files) // 10)
     return sorted(by_digest[tenth:]), sorted(by_digest[:tenth])
-
-
-def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
-    """The image files under a folder; a link back to a folder above is not followed."""
-    here = os.path.realpath(folder)
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(Path(entry.path), above | {here})
-            elif entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or entry.is_symlink()):  # no pipes
-                yield Path(entry.path)
 
 
 def _splits(root: Path, config: DataConfig) -> dict[str, Files]:
@@ -124,13 +68,13 @@ def _splits(root: Path, config: DataConfig) -> dict[str, Files]:
     files = list_images(train_root)
     if test is None:
         if len(files) < 2:
-            what = "only one image" if files else f"no images ({', '.join(SUFFIXES)})"
+            what = "only one image" if files else f"no images ({SUFFIX_LIST})"
             raise UserError(f"--dataset {config.dataset!r} has {what}: give a folder with some to train and test on.")
         return dict(zip(("train", "test"), hold_out(files), strict=True))
     both = {"train": files, "test": list_images(root / test)}
     for name, found in zip((config.train_split, test), both.values(), strict=True):
         if not found:
-            raise UserError(f"--dataset {config.dataset!r} has no images ({', '.join(SUFFIXES)}) in {name}/: add some.")
+            raise UserError(f"--dataset {config.dataset!r} has no images ({SUFFIX_LIST}) in {name}/: add some.")
     _check_overlap(config, both)
     return both
 

@@ -18,7 +18,7 @@ from empssl_jax.config import EmbeddingConfig
 from empssl_jax.config.command_options import EmbedOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.decoding import UnreadableError, decode
-from empssl_jax.data.folder_images import Files, list_images, look_at
+from empssl_jax.data.image_files import Files, list_images, look_at
 from empssl_jax.inference.image_encoder import ImageEncoder, load
 from empssl_jax.run_folder.digests import array_digests
 from empssl_jax.run_folder.workdir import locked
