@@ -14,6 +14,7 @@ from typing import NamedTuple
 import tyro
 
 from empssl_jax.config import Config, EmbeddingConfig
+from empssl_jax.config.checked_fields import Checked, expand, path_field
 from empssl_jax.config.command_options import (
     EmbedOptions,
     EvaluateOptions,
@@ -145,8 +146,8 @@ COMMANDS = {
 
 
 @dataclass(frozen=True)
-class _Workdir:
-    workdir: str = EvaluateOptions.workdir
+class _Workdir(Checked):
+    workdir: str = path_field(EvaluateOptions.workdir)
     embeddings: str | None = None
 
 
@@ -179,11 +180,12 @@ def parse_evaluations(arguments: Sequence[str], prog: str = "empssl eval") -> li
     chosen, rest = (_Workdirs(), []) if asks_for_help(arguments) else first_options(_Workdirs, arguments)
     if len(chosen.workdir) == 1:
         return [parse_evaluate_options(arguments, prog)]
-    runs = [folder for folder in chosen.workdir if (Path(folder) / CONFIG_FILE).is_file()]
-    if skipped := sorted(set(chosen.workdir) - set(runs)):
+    folders = [expand(folder) for folder in chosen.workdir]
+    runs = [folder for folder in folders if (Path(folder) / CONFIG_FILE).is_file()]
+    if skipped := sorted(set(folders) - set(runs)):
         print(f"skipping folders that are not runs: {', '.join(skipped)}")
     if not runs:
-        raise UserError(f"--workdir names {len(chosen.workdir)} folders, and none has a {CONFIG_FILE}: give runs.")
+        raise UserError(f"--workdir names {len(folders)} folders, and none has a {CONFIG_FILE}: give runs.")
     return [parse_evaluate_options([*rest, "--workdir", folder], prog) for folder in runs]
 
 

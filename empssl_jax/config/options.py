@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from empssl_jax.config.checked_fields import Checked, float_field, int_field
+from empssl_jax.config.checked_fields import Checked, float_field, int_field, path_field
 from empssl_jax.config.errors import UserError, flag, one_line, require
 
 
@@ -21,7 +21,7 @@ class DataConfig(Checked):
 
     # A TFDS image data set by name; or folder:PATH, a folder of image files (JPEG, PNG, ...), see docs/data.md; or
     # digits, the 8x8 digits of scikit-learn.
-    dataset: str = "cifar10"
+    dataset: str = path_field("cifar10", after="folder:")
     # Split to train on; its labels are not used. kNN and the linear classifier learn from the labelled images of this
     # split, or of the split train if this one has no labels (such as stl10's unlabelled).
     train_split: str = "train"
@@ -206,12 +206,12 @@ class RunConfig(Checked):
     """Where the run is stored and how it executes. Nothing here changes what is learned."""
 
     # Folder of the run: checkpoints, metrics, embeddings, results. Training resumes from what it holds.
-    workdir: str = "runs/cifar10"
+    workdir: str = path_field("runs/cifar10")
     # Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
-    data_dir: str | None = None
+    data_dir: str | None = path_field(None)
     # Folder for decoded images of folders and of large data sets, which need not fit into memory. Default:
     # empssl_jax/images in the user's cache folder.
-    cache_dir: str | None = None
+    cache_dir: str | None = path_field(None)
     # Save a checkpoint every so many steps, besides the end of each epoch.
     checkpoint_every: int | None = int_field(None, 1)
     # Newest checkpoints to keep, besides the one with the lowest loss.

@@ -26,7 +26,7 @@ def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[
     Raises:
         UserError: there is no such folder, or it does not hold images for training and for testing.
     """
-    root = Path(os.path.expanduser(config.dataset.removeprefix("folder:")))
+    root = Path(config.dataset.removeprefix("folder:"))
     files = _splits(root, config)
     classes = _find_classes(root, config, files["train"])
     labels = _labels(files[split], classes)

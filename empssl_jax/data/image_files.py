@@ -42,7 +42,8 @@ def list_images(root: Path, option: str = "dataset") -> Files:
     Raises:
         UserError: a folder cannot be listed.
     """
-    files, others = [], []
+    files: Files = []
+    others: Files = []
     try:
         for path, status in _walk(root):
             is_image = path.name.lower().endswith(SUFFIXES) and (status is None or stat.S_ISREG(status.st_mode))
