@@ -80,7 +80,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if "transparency" in image.info:  # PIL cannot convert every kind of it
         image = image.copy()
         del image.info["transparency"]
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _orientation(image: PIL.Image.Image) -> int:
