@@ -11,6 +11,7 @@ import PIL.Image
 from jaxtyping import Float32, Int, Int32, UInt8
 
 from empssl_jax.config import Config
+from empssl_jax.config.checked_fields import expand
 from empssl_jax.config.command_options import CheckpointChoice
 from empssl_jax.config.errors import UserError, one_line, require
 from empssl_jax.data.decoding import to_pixels
@@ -102,7 +103,7 @@ def _listed(images: object) -> Sequence[Image]:
         if not hasattr(images, "__array__"):
             if isinstance(images, str | bytes):
                 raise TypeError("a name is not an image")
-            return list(images)  # type: ignore[call-overload]
+            return images if isinstance(images, Sequence) else list(images)  # type: ignore[call-overload]
         array = np.asarray(images)
         if array.ndim == 0:
             raise TypeError("it has no rows and columns")
@@ -152,14 +153,14 @@ def load(workdir: str | Path, step: CheckpointChoice = "latest", **evaluation: A
     """Loads the encoder of a run, which may still be training.
 
     Args:
-        workdir: folder of the run; nothing is written to it.
+        workdir: folder of the run, which may begin with ~; nothing is written to it.
         step: checkpoint to restore: its step, the newest ("latest"), or the one with the lowest loss ("best").
         evaluation: options of `EvaluationConfig` that decide how images are embedded, instead of the run's own.
 
     Raises:
         UserError: the run or the checkpoint does not exist or is damaged, or an option has a wrong value.
     """
-    folder = Path(workdir).expanduser()
+    folder = Path(expand(str(workdir)))
     config, state, restored = restore_encoder(folder, step)
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **evaluation))
     return ImageEncoder(config, state, restored, load_image_size(folder))
