@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import tyro
+from tyro.conf import OmitArgPrefixes, Positional
 
-from empssl_jax.config import Config, EmbeddingConfig
+from empssl_jax.config import BatchedEmbeddingConfig, Config, EmbeddingConfig
 from empssl_jax.config.checked_fields import Checked, expand, path_field
 from empssl_jax.config.command_options import (
     EmbedOptions,
@@ -23,9 +24,11 @@ from empssl_jax.config.command_options import (
     ReportOptions,
 )
 from empssl_jax.config.config_files import first_options, parse_train_options
-from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.config.errors import UserError, one_line, require
 from empssl_jax.run_folder.saved_config import CONFIG_FILE, load_config
 from empssl_jax.runtime.user_errors import user_errors_exit
+
+Embedding = TypeVar("Embedding", bound=EmbeddingConfig)
 
 HELP = ("-h", "--help")
 
@@ -98,9 +101,8 @@ def embed(arguments: Sequence[str], prog: str) -> None:
 
 
 def export_weights(arguments: Sequence[str], prog: str) -> None:
-    """Writes a run's encoder to a file for PyTorch."""
-    description = "Writes the encoder of a run to a file for PyTorch.\n\nExample: empssl export runs/cifar10"
-    options = tyro.cli(ExportOptions, args=list(arguments), description=description, prog=prog)
+    """Writes a run's encoder to a file for PyTorch or as ONNX."""
+    options = parse_export_options(arguments, prog)
     from empssl_jax.inference import weights
 
     weights.export_weights(options)
@@ -138,7 +140,7 @@ COMMANDS = {
     "train": Command(train, "train an encoder, or resume its training"),
     "eval": Command(evaluate, "measure a trained encoder by kNN and a linear classifier"),
     "embed": Command(embed, "embed image files with a trained encoder"),
-    "export": Command(export_weights, "write a trained encoder to a file for PyTorch"),
+    "export": Command(export_weights, "write a trained encoder to a file for PyTorch or as ONNX"),
     "import": Command(import_weights, "create a run from a file of weights"),
     "report": Command(report, "write a run's report, an HTML page"),
     "compare": Command(compare, "measure and compare several runs"),
@@ -192,15 +194,55 @@ def parse_evaluations(arguments: Sequence[str], prog: str = "empssl eval") -> li
 def parse_embed_options(arguments: Sequence[str], prog: str | None = None) -> EmbedOptions:
     """The options of `embed`. Options that are not given default to the values of the run's evaluation."""
     source, _ = first_options(_Workdir, arguments)
-    evaluation = _run_defaults(source.workdir, arguments).evaluation
-    run = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(EmbeddingConfig)}
-    default = EmbedOptions(images=tyro.MISSING, embedding=EmbeddingConfig(**run))
+    run = _run_defaults(source.workdir, arguments)
+    default = EmbedOptions(images=tyro.MISSING, embedding=_embedding_of(run, BatchedEmbeddingConfig))
     description = (
         "Embeds image files with a trained encoder. Files are processed in parts, kept in OUTPUT.parts until all are "
         "done; rerunning the command resumes, with bit-identical embeddings. Defaults are those of the run's "
         "evaluation.\n\nExample: empssl embed --workdir runs/cifar10 --images photos --output photos.npz"
     )
     return tyro.cli(EmbedOptions, args=list(arguments), default=default, description=description, prog=prog)
+
+
+@dataclass(frozen=True)
+class _UncheckedEmbedding(EmbeddingConfig):
+    def __post_init__(self) -> None:
+        """Options that fit together only with those of the run are accepted."""
+
+
+@dataclass(frozen=True)
+class _ExportedRun(ExportOptions):
+    run: Positional[str] = ""
+    embedding: OmitArgPrefixes[_UncheckedEmbedding] = dataclasses.field(default_factory=_UncheckedEmbedding)
+
+    def __post_init__(self) -> None:
+        """Nothing is checked yet."""
+
+
+def parse_export_options(arguments: Sequence[str], prog: str = "empssl export") -> ExportOptions:
+    """The options of `export`. Those of the embedding default to the values of the run's evaluation.
+
+    Raises:
+        UserError: options of the embedding are given for a file that holds weights only.
+    """
+    source, _ = first_options(_ExportedRun, arguments)  # all options, since the run is what none of them takes
+    run = _run_defaults(expand(source.run), arguments) if source.run else Config()
+    default = ExportOptions(run=tyro.MISSING, embedding=_embedding_of(run, EmbeddingConfig))
+    description = (
+        "Writes the encoder of a run to a file: its weights for PyTorch, or the whole computation from images to "
+        "embeddings as ONNX.\n\nExample: empssl export runs/cifar10"
+    )
+    options = tyro.cli(ExportOptions, args=list(arguments), default=default, description=description, prog=prog)
+    if options.format != "onnx":
+        for name, value in dataclasses.asdict(options.embedding).items():
+            remedy = f"a file of format {options.format} holds weights only, so leave it out or give --format onnx"
+            require(value == getattr(default.embedding, name), name, value, remedy)
+    return options
+
+
+def _embedding_of(config: Config, kind: type[Embedding]) -> Embedding:
+    """How a run's evaluation embeds images."""
+    return kind(**{field.name: getattr(config.evaluation, field.name) for field in dataclasses.fields(kind)})
 
 
 def _run_defaults(workdir: str, arguments: Sequence[str]) -> Config:

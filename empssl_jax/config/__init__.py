@@ -5,6 +5,7 @@ checked_fields.py the checks, errors.py the errors a user sees.
 """
 
 from empssl_jax.config.options import (
+    BatchedEmbeddingConfig,
     Config,
     DataConfig,
     DistributedConfig,
@@ -18,6 +19,7 @@ from empssl_jax.config.options import (
 )
 
 __all__ = [
+    "BatchedEmbeddingConfig",
     "Config",
     "DataConfig",
     "DistributedConfig",

@@ -7,7 +7,13 @@ from typing import Literal
 from tyro.conf import OmitArgPrefixes, Positional
 
 from empssl_jax.config.checked_fields import Checked, path_field
-from empssl_jax.config.options import DistributedConfig, EmbeddingConfig, EvaluationConfig, RunConfig
+from empssl_jax.config.options import (
+    BatchedEmbeddingConfig,
+    DistributedConfig,
+    EmbeddingConfig,
+    EvaluationConfig,
+    RunConfig,
+)
 
 CheckpointChoice = int | Literal["latest", "best"]
 
@@ -43,21 +49,24 @@ class EmbedOptions(Checked):
     output: str = path_field("embeddings.npz")
     # Checkpoint to use: its step, the newest ("latest"), or the one with the lowest loss ("best").
     step: CheckpointChoice = "latest"
-    embedding: OmitArgPrefixes[EmbeddingConfig] = dataclasses.field(default_factory=EmbeddingConfig)
+    embedding: OmitArgPrefixes[BatchedEmbeddingConfig] = dataclasses.field(default_factory=BatchedEmbeddingConfig)
 
 
 @dataclass(frozen=True)
 class ExportOptions(Checked):
-    """Which weights to export, and where to."""
+    """What to export, and where to."""
 
     # Folder of a run.
     run: Positional[str] = path_field()
-    # A .safetensors file, or a file for torch.load, which needs PyTorch.
-    format: Literal["safetensors", "torch"] = "safetensors"
+    # The weights, as a .safetensors file or for torch.load, which needs PyTorch; or onnx, a program that embeds images
+    # without this package.
+    format: Literal["safetensors", "torch", "onnx"] = "safetensors"
     # Checkpoint to export: its step, the newest ("latest"), or the one with the lowest loss ("best").
     step: CheckpointChoice = "latest"
-    # File to write. Default: weights.safetensors or weights.pt in the run's folder.
+    # File to write. Default: weights.safetensors, weights.pt or embedder.onnx in the run's folder.
     output: str | None = path_field(None)
+    # For --format onnx only.
+    embedding: OmitArgPrefixes[EmbeddingConfig] = dataclasses.field(default_factory=EmbeddingConfig)
 
 
 @dataclass(frozen=True)

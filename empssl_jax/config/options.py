@@ -135,8 +135,6 @@ class EmbeddingConfig(Checked):
     # image's maps; the embedding concatenates the cells' means and keeps where things are. 1 averages all, as in the
     # paper.
     cells: int = int_field(1, 1, 10)
-    # Images embedded at a time, over all devices.
-    embedding_batch_size: int = int_field(250, 1, 100_000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,7 +167,15 @@ class EmbeddingConfig(Checked):
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(EmbeddingConfig):
+class BatchedEmbeddingConfig(EmbeddingConfig):
+    """How images are embedded, batch by batch."""
+
+    # Images embedded at a time, over all devices.
+    embedding_batch_size: int = int_field(250, 1, 100_000)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(BatchedEmbeddingConfig):
     """How images are embedded and embeddings measured."""
 
     # Whiten the embeddings before kNN, with mean and covariance of the training images' embeddings.

@@ -65,7 +65,7 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
     image, or both. A loop encodes one patch of every image at a time, so memory does not grow with their number.
     """
     graph, evaluation = encoder_graph(config.model), config.evaluation
-    num_patches, num_cells, num_features = evaluation.valid_patches, evaluation.cells**2, _features_per_cell(config)
+    num_patches, num_cells, num_features = evaluation.valid_patches, evaluation.cells**2, features_per_cell(config)
     make_patch = _patch_maker(config)
 
     def embed(
@@ -79,7 +79,7 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
 
         def add_patch(number: Int[Array, ""], sums: Float[Array, "B cells F"]) -> Float[Array, "B cells F"]:
             features = encode(make_patch(images, indices, number), cells=1)[:, 0]
-            return sums.at[:, _cell(number, evaluation)].add(features)
+            return sums.at[:, cell_of(number, evaluation)].add(features)
 
         def mean_over_patches() -> Float[Array, "B cells F"]:
             zeros = jnp.zeros((len(images), num_cells, num_features), jnp.float32)
@@ -96,10 +96,10 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
 def embedding_dim(config: Config) -> int:
     """E, the dimension of embeddings."""
     evaluation = config.evaluation
-    return (evaluation.has_patches + evaluation.has_whole_image) * evaluation.cells**2 * _features_per_cell(config)
+    return (evaluation.has_patches + evaluation.has_whole_image) * evaluation.cells**2 * features_per_cell(config)
 
 
-def _features_per_cell(config: Config) -> int:
+def features_per_cell(config: Config) -> int:
     is_hidden = config.evaluation.embedded_layer == "hidden"
     return config.model.hidden_dim if is_hidden else sum(stage_dims(config.model))
 
@@ -124,13 +124,18 @@ def _patch_maker(config: Config) -> MakePatch:
 
 
 def _whole_image(images: UInt8[Array, "B H W 3"], config: PatchConfig) -> Float[Array, "B side side 3"]:
-    """The whole images, enlarged as much as the crops of patches are."""
-    crop = crop_side(images.shape[1], config.patch_area)
-    size = max(config.patch_size, round(images.shape[1] * config.patch_size / crop))
+    """The whole images, resized to `whole_image_size`."""
+    size = whole_image_size(images.shape[1], config)
     return grid_patch(images, 0, 1, patch_area=1.0, patch_size=size, interpolation=config.interpolation)
 
 
-def _cell(number: Int[Array, ""], config: EvaluationConfig) -> Int[Array, ""] | int:
+def whole_image_size(image_side: int, config: PatchConfig) -> int:
+    """Side in pixels of a whole image that is enlarged as much as the crops of patches are."""
+    crop = crop_side(image_side, config.patch_area)
+    return max(config.patch_size, round(image_side * config.patch_size / crop))
+
+
+def cell_of(number: Int[Array, ""] | int, config: EvaluationConfig) -> Int[Array, ""] | int:
     """The cell that contains the grid's crop with this number; crops and cells are numbered row by row."""
     if config.cells == 1:
         return 0

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from empssl_jax.config import EmbeddingConfig
+from empssl_jax.config import BatchedEmbeddingConfig
 from empssl_jax.config.command_options import EmbedOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.decoded_images import VERSION
@@ -75,7 +75,7 @@ def _find_images(root: Path) -> Files:
     return files
 
 
-def _begin(folder: Path, encoder: ImageEncoder, embedding: EmbeddingConfig, files: Files) -> None:
+def _begin(folder: Path, encoder: ImageEncoder, embedding: BatchedEmbeddingConfig, files: Files) -> None:
     """Records which encoder, options and files the parts belong to; raises UserError if there are parts of others."""
     config = encoder.config
     plan = {

@@ -1,10 +1,12 @@
-"""Exports trained encoders to files for PyTorch, and imports such files as runs.
+"""Exports trained encoders to files for PyTorch or as ONNX, and imports files for PyTorch as runs.
 
 A .safetensors file needs only this package; a .pt file needs PyTorch. Both contain a state dictionary (see
-torch_names.py) and metadata: strings that describe how to build the encoder and what its input is.
+torch_names.py). An .onnx file contains the whole embedder (see onnx_export.py) and needs the package onnx. All contain
+metadata: strings that describe the encoder and its input.
 """
 
 import dataclasses
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from empssl_jax.run_folder.workdir import locked, storage_errors
 from empssl_jax.runtime.atomic_write import atomic_write
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt"}
+FILES = {kind: f"weights{suffix}" for kind, suffix in SUFFIXES.items()} | {"onnx": "embedder.onnx"}
 Metadata = dict[str, str]
 
 
@@ -42,16 +45,22 @@ def export_weights(options: ExportOptions) -> Path:
     """Writes the file atomically and returns its path.
 
     Raises:
-        UserError: the run or the checkpoint does not exist or is damaged, or PyTorch is needed but not installed.
+        UserError: the run or the checkpoint does not exist or is damaged, PyTorch or onnx is needed but not installed,
+            or ONNX cannot express the embeddings.
         OSError: the file cannot be written.
     """
     if options.format == "torch":
         _torch()  # raises UserError before the work begins
-    encoder = load(options.run, options.step)
-    weights = to_torch(encoder.state, encoder.config.model, encoder.step)
-    path = Path(options.output or Path(options.run) / f"weights{SUFFIXES[options.format]}")
+    if options.format == "onnx":
+        _onnx_export().check_views(options.embedding)
+        encoder = load(options.run, options.step, **dataclasses.asdict(options.embedding))
+    else:
+        encoder = load(options.run, options.step)
+    content = _content(encoder, options.format)
+    path = Path(options.output or Path(options.run) / FILES[options.format])
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, weights, _metadata(encoder), options.format)
+    with atomic_write(path) as file:
+        file.write(content)
     print(f"exported step {encoder.step} of {options.run} to {path}")
     return path
 
@@ -99,26 +108,33 @@ def _with_fresh_heads(weights: TorchWeights, config: Config) -> TorchWeights:
 
 def _metadata(encoder: ImageEncoder) -> Metadata:
     """Describes the encoder for users of the file, as strings; also contains the run's config as JSON."""
-    config = encoder.config
-    model = {name: str(value) for name, value in dataclasses.asdict(config.model).items() if name != "precision"}
-    size = config.patches.patch_size
+    model = {
+        name: str(value) for name, value in dataclasses.asdict(encoder.config.model).items() if name != "precision"
+    }
     return model | {
         "step": str(encoder.step),
         "image_size": str(encoder.image_size),
-        "input": f"RGB patches (N, 3, {size}, {size}), pixels / 127.5 - 1",
-        "embedding": "relu(pre_feature(backbone(patch))), for an image the mean over its patches",
-        "config": to_json(config),
+        "config": to_json(encoder.config),
     }
 
 
-def _write(path: Path, weights: TorchWeights, metadata: Metadata, kind: str) -> None:
-    with atomic_write(path) as file:
-        if kind == "safetensors":
-            file.write(safetensors.numpy.save(weights, metadata))
-        else:
-            torch = _torch()
-            tensors = {name: torch.tensor(array) for name, array in weights.items()}
-            torch.save({"state_dict": tensors, "metadata": metadata}, file)
+def _content(encoder: ImageEncoder, kind: str) -> bytes:
+    """The content of a file of this kind."""
+    metadata, size = _metadata(encoder), encoder.config.patches.patch_size
+    if kind == "onnx":
+        embedding = dataclasses.replace(encoder.config.evaluation, whiten=False).embeddings
+        return _onnx_export().to_onnx(encoder, metadata | {"embedding": embedding})
+    weights = to_torch(encoder.state, encoder.config.model, encoder.step)
+    metadata |= {
+        "input": f"RGB patches (N, 3, {size}, {size}), pixels / 127.5 - 1",
+        "embedding": "relu(pre_feature(backbone(patch))), for an image the mean over its patches",
+    }
+    if kind == "safetensors":
+        return safetensors.numpy.save(weights, metadata)
+    torch, file = _torch(), io.BytesIO()
+    tensors = {name: torch.tensor(array) for name, array in weights.items()}
+    torch.save({"state_dict": tensors, "metadata": metadata}, file)
+    return file.getvalue()
 
 
 def _read(path: Path) -> tuple[TorchWeights, Metadata]:
@@ -150,3 +166,11 @@ def _torch() -> Any:
             'Files for torch.load need PyTorch: pip install "empssl_jax[torch]", or use a .safetensors file.'
         ) from error
     return torch
+
+
+def _onnx_export() -> Any:
+    try:
+        from empssl_jax.inference import onnx_export
+    except ImportError as error:
+        raise UserError('--format onnx needs the package onnx: pip install "empssl_jax[onnx]".') from error
+    return onnx_export

@@ -34,14 +34,17 @@ class BatchNorm(nnx.Module):
         self.use_running_average = False  # set by Module.train() and Module.eval()
 
     def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
-        scale, bias = self.scale[...], self.bias[...]
         if self.use_running_average:
-            return _affine(x, *_slope_and_offset(self.mean[...], self.var[...], scale, bias))
-        y, mean, var = normalise_batch(x, scale, bias, self.axis_name)
+            return _affine(x, *self.running_slope_and_offset())
+        y, mean, var = normalise_batch(x, self.scale[...], self.bias[...], self.axis_name)
         n = _count(x, self.axis_name)
         self.mean[...] = MOMENTUM * self.mean[...] + (1 - MOMENTUM) * mean
         self.var[...] = MOMENTUM * self.var[...] + (1 - MOMENTUM) * var * (n / max(n - 1.0, 1.0))
         return y
+
+    def running_slope_and_offset(self) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+        """What each channel is multiplied by, and what is then added, with the running statistics."""
+        return _slope_and_offset(self.mean[...], self.var[...], self.scale[...], self.bias[...])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

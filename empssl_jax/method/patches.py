@@ -103,12 +103,18 @@ def grid_patch(
     """
     side = images.shape[1]
     crop = crop_side(side, patch_area)
-    offsets = jnp.round(jnp.linspace(0, side - crop, grid_side) if grid_side > 1 else jnp.array([(side - crop) / 2]))
-    top, left = (offsets[i].astype(jnp.int32) for i in (number // grid_side, number % grid_side))
+    offsets = grid_offsets(side, crop, grid_side)
+    top, left = (offsets[i] for i in (number // grid_side, number % grid_side))
     planes = jnp.moveaxis(images, -1, 1).astype(jnp.float32)
     sides = jnp.full(2, crop)
     patches = jax.vmap(lambda image: resize_crop(image, top, left, sides, patch_size, interpolation))(planes)
     return jnp.moveaxis(patches, 1, -1) / 127.5 - 1.0
+
+
+def grid_offsets(side: int, crop: int, grid_side: int) -> Int[Array, " grid_side"]:
+    """The offsets of a grid's crops along an axis, in pixels."""
+    offsets = jnp.linspace(0, side - crop, grid_side) if grid_side > 1 else jnp.array([(side - crop) / 2])
+    return jnp.round(offsets).astype(jnp.int32)
 
 
 class Recipe(NamedTuple):
