@@ -83,9 +83,11 @@ def check_classes(config: DataConfig, folders: list[str]) -> None:
 
 def _named_train_folder(config: DataConfig, root: Path) -> str | None:
     """The folder that --train-split names; None if it names none, or `train` and there is no such folder."""
-    if config.train_split is None or os.path.isdir(root / config.train_split):
-        return None if config.train_split is None else os.path.normpath(config.train_split)
-    if config.train_split == TRAIN:  # as in the configs of earlier versions, which saved the default
+    if config.train_split is None:
+        return None
+    if os.path.isdir(root / config.train_split):
+        return os.path.normpath(config.train_split)
+    if config.train_split == TRAIN:  # the default in the configs of version 0.2.0 and earlier
         return None
     raise UserError(
         f"--train-split is {config.train_split!r}: {root} has no such subfolder, so create it or choose another."
