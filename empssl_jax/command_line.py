@@ -14,6 +14,7 @@ from typing import NamedTuple
 import tyro
 
 from empssl_jax.config import Config, EmbeddingConfig
+from empssl_jax.config.checked_fields import Checked, expand, path_field
 from empssl_jax.config.command_options import (
     EmbedOptions,
     EvaluateOptions,
@@ -55,8 +56,9 @@ def train(arguments: Sequence[str], prog: str) -> None:
     """Trains or resumes a run."""
     config = parse_train_options(arguments, prog)
     from empssl_jax import training
-    from empssl_jax.runtime import compilation, distributed
+    from empssl_jax.runtime import compilation, distributed, memory
 
+    memory.keep_freed_memory()
     compilation.keep_compiled_programs()
     with distributed.processes(config.distributed):
         training.train(config)
@@ -67,8 +69,9 @@ def evaluate(arguments: Sequence[str], prog: str) -> None:
     options = parse_evaluations(arguments, prog)
     from empssl_jax.evaluation import comparison
     from empssl_jax.report.write_report import try_to_report
-    from empssl_jax.runtime import compilation, distributed, interruption
+    from empssl_jax.runtime import compilation, distributed, interruption, memory
 
+    memory.keep_freed_memory()
     compilation.keep_compiled_programs()
     with distributed.processes(options[0].distributed):
         interruption.end_at_sigterm()
@@ -87,8 +90,9 @@ def embed(arguments: Sequence[str], prog: str) -> None:
     """Embeds a folder of image files."""
     options = parse_embed_options(arguments, prog)
     from empssl_jax.inference import embed_files
-    from empssl_jax.runtime import compilation
+    from empssl_jax.runtime import compilation, memory
 
+    memory.keep_freed_memory()
     compilation.keep_compiled_programs()
     embed_files.embed_files(options)
 
@@ -142,8 +146,8 @@ COMMANDS = {
 
 
 @dataclass(frozen=True)
-class _Workdir:
-    workdir: str = EvaluateOptions.workdir
+class _Workdir(Checked):
+    workdir: str = path_field(EvaluateOptions.workdir)
     embeddings: str | None = None
 
 
@@ -176,11 +180,12 @@ def parse_evaluations(arguments: Sequence[str], prog: str = "empssl eval") -> li
     chosen, rest = (_Workdirs(), []) if asks_for_help(arguments) else first_options(_Workdirs, arguments)
     if len(chosen.workdir) == 1:
         return [parse_evaluate_options(arguments, prog)]
-    runs = [folder for folder in chosen.workdir if (Path(folder) / CONFIG_FILE).is_file()]
-    if skipped := sorted(set(chosen.workdir) - set(runs)):
+    folders = [expand(folder) for folder in chosen.workdir]
+    runs = [folder for folder in folders if (Path(folder) / CONFIG_FILE).is_file()]
+    if skipped := sorted(set(folders) - set(runs)):
         print(f"skipping folders that are not runs: {', '.join(skipped)}")
     if not runs:
-        raise UserError(f"--workdir names {len(chosen.workdir)} folders, and none has a {CONFIG_FILE}: give runs.")
+        raise UserError(f"--workdir names {len(folders)} folders, and none has a {CONFIG_FILE}: give runs.")
     return [parse_evaluate_options([*rest, "--workdir", folder], prog) for folder in runs]
 
 

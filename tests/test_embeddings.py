@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.config.errors import UserError
@@ -17,7 +18,7 @@ from empssl_jax.evaluation.evaluate import have_labels, measure_knn, measure_lin
 from empssl_jax.method.encoder import encoder_graph, init_encoder
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import embedding_patches_key
-from empssl_jax.method.resnet import stage_dims
+from empssl_jax.method.resnet import cell_means, stage_dims
 from empssl_jax.runtime.devices import device_mesh
 
 CONFIG = Config(
@@ -69,7 +70,7 @@ def test_an_embedding_of_a_grid_is_the_mean_feature_of_its_plain_crops(encoder_s
 
 
 def embed_grid(encoder_state, images, **options):
-    evaluation = EvaluationConfig(valid_crops="grid", **options)
+    evaluation = EvaluationConfig(**{"valid_crops": "grid"} | options)
     mesh = device_mesh(1)
     embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), mesh)
     return embeddings.embed_dataset(embed, encoder_state, images, 20, mesh, "test").embeddings
@@ -99,6 +100,54 @@ def test_a_cell_sees_only_its_own_patches(encoder_state, digits):
     ]
     differs = [not np.array_equal(before, after) for before, after in zip(*np.swapaxes(pair, 1, 2), strict=True)]
     assert differs == [False, True, False, False]
+
+
+@pytest.mark.parametrize("layer", ["hidden", "stages"])
+def test_cells_of_the_whole_image_average_their_quarter_of_its_maps(encoder_state, digits, layer):
+    """Patches of 16x16 are not enlarged here, so neither is the image of 32x32."""
+    options = {"embedded_layer": layer, "cells": 2}
+    whole = embed_grid(encoder_state, digits, valid_crops="whole", valid_patches=1, **options)
+    encoder = nnx.merge(encoder_graph(CONFIG.model), *encoder_state)
+    encoder.eval()
+    maps = jax.jit(lambda images: encoder.backbone.stage_maps(images))(digits.images / np.float32(127.5) - 1)
+    assert [x.shape[1] for x in maps] == [32, 16, 8, 4]
+    halves = [(slice(0, n // 2), slice(n // 2, n)) for n in (32, 16, 8, 4)]
+    quarters = [
+        [np.mean(x[:, h[row], h[column]], axis=(1, 2)) for x, h in zip(maps, halves, strict=True)]
+        for row in (0, 1)
+        for column in (0, 1)
+    ]
+    features = [
+        np.concatenate(means, 1) if layer == "stages" else nnx.relu(encoder.hidden_norm(encoder.hidden(means[-1])))
+        for means in quarters
+    ]
+    np.testing.assert_allclose(whole, np.concatenate(features, axis=1), rtol=1e-4, atol=1e-5)
+    both = embed_grid(encoder_state, digits, valid_crops="grid+whole", valid_patches=16, **options)
+    grid = embed_grid(encoder_state, digits, valid_patches=16, **options)
+    np.testing.assert_allclose(both, np.concatenate([grid, whole], axis=1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_whole_image_has_the_scale_of_the_patches(encoder_state, digits):
+    """Crops of half of the side, resized to 32, become twice as large; so does the image, as PIL does it."""
+    config = dataclasses.replace(
+        CONFIG,
+        patches=PatchConfig(patch_size=32),
+        evaluation=EvaluationConfig(valid_crops="whole", valid_patches=1, embedded_layer="stages"),
+    )
+    ours = embeddings.make_embed(config, device_mesh(1))(encoder_state, digits.images, jnp.arange(20))
+    large = [Image.fromarray(image).resize((64, 64), Image.Resampling.BILINEAR) for image in digits.images]
+    encoder = nnx.merge(encoder_graph(CONFIG.model), *encoder_state)
+    encoder.eval()
+    maps = jax.jit(lambda images: encoder.backbone.stage_maps(images))(np.stack(large) / np.float32(127.5) - 1)
+    expected = np.concatenate([np.mean(x, axis=(1, 2)) for x in maps], axis=1)
+    np.testing.assert_allclose(ours, expected, rtol=0.01, atol=0.01)  # PIL rounds to whole numbers
+
+
+def test_a_position_between_two_cells_counts_half_for_each():
+    x = jnp.arange(9.0).reshape(1, 3, 3, 1)  # rows 0 1 2, 3 4 5, 6 7 8
+    means = cell_means(x, cells=2)[0, :, 0]
+    np.testing.assert_allclose(means, [(4 * 0 + 2 * 1 + 2 * 3 + 4) / 9, 24 / 9, 48 / 9, 60 / 9], rtol=1e-6)
+    np.testing.assert_allclose(cell_means(x[:, :1, :1] + 5, cells=2), np.full((1, 4, 1), 5.0))
 
 
 def test_embeddings_depend_on_neither_batches_nor_devices(encoder_state, digits):

@@ -16,7 +16,8 @@ from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig,
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.datasets import ImageDataset, load_bank, load_split
-from empssl_jax.data.folder_images import ImageFile, hold_out, list_images
+from empssl_jax.data.folder_images import hold_out
+from empssl_jax.data.image_files import ImageFile, list_images
 from empssl_jax.evaluation import embeddings
 from empssl_jax.evaluation.evaluate import evaluate
 from empssl_jax.method.encoder import init_encoder
@@ -168,12 +169,19 @@ def test_splits_may_have_other_names(root):
     assert (bank.labels.tolist(), bank.names.tolist()) == ([0, 1], ["a/1.png", "b/2.png"])
 
 
-def test_image_files_are_found_and_no_others(root):
+def test_image_files_are_found_and_no_others(root, capsys):
     found = ["a.JPG", "b.jpeg", "d.PNG", "deep/er/c.webp", "e.gif", "f.bmp", "g.tiff"]
     write(root, *found, ".hidden.png", ".folder/f.png")
-    (root / "notes.txt").write_text("no picture")
+    for name in ("notes.txt", "z.heic", "IMG_1.HEIC", "photo", ".left-out.txt"):
+        (root / name).write_text("no picture")
     os.mkfifo(root / "pipe.png")
+    (root / "linked.png").symlink_to(root / "pipe.png")
     assert [file.name for file in list_images(root)] == found
+    list_images(root)
+    assert capsys.readouterr().err == (
+        f"left out 6 other files of {root} (images end in .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp): "
+        "2 like 'IMG_1.HEIC', 2 like 'linked.png', 1 like 'notes.txt', 1 like 'photo'\n"
+    )
     assert (load(root).num_classes, set(load(root).labels.tolist())) == (0, {-1})  # one subfolder is not a class
 
 
@@ -183,6 +191,16 @@ def test_links_are_followed_but_not_in_circles(root, tmp_path):
     (root / "self").symlink_to(root)
     (tmp_path / "elsewhere" / "up").symlink_to(root)
     assert [file.name for file in list_images(root)] == ["linked/1.png", "linked/2.png"]
+
+
+def test_links_to_themselves_are_skipped(root, capsys):
+    write(root, *FLAT[:3])
+    for name in ("loop", "loop.png"):
+        (root / name).symlink_to(name)
+    assert [file.name for file in list_images(root)] == [*FLAT[:3], "loop.png"]
+    assert "left out 1 other files" in capsys.readouterr().err
+    assert sum(len(split.labels) for split in load_both(root)) == 3
+    assert "'loop.png' ([Errno 40] Too many levels of symbolic links" in capsys.readouterr().out
 
 
 def test_without_a_test_folder_a_tenth_is_held_out_whatever_the_order_of_the_files(root, tmp_path):

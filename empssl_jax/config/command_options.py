@@ -6,80 +6,81 @@ from typing import Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
+from empssl_jax.config.checked_fields import Checked, path_field
 from empssl_jax.config.options import DistributedConfig, EmbeddingConfig, EvaluationConfig, RunConfig
 
 CheckpointChoice = int | Literal["latest", "best"]
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Checked):
     """What to evaluate."""
 
     # Folder of a run of train.py. With several, such as runs/*, missing measurements are made and all are compared.
-    workdir: str = RunConfig.workdir
+    workdir: str = path_field(RunConfig.workdir)
     # Checkpoint to restore: its step, the newest ("latest"), or the one with the lowest loss ("best").
     step: CheckpointChoice = "latest"
     # Folder with train.npz and test.npz to evaluate instead of a checkpoint.
-    embeddings: str | None = None
+    embeddings: str | None = path_field(None)
     # Folder of prepared TFDS data sets. Default: the run's, then $TFDS_DATA_DIR, then ~/tensorflow_datasets.
-    data_dir: str | None = None
+    data_dir: str | None = path_field(None)
     # Folder for decoded images. Default: the run's, then empssl_jax/images in the user's cache folder.
-    cache_dir: str | None = None
+    cache_dir: str | None = path_field(None)
     evaluation: OmitArgPrefixes[EvaluationConfig] = dataclasses.field(default_factory=EvaluationConfig)
     distributed: OmitArgPrefixes[DistributedConfig] = dataclasses.field(default_factory=DistributedConfig)
 
 
 @dataclass(frozen=True)
-class EmbedOptions:
+class EmbedOptions(Checked):
     """What to embed, and with which encoder."""
 
     # One image file, or a folder of them, subfolders included.
-    images: str
+    images: str = path_field()
     # Folder of a run.
-    workdir: str = RunConfig.workdir
+    workdir: str = path_field(RunConfig.workdir)
     # File to write: `embeddings` (N, E) float32; `files`, their N names relative to the folder; and `unreadable`, the
     # names of files that were skipped.
-    output: str = "embeddings.npz"
+    output: str = path_field("embeddings.npz")
     # Checkpoint to use: its step, the newest ("latest"), or the one with the lowest loss ("best").
     step: CheckpointChoice = "latest"
     embedding: OmitArgPrefixes[EmbeddingConfig] = dataclasses.field(default_factory=EmbeddingConfig)
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Checked):
     """Which weights to export, and where to."""
 
     # Folder of a run.
-    run: Positional[str]
+    run: Positional[str] = path_field()
     # A .safetensors file, or a file for torch.load, which needs PyTorch.
     format: Literal["safetensors", "torch"] = "safetensors"
     # Checkpoint to export: its step, the newest ("latest"), or the one with the lowest loss ("best").
     step: CheckpointChoice = "latest"
     # File to write. Default: weights.safetensors or weights.pt in the run's folder.
-    output: str | None = None
+    output: str | None = path_field(None)
 
 
 @dataclass(frozen=True)
-class ImportOptions:
+class ImportOptions(Checked):
     """Which weights to import, and where to."""
 
     # A .safetensors file, or one of torch.save (.pt, .pth), which needs PyTorch.
-    file: Positional[str]
+    file: Positional[str] = path_field()
     # Folder of the new run.
-    workdir: str
+    workdir: str = path_field()
     # Python file with the rest of the run's config, such as configs/cifar10.py. Default: what the exported run had, or
     # else the defaults. The encoder's sizes come from the weights.
-    config: str | None = None
+    config: str | None = path_field(None)
     # The file holds a ResNet without heads, such as torchvision's. Its classifier is dropped; both heads are drawn
     # with the config's sizes and seed.
     fresh_heads: bool = False
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(Checked):
     """Which run to report on."""
 
     # Folder of a run of train.py.
-    run: Positional[str]
+    run: Positional[str] = path_field()
     # Folder of prepared TFDS data sets. Default: the run's, then $TFDS_DATA_DIR, then ~/tensorflow_datasets.
-    data_dir: str | None = None
+    data_dir: str | None = path_field(None)

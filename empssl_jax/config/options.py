@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from empssl_jax.config.checked_fields import Checked, float_field, int_field
+from empssl_jax.config.checked_fields import Checked, float_field, int_field, path_field
 from empssl_jax.config.errors import UserError, flag, one_line, require
 
 TRAIN = "train"  # the default training split
@@ -23,7 +23,7 @@ class DataConfig(Checked):
 
     # A TFDS image data set by name; or folder:PATH, a folder of image files (JPEG, PNG, ...), see docs/data.md; or
     # digits, the 8x8 digits of scikit-learn.
-    dataset: str = "cifar10"
+    dataset: str = path_field("cifar10", after="folder:")
     # Split to train on; its labels are not used. Default: train. kNN and the linear classifier learn from the labelled
     # images of this split, or of the split train if this one has no labels (such as stl10's unlabelled). For a folder:
     # a subfolder, or "." to take all of its subfolders as classes.
@@ -128,13 +128,15 @@ class EmbeddingConfig(Checked):
     # Patches averaged into an embedding; 0 skips embeddings and all measurements.
     valid_patches: int = int_field(128, 0, 1_000_000)
     # random: patches made as in training, as in the paper. grid: the crops of a regular grid without augmentation, of
-    # which fewer are enough, with higher accuracy (docs/recipe.md).
-    valid_crops: Literal["random", "grid"] = "random"
+    # which fewer are enough, with higher accuracy. whole: the whole image at once, in the scale of the patches; needs
+    # --valid-patches 1. grid+whole: both, side by side (docs/recipe.md).
+    valid_crops: Literal["random", "grid", "whole", "grid+whole"] = "random"
     # What is averaged over the patches. hidden: hidden features, as in the paper. stages: the mean of each ResNet
     # stage's map, all four concatenated, which is shorter and more accurate (docs/recipe.md).
     embedded_layer: Literal["hidden", "stages"] = "hidden"
-    # Cells along each side of the image. Each cell averages its own patches of the grid; the embedding concatenates
-    # the cells' means and keeps where things are. 1 averages all patches, as in the paper.
+    # Cells along each side of the image. Each cell averages its own patches of the grid, or its part of the whole
+    # image's maps; the embedding concatenates the cells' means and keeps where things are. 1 averages all, as in the
+    # paper.
     cells: int = int_field(1, 1, 10)
     # Images embedded at a time, over all devices.
     embedding_batch_size: int = int_field(250, 1, 100_000)
@@ -143,12 +145,25 @@ class EmbeddingConfig(Checked):
         super().__post_init__()
         if self.valid_crops == "random":
             require(self.cells == 1, "cells", self.cells, "random crops belong to no cell, so give --valid-crops grid")
+        if self.valid_crops == "whole":
+            require(self.valid_patches <= 1, "valid_patches", self.valid_patches, "the whole image is one, so give 1")
+        if not self.valid_crops.startswith("grid"):
             return
         side = self.grid_side
         remedy = "a grid has a square number of crops, for example 16"
         require(side**2 == self.valid_patches, "valid_patches", self.valid_patches, remedy)
         remedy = f"the cells divide the grid's {side} crops a side equally, so give a divisor of {side}"
         require(side % self.cells == 0, "cells", self.cells, remedy)
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether the embedding contains features of patches."""
+        return self.valid_crops != "whole"
+
+    @property
+    def has_whole_image(self) -> bool:
+        """Whether the embedding contains features of the whole image."""
+        return self.valid_crops in ("whole", "grid+whole")
 
     @property
     def grid_side(self) -> int:
@@ -182,7 +197,9 @@ class EvaluationConfig(EmbeddingConfig):
     @property
     def embeddings(self) -> str:
         """How the measured embeddings are made, in words."""
-        parts = [f"{self.valid_patches} {self.valid_crops} patches", self.embedded_layer]
+        views = [f"{self.valid_patches} {self.valid_crops.split('+')[0]} patches"] * self.has_patches
+        views += ["the whole image"] * self.has_whole_image
+        parts = [" and ".join(views), self.embedded_layer]
         parts += [f"{self.cells}x{self.cells} cells"] * (self.cells > 1) + ["whitened for kNN"] * self.whiten
         return ", ".join(parts)
 
@@ -192,12 +209,12 @@ class RunConfig(Checked):
     """Where the run is stored and how it executes. Nothing here changes what is learned."""
 
     # Folder of the run: checkpoints, metrics, embeddings, results. Training resumes from what it holds.
-    workdir: str = "runs/cifar10"
+    workdir: str = path_field("runs/cifar10")
     # Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
-    data_dir: str | None = None
+    data_dir: str | None = path_field(None)
     # Folder for decoded images of folders and of large data sets, which need not fit into memory. Default:
     # empssl_jax/images in the user's cache folder.
-    cache_dir: str | None = None
+    cache_dir: str | None = path_field(None)
     # Save a checkpoint every so many steps, besides the end of each epoch.
     checkpoint_every: int | None = int_field(None, 1)
     # Newest checkpoints to keep, besides the one with the lowest loss.

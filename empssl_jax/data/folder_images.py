@@ -1,34 +1,20 @@
 """Folders of image files, with or without a subfolder for each class, with or without a folder of test images."""
 
-import contextlib
 import filecmp
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from empssl_jax.config import DataConfig
 from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.config.options import TRAIN
 from empssl_jax.data.decoded_images import NO_LABEL, Example, Images, Source, load_images
+from empssl_jax.data.image_files import SUFFIX_LIST, Files, ImageFile, list_images
 from empssl_jax.data.split_folders import WHOLE, check_classes, find_split_folders, other_train_folder
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SHOWN = 20  # files that cannot be decoded; the index of the decoded images lists all of them
-
-
-class ImageFile(NamedTuple):
-    """A file in a folder."""
-
-    name: str  # its path relative to the folder, with slashes
-    path: Path
-    size: int  # in bytes; -1 if the file is not accessible
-    time: int  # of its last change, in nanoseconds; -1 if the file is not accessible
-
-
-Files = list[ImageFile]
 
 
 def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[Images, tuple[str, ...]]:
@@ -55,47 +41,12 @@ def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[
 
 def root_of(config: DataConfig) -> Path:
     """The folder of the data set; raises UserError if it does not exist."""
-    root = Path(os.path.expanduser(config.dataset.removeprefix("folder:")))
+    root = Path(config.dataset.removeprefix("folder:"))
     if config.dataset == "folder:" or not os.path.isdir(root):
         raise UserError(
             f"--dataset {config.dataset!r} is not a folder: give folder:PATH, with the path of a folder of images."
         )
     return root
-
-
-def list_images(root: Path, option: str = "dataset") -> Files:
-    """All image files under a folder, sorted by name. Follows links; skips hidden files and folders.
-
-    Args:
-        root: the folder.
-        option: the option that named the folder, for the error message.
-
-    Raises:
-        UserError: a folder cannot be listed.
-    """
-    with _listing(option):
-        return sorted(look_at(root, path) for path in _walk(root, frozenset()))
-
-
-@contextlib.contextmanager
-def _listing(option: str) -> Iterator[None]:
-    """Turns the error of a folder that cannot be listed into a UserError that names the option."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--{option}: {error.filename} cannot be listed ({error.strerror}): fix or remove it."
-        ) from error
-
-
-def look_at(root: Path, path: Path) -> ImageFile:
-    """The name, size and time of a file under a folder."""
-    name = path.relative_to(root).as_posix()
-    try:
-        status = path.stat()
-    except OSError:  # for example a broken link; decoding reports it
-        return ImageFile(name, path, -1, -1)
-    return ImageFile(name, path, status.st_size, status.st_mtime_ns)
 
 
 def hold_out(files: Files) -> tuple[Files, Files]:
@@ -115,32 +66,15 @@ def hold_out(files: Files) -> tuple[Files, Files]:
     return sorted(set(files) - held), sorted(held)
 
 
-def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
-    """The image files under a folder; a link back to a folder above is not followed."""
-    here = os.path.realpath(folder)
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(Path(entry.path), above | {here})
-            elif entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or entry.is_symlink()):  # no pipes
-                yield Path(entry.path)
-
-
 def _splits(root: Path, config: DataConfig) -> dict[str, Files]:
     """The files for training and for testing."""
-    above = frozenset({os.path.realpath(root)})
-    with _listing("dataset"):
-        folders = find_split_folders(config, root, lambda folder: any(True for _ in _walk(folder, above)))
+    folders = find_split_folders(config, root)
     files = list_images(root / folders.train)
     if folders.train == WHOLE and config.train_split is None:
         check_classes(config, sorted({name for file in files for name in file.name.split("/")[:-1]}))
     if folders.test is None:
         if len(files) < 2:
-            what = "only one image" if files else f"no images ({', '.join(SUFFIXES)})"
+            what = "only one image" if files else f"no images ({SUFFIX_LIST})"
             raise UserError(f"--dataset {config.dataset!r} has {what}: give a folder with some to train and test on.")
         trained, held = hold_out(files)
         if not held:
@@ -152,7 +86,7 @@ def _splits(root: Path, config: DataConfig) -> dict[str, Files]:
     both = {"train": files, "test": list_images(root / folders.test)}
     for name, found in zip(folders, both.values(), strict=True):
         if not found:
-            raise UserError(f"--dataset {config.dataset!r} has no images ({', '.join(SUFFIXES)}) in {name}/: add some.")
+            raise UserError(f"--dataset {config.dataset!r} has no images ({SUFFIX_LIST}) in {name}/: add some.")
     _check_overlap(config, both)
     return both
 

@@ -2,13 +2,13 @@
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from empssl_jax.config import DataConfig
 from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.config.options import TRAIN
+from empssl_jax.data.image_files import has_images, listing
 
 WHOLE = "."  # as --train-split: the folder itself, whose subfolders are all classes
 VALIDATION = ("validation", "valid", "val", "dev", "eval", "evaluation")
@@ -24,17 +24,15 @@ class SplitFolders(NamedTuple):
     test: str | None  # None: a part of the training images is held out
 
 
-def find_split_folders(config: DataConfig, root: Path, has_images: Callable[[Path], bool]) -> SplitFolders:
+def find_split_folders(config: DataConfig, root: Path) -> SplitFolders:
     """The folders that the options name, or else those with the usual names, whatever their case.
 
     Args:
         config: the options.
         root: the data set's folder.
-        has_images: returns whether a folder contains images.
 
     Raises:
-        UserError: a folder does not exist, or the names are ambiguous.
-        OSError: the folder cannot be listed.
+        UserError: a folder does not exist or cannot be listed, or the names are ambiguous.
     """
     named, folders = _named_train_folder(config, root), _subfolders(root)
     if config.test_split is not None and not os.path.isdir(root / config.test_split):
@@ -54,7 +52,8 @@ def find_split_folders(config: DataConfig, root: Path, has_images: Callable[[Pat
     if train is None:
         return SplitFolders(WHOLE, None)
     if test is None and named is None:
-        beside = next((name for name in folders if name != train and has_images(root / name)), None)
+        with listing("dataset"):
+            beside = next((name for name in folders if name != train and has_images(root / name)), None)
         if beside is not None:
             raise _ambiguous(config, f"images in {one_line(train)} and in {one_line(beside)}, but no test folder")
     if test is not None and _overlap(root / train, root / test):
@@ -95,8 +94,8 @@ def _named_train_folder(config: DataConfig, root: Path) -> str | None:
 
 
 def _subfolders(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    with listing("dataset"):
+        return sorted(name for name in os.listdir(root) if os.path.isdir(root / name) and not name.startswith("."))
 
 
 def _kinds(name: str) -> set[str | None]:

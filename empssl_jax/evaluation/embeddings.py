@@ -11,9 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8
 
-from empssl_jax.config import Config, EvaluationConfig
+from empssl_jax.config import Config, EvaluationConfig, PatchConfig
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.datasets import Datasets, ImageDataset
+from empssl_jax.method.crops import crop_side
 from empssl_jax.method.encoder import EncoderState, encoder_graph
 from empssl_jax.method.patches import grid_patch, multi_patch
 from empssl_jax.method.random_keys import embedding_patches_key
@@ -60,27 +61,33 @@ MakePatch = Callable[[UInt8[Array, "B H W 3"], Int[Array, " B"], Int[Array, ""]]
 def make_embed(config: Config, mesh: Mesh) -> Embed:
     """The compiled function (encoder_state, images, indices) -> embeddings, with the images split over the devices.
 
-    An embedding is the mean of `valid_patches` patches' features or, with cells, the concatenation of each cell's mean.
-    A loop encodes one patch of every image at a time, so memory does not grow with the number of patches.
+    An embedding concatenates the cells' mean features: means over `valid_patches` patches, over the maps of the whole
+    image, or both. A loop encodes one patch of every image at a time, so memory does not grow with their number.
     """
     graph, evaluation = encoder_graph(config.model), config.evaluation
-    num_patches, num_cells = evaluation.valid_patches, evaluation.cells**2
+    num_patches, num_cells, num_features = evaluation.valid_patches, evaluation.cells**2, _features_per_cell(config)
+    make_patch = _patch_maker(config)
 
     def embed(
         encoder_state: EncoderState, images: UInt8[Array, "B H W 3"], indices: Int[Array, " B"]
     ) -> Float[Array, "B E"]:
         encoder = nnx.merge(graph, *encoder_state)
         encoder.eval()
-        encode = encoder.embed if evaluation.embedded_layer == "hidden" else encoder.embed_stages
-        make_patch = _patch_maker(config)
+
+        def encode(patches: Float[Array, "B h w 3"], cells: int) -> Float[Array, "B K F"]:
+            return encoder.embed_cells(patches, evaluation.embedded_layer, cells).astype(jnp.float32)
 
         def add_patch(number: Int[Array, ""], sums: Float[Array, "B cells F"]) -> Float[Array, "B cells F"]:
-            features = encode(make_patch(images, indices, number)).astype(jnp.float32)
+            features = encode(make_patch(images, indices, number), cells=1)[:, 0]
             return sums.at[:, _cell(number, evaluation)].add(features)
 
-        zeros = jnp.zeros((len(images), num_cells, embedding_dim(config) // num_cells), jnp.float32)
-        sums = jax.lax.fori_loop(0, num_patches, add_patch, zeros)
-        return sums.reshape(len(images), -1) / (num_patches // num_cells)
+        def mean_over_patches() -> Float[Array, "B cells F"]:
+            zeros = jnp.zeros((len(images), num_cells, num_features), jnp.float32)
+            return jax.lax.fori_loop(0, num_patches, add_patch, zeros) / (num_patches // num_cells)
+
+        views = [mean_over_patches()] if evaluation.has_patches else []
+        views += [encode(_whole_image(images, config.patches), evaluation.cells)] if evaluation.has_whole_image else []
+        return jnp.concatenate(views, axis=1).reshape(len(images), -1)
 
     copied, split = replicated(mesh), split_images(mesh)
     return jax.jit(embed, in_shardings=(copied, split, split), out_shardings=split)
@@ -88,8 +95,13 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
 
 def embedding_dim(config: Config) -> int:
     """E, the dimension of embeddings."""
+    evaluation = config.evaluation
+    return (evaluation.has_patches + evaluation.has_whole_image) * evaluation.cells**2 * _features_per_cell(config)
+
+
+def _features_per_cell(config: Config) -> int:
     is_hidden = config.evaluation.embedded_layer == "hidden"
-    return config.evaluation.cells**2 * (config.model.hidden_dim if is_hidden else sum(stage_dims(config.model)))
+    return config.model.hidden_dim if is_hidden else sum(stage_dims(config.model))
 
 
 def _patch_maker(config: Config) -> MakePatch:
@@ -109,6 +121,13 @@ def _patch_maker(config: Config) -> MakePatch:
         return grid_patch(images, number, grid_side, **plain)
 
     return random_patch if config.evaluation.valid_crops == "random" else crop_of_grid
+
+
+def _whole_image(images: UInt8[Array, "B H W 3"], config: PatchConfig) -> Float[Array, "B side side 3"]:
+    """The whole images, enlarged as much as the crops of patches are."""
+    crop = crop_side(images.shape[1], config.patch_area)
+    size = max(config.patch_size, round(images.shape[1] * config.patch_size / crop))
+    return grid_patch(images, 0, 1, patch_area=1.0, patch_size=size, interpolation=config.interpolation)
 
 
 def _cell(number: Int[Array, ""], config: EvaluationConfig) -> Int[Array, ""] | int:

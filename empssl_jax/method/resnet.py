@@ -1,6 +1,7 @@
 """ResNets with torchvision's layout, without the classifier."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -135,19 +136,31 @@ class ResNet(nnx.Module):
         self.features_out = features_in
 
     def __call__(self, x: Float[Array, "N H W 3"]) -> Float[Array, "N F"]:
-        return self.stage_means(x)[-1]
+        return jnp.mean(self.stage_maps(x)[-1], axis=(1, 2))
 
-    def stage_means(self, x: Float[Array, "N H W 3"]) -> list[Float[Array, "N _"]]:
-        """The global average of each stage's last map."""
+    def stage_maps(self, x: Float[Array, "N H W 3"]) -> list[Float[Array, "N _ _ _"]]:
+        """Each stage's last map."""
         x = nnx.relu(self.norm(self.stem(x)))
         if self.has_pooling:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         kind = BACKBONES[self.backbone]
         call: Callable = kind.block.__call__
         apply = nnx.remat(call) if self.remat else call
-        blocks, means = iter(self.blocks), []
+        blocks, maps = iter(self.blocks), []
         for stage_size in kind.stage_sizes:
             for block in itertools.islice(blocks, stage_size):
                 x = apply(block, x)
-            means.append(jnp.mean(x, axis=(1, 2)))
-        return means
+            maps.append(x)
+        return maps
+
+
+def cell_means(x: Float[Array, "N H W C"], cells: int) -> Float[Array, "N K C"]:
+    """The averages of a map over K equal cells, `cells` along each side, row by row.
+
+    Where a position belongs to several cells, each cell counts its share of it.
+    """
+    for axis in (1, 2):
+        x = jnp.repeat(x, cells // math.gcd(cells, x.shape[axis]), axis)
+    size, height, width, channels = x.shape
+    x = x.reshape(size, cells, height // cells, cells, width // cells, channels)
+    return jnp.mean(x, axis=(2, 4)).reshape(size, cells**2, channels)
