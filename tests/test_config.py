@@ -160,6 +160,8 @@ def test_training_differences_are_those_that_change_what_is_learned():
         data=config.DataConfig(test_images_per_class=3),
     )
     assert config.training_differences(ours, same) == []
+    before = dataclasses.replace(ours, data=config.DataConfig(train_split="train"))  # version 0.2.0 saved the default
+    assert config.training_differences(ours, before) == config.training_differences(before, ours) == []
     other = dataclasses.replace(ours, training=config.TrainingConfig(learning_rate=0.1))
     assert config.training_differences(ours, other) == ["--learning-rate 0.3 (was 0.1)"]
 

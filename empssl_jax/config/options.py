@@ -14,6 +14,8 @@ from tyro.conf import OmitArgPrefixes
 from empssl_jax.config.checked_fields import Checked, float_field, int_field, path_field
 from empssl_jax.config.errors import UserError, flag, one_line, require
 
+TRAIN = "train"  # the default training split
+
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
@@ -22,9 +24,10 @@ class DataConfig(Checked):
     # A TFDS image data set by name; or folder:PATH, a folder of image files (JPEG, PNG, ...), see docs/data.md; or
     # digits, the 8x8 digits of scikit-learn.
     dataset: str = path_field("cifar10", after="folder:")
-    # Split to train on; its labels are not used. kNN and the linear classifier learn from the labelled images of this
-    # split, or of the split train if this one has no labels (such as stl10's unlabelled).
-    train_split: str = "train"
+    # Split to train on; its labels are not used. Default: train. kNN and the linear classifier learn from the labelled
+    # images of this split, or of the split train if this one has no labels (such as stl10's unlabelled). For a folder:
+    # a subfolder, or "." to take all of its subfolders as classes.
+    train_split: str | None = None
     # Split to measure kNN and the linear classifier on. Default: test, or else validation. Images without labels are
     # embedded but not measured.
     test_split: str | None = None
@@ -41,7 +44,7 @@ class DataConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         remedy = "give a split other than --train-split, or accuracies would be measured on training images"
-        require(self.test_split != self.train_split, "test_split", self.test_split, remedy)
+        require(self.test_split != (self.train_split or TRAIN), "test_split", self.test_split, remedy)
 
 
 @dataclass(frozen=True)
@@ -302,6 +305,8 @@ def training_differences(ours: Config, theirs: Config) -> list[str]:
     for group in ("data", "patches", "model", "training"):
         for field in dataclasses.fields(getattr(ours, group)):
             mine, other = (getattr(getattr(config, group), field.name) for config in (ours, theirs))
+            if field.name == "train_split":  # earlier versions saved the default as its name
+                mine, other = mine or TRAIN, other or TRAIN
             if mine != other and field.name not in NO_PART_IN_TRAINING:
                 differences.append(f"{flag(field.name)} {mine} (was {other})")
     return differences

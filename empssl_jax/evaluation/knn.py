@@ -26,8 +26,8 @@ def knn_scores(
 ) -> Float[Array, "Q C"]:
     """Votes of each query's nearest neighbours for each class (Wu et al. 2018, section 3.4).
 
-    A neighbour with cosine similarity s has exp(s / temperature) votes. Memory grows with `queries_at_once`, not with
-    the number of queries.
+    A neighbour with cosine similarity s has exp(s / temperature) votes; a class without neighbours has exactly 0.
+    Memory grows with `queries_at_once`, not with the number of queries.
 
     Args:
         queries: embeddings to classify; their length does not matter.
@@ -35,7 +35,7 @@ def knn_scores(
         bank_labels: class of each embedding in the bank, from 0 to `num_classes` - 1.
         num_classes: C.
         num_neighbours: number of neighbours that vote, at most N.
-        temperature: positive.
+        temperature: at least 0.02, so that no vote overflows float32 or is rounded to 0.
         queries_at_once: number of queries compared with the bank at a time.
 
     Raises:
@@ -92,8 +92,11 @@ def check_num_neighbours(num_neighbours: int, num_images: int) -> None:
     require(num_neighbours <= num_images, "num_neighbours", num_neighbours, remedy)
 
 
-def top_k_accuracy(scores: Float[Array, "Q C"], labels: Int[Array, " Q"], k: int) -> float:
-    """Fraction of queries whose class has one of the k highest scores; in a tie, the lower class number wins."""
-    _, classes = jax.lax.top_k(scores, min(k, scores.shape[1]))
+def top_k_accuracy(votes: Float[Array, "Q C"], labels: Int[Array, " Q"], k: int) -> float:
+    """Fraction of queries whose class is among the k with the most votes; in a tie, the lower class number wins.
+
+    A class without a vote is not predicted, even if fewer than k classes have one.
+    """
+    most, classes = jax.lax.top_k(votes, min(k, votes.shape[1]))
     # The mean is computed in double precision: in float32, 9 of 10 is less than 0.9.
-    return float(np.mean(np.asarray(jnp.any(classes == labels[:, None], axis=1))))
+    return float(np.mean(np.asarray(jnp.any((classes == labels[:, None]) & (most > 0), axis=1))))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from empssl_jax.config import EvaluationConfig
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
@@ -91,6 +91,7 @@ def _run(
     optimizer = optax.chain(
         optax.add_decayed_weights(config.linear_weight_decay), optax.sgd(learning_rate, momentum=MOMENTUM)
     )
+    has_images = jnp.zeros(num_classes, bool).at[train.labels].set(True)
     params = init(jax.random.fold_in(key, 0), dim, num_classes)
     kernel = jnp.pad(params["kernel"], ((0, 0), (0, padded_dim - dim)))
     params["kernel"] = jax.lax.with_sharding_constraint(kernel, _split_dimensions(mesh))
@@ -111,7 +112,7 @@ def _run(
         order = jax.random.permutation(jax.random.fold_in(key, number + 1), size)
         batches = jnp.pad(order, (0, steps * batch_size - size), constant_values=-1).reshape(steps, batch_size)
         carry, _ = jax.lax.scan(step, carry, batches)
-        return carry, _hits(_logits(carry[0], test.embeddings), test.labels)
+        return carry, _hits(_logits(carry[0], test.embeddings), test.labels, has_images)
 
     _, hits = jax.lax.scan(epoch, (params, optimizer.init(params)), jnp.arange(config.linear_epochs))
     return jax.lax.with_sharding_constraint(hits, replicated(mesh))
@@ -130,8 +131,14 @@ def _logits(params: Params, embeddings: Float[Array, "N E"]) -> Float[Array, "N 
     return embeddings @ params["kernel"].T + params["bias"][None, :]
 
 
-def _hits(logits: Float[Array, "N C"], labels: Int[Array, " N"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Number of labels with the highest logit, and with one of the five highest; NaN if a logit is not finite."""
-    _, classes = jax.lax.top_k(logits, min(5, logits.shape[1]))
-    hits = jnp.where(jnp.isfinite(logits).all(), classes == labels[:, None], jnp.nan)
+def _hits(
+    logits: Float[Array, "N C"], labels: Int[Array, " N"], has_images: Bool[Array, " C"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Number of labels with the highest logit, and with one of the five highest; NaN if a logit is not finite.
+
+    A class without training images is not predicted: no image has taught the classifier what it looks like.
+    """
+    highest, classes = jax.lax.top_k(jnp.where(has_images[None, :], logits, -jnp.inf), min(5, logits.shape[1]))
+    hits = (classes == labels[:, None]) & (highest > -jnp.inf)
+    hits = jnp.where(jnp.isfinite(logits).all(), hits, jnp.nan)
     return jnp.sum(hits[:, 0]), jnp.sum(jnp.max(hits, axis=1))
