@@ -57,7 +57,7 @@ def run_block(folder):
 
 
 def test_the_page_has_blocks_of_python_and_of_the_shell():
-    languages = ["python", "python", "python", "sh", "python", "sh", "python", "sh"]
+    languages = ["python", "python", "python", "sh", "python", "sh", "python", "sh", "sh", "python"]
     assert [language for language, _ in BLOCKS] == languages
 
 
@@ -67,6 +67,9 @@ def test_block(folder, run_block, monkeypatch, capsys, number):
     if "import torch" in block:
         pytest.importorskip("torch", reason="pip install -e '.[torch]'")
         pytest.importorskip("torchvision", reason="pip install -e '.[bench]'")
+    if "onnx" in block:
+        pytest.importorskip("onnx", reason="pip install -e '.[onnx]'")
+        pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
     monkeypatch.chdir(folder)
     CHECKS[number](run_block(language, block), capsys.readouterr().out)
 
@@ -128,4 +131,24 @@ def imports(namespace, output):
     np.testing.assert_array_equal(ours.embed(images), theirs.embed(images))
 
 
-CHECKS = [embeds, whitens, classifies, embeds_files, finds_itself_first, exports, gives_the_same_features, imports]
+def exports_an_embedder(namespace, output):
+    assert Path("embedder.onnx").is_file()
+
+
+def gives_the_same_embeddings(namespace, output):
+    expected = empssl_jax.load("runs/cifar10", valid_crops="grid", valid_patches=16).embed(namespace["images"])
+    np.testing.assert_allclose(namespace["exported"], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+CHECKS = [
+    embeds,
+    whitens,
+    classifies,
+    embeds_files,
+    finds_itself_first,
+    exports,
+    gives_the_same_features,
+    imports,
+    exports_an_embedder,
+    gives_the_same_embeddings,
+]
