@@ -7,7 +7,7 @@ grid are one batch, which two matrix products cut out and resize.
 import dataclasses
 import hashlib
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ import onnx
 from flax import nnx
 from jaxtyping import Array, Float
 
-from empssl_jax.config import Config, EmbeddingConfig
-from empssl_jax.config.errors import UserError, require
+from empssl_jax.config import Config
+from empssl_jax.config.errors import UserError
 from empssl_jax.evaluation.embeddings import cell_of, embedding_dim, features_per_cell, whole_image_size
 from empssl_jax.inference.image_encoder import ImageEncoder
 from empssl_jax.method.batch_norm import BatchNorm
@@ -52,18 +52,11 @@ class Graph:
         return name
 
 
-def check_views(embedding: EmbeddingConfig) -> None:
-    """Raises UserError if a graph cannot make these crops."""
-    remedy = "an ONNX file cannot draw JAX's random numbers, so add --valid-crops grid --valid-patches 16, for example"
-    require(embedding.valid_crops != "random", "valid_crops", embedding.valid_crops, remedy)
-    require(embedding.valid_patches > 0, "valid_patches", 0, "give the number of patches, such as 16")
-
-
 def to_onnx(encoder: ImageEncoder, metadata: dict[str, str]) -> bytes:
     """The content of an ONNX file that computes the embeddings of `encoder.embed` in float32.
 
     The input `images` is uint8 (N, S, S, 3), where S is the run's image size. The output `embeddings` is float32
-    (N, E). The encoder's views must have passed `check_views`.
+    (N, E). The crops must not be random.
 
     Raises:
         UserError: the encoder is too large.
@@ -97,7 +90,8 @@ def _embed(graph: Graph, config: Config, state: EncoderState, images: str, side:
         crops = _grid(graph, planes, side, crop, evaluation.grid_side, size, patches.interpolation)
         features = _embed_cells(graph, encoder, crops, size, layer, cells=1)
         features = graph.add("Reshape", features, np.array([-1, number, features_per_cell(config)]))
-        in_cell = np.eye(evaluation.cells**2, dtype=np.float32)[:, [cell_of(i, evaluation) for i in range(number)]]
+        cell_numbers = np.array([cell_of(i, evaluation) for i in range(number)])
+        in_cell = np.eye(evaluation.cells**2, dtype=np.float32)[:, cell_numbers]
         views.append(graph.add("MatMul", in_cell / in_cell.sum(axis=1, keepdims=True), features))
     if evaluation.has_whole_image:
         size = whole_image_size(side, patches)
@@ -164,7 +158,8 @@ def _block(graph: Graph, x: str, block: BasicBlock | Bottleneck) -> str:
     if isinstance(block, Bottleneck):
         y = _convolve(graph, graph.add("Relu", y), block.conv3, block.norm3)
     if isinstance(block.shortcut, nnx.Sequential):
-        x = _convolve(graph, x, *block.shortcut.layers)
+        convolution, norm = block.shortcut.layers
+        x = _convolve(graph, x, cast(Convolution, convolution), cast(BatchNorm, norm))
     return graph.add("Relu", graph.add("Add", y, x))
 
 

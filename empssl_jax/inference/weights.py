@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from empssl_jax.config import Config
+from empssl_jax.config import Config, EmbeddingConfig
 from empssl_jax.config.command_options import ExportOptions, ImportOptions
 from empssl_jax.config.config_files import read_config_file
 from empssl_jax.config.errors import UserError, one_line, require
@@ -52,7 +52,8 @@ def export_weights(options: ExportOptions) -> Path:
     if options.format == "torch":
         _torch()  # raises UserError before the work begins
     if options.format == "onnx":
-        _onnx_export().check_views(options.embedding)
+        _check_views(options.embedding)
+        _onnx_export()
         encoder = load(options.run, options.step, **dataclasses.asdict(options.embedding))
     else:
         encoder = load(options.run, options.step)
@@ -104,6 +105,13 @@ def _with_fresh_heads(weights: TorchWeights, config: Config) -> TorchWeights:
     fresh = to_torch(init_encoder(model, parameters_key(config.training.seed)), model, 0)
     heads = {name: array for name, array in fresh.items() if not name.startswith("backbone.")}
     return heads | {f"backbone.{name}": array for name, array in weights.items() if not name.startswith("fc.")}
+
+
+def _check_views(embedding: EmbeddingConfig) -> None:
+    """Raises UserError if an ONNX file cannot make these crops."""
+    remedy = "an ONNX file cannot draw JAX's random numbers, so add --valid-crops grid --valid-patches 16, for example"
+    require(embedding.valid_crops != "random", "valid_crops", embedding.valid_crops, remedy)
+    require(embedding.valid_patches > 0, "valid_patches", 0, "give the number of patches, such as 16")
 
 
 def _metadata(encoder: ImageEncoder) -> Metadata:
