@@ -80,7 +80,8 @@ def _state_dict(content: Any, path: Path) -> dict[str, Any]:
         raise TypeError(f"it contains a {type(content).__name__}")
     found = dict(_state_dicts(content, ""))
     if len(found) > 1 and "state_dict" not in found:
-        raise UserError(f"{path} contains ResNets in {', '.join(map(one_line, found))}: save one of them alone.")
+        shown = ", ".join(map(one_line, list(found)[:3]))
+        raise UserError(f"{path} contains {len(found)} ResNets, for example in {shown}: save one of them alone.")
     outermost = content.get("state_dict", content)
     return found.get("state_dict") or next(iter(found.values()), outermost)
 

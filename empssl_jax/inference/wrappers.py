@@ -33,8 +33,8 @@ def unwrap(weights: Weights) -> Unwrapped:
     short = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in weights}
     prefixes = sorted({match[1] for name in short.values() if (match := IN_A_STAGE.match(name))})
     if len(prefixes) > 1:
-        shown = ", ".join(map(one_line, prefixes))
-        raise UserError(f"The file contains several ResNets, with the prefixes {shown}: give a file with one of them.")
+        shown = ", ".join(map(one_line, prefixes[:3]))
+        raise UserError(f"The file contains {len(prefixes)} ResNets, with prefixes such as {shown}: give one of them.")
     resnet = "".join(prefixes)
     outer = resnet.removesuffix("backbone.")
     kept = {short[name].removeprefix(outer): array for name, array in weights.items()}
