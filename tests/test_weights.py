@@ -1,6 +1,7 @@
 """Encoders to PyTorch files and back: the authors' encoder, exact round trips, and errors that name the arrays."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -159,20 +160,21 @@ def test_a_torchvision_resnet_gets_the_initial_heads_of_training(tmp_path):
     assert_equal(encoder.state, begun._replace(params=begun.params | {"backbone": other.params["backbone"]}))
 
 
-def resnet_file(path, wrap="", others=None, metadata=None):
-    """Saves a small ResNet-50 and its classifier, with torchvision's names after a prefix."""
-    arrays = names_module.to_torch(models.init_encoder(RESNET50, KEY), RESNET50, 0)
+RESNET50 = ModelConfig("resnet50", "imagenet", 2, 3, 2, "float32")
+RESNET18 = dataclasses.replace(RESNET50, backbone="resnet18")
+SMALL_HEADS = "from empssl_jax.config import *\nconfig = Config(model=ModelConfig(hidden_dim=3, projection_dim=2))\n"
+
+
+def resnet_file(path, wrap="", others=None, config=RESNET50):
+    """Saves a small ResNet and its classifier, with torchvision's names after a prefix."""
+    arrays = names_module.to_torch(models.init_encoder(config, KEY), config, 0)
     resnet = {name.removeprefix("backbone."): a for name, a in arrays.items() if name.startswith("backbone.")}
     resnet |= {"fc.weight": np.eye(2), "fc.bias": np.zeros(2)}
-    return save(path, {wrap + name: array for name, array in resnet.items()} | (others or {}), metadata)
+    return save(path, {wrap + name: array for name, array in resnet.items()} | (others or {}))
 
 
 def read(file, *options):
     return weights.read_run(ImportOptions(str(file), "run", *options))
-
-
-RESNET50 = ModelConfig("resnet50", "imagenet", 2, 3, 2, "float32")
-SMALL_HEADS = "from empssl_jax.config import *\nconfig = Config(model=ModelConfig(hidden_dim=3, projection_dim=2))\n"
 
 
 WRAPPERS = {
@@ -235,24 +237,26 @@ def with_array(name, array):
 def test_the_input_is_normalised_as_the_weights_were_trained(tmp_path):
     """Known without PyTorch: the stem's outputs, also at the border, and the features of normalised pixels."""
     (tmp_path / "config.py").write_text(SMALL_HEADS)
-    found = read(resnet_file(tmp_path / "a.safetensors"), str(tmp_path / "config.py"), True)
+    file = resnet_file(tmp_path / "a.safetensors", config=RESNET18)
+    found = read(file, str(tmp_path / "config.py"), True)
     pixels = np.random.RandomState(0).randint(0, 256, (2, 16, 16, 3))
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    theirs = (pixels / 255 - mean) / std
+    theirs = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     patches = jnp.asarray(pixels / 127.5 - 1, jnp.float32)
-    state = jax.tree.map(jnp.asarray, found.encoder)
-    model = nnx.merge(models.encoder_graph(found.config.model), *state)
-    plain = nnx.merge(models.encoder_graph(RESNET50), *state)  # has no normalisation of its own
-    stem = np.asarray(model.backbone.stem(model.backbone.normalise_channels(patches)))
-    kernel = np.asarray(found.encoder.params["backbone"]["stem"]["kernel"], np.float64)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def stem_and_features(config, state, patches):
+        encoder = nnx.merge(models.encoder_graph(config), *state)
+        encoder.eval()
+        return encoder.backbone.stem(encoder.backbone.normalise_channels(patches)), encoder.backbone(patches)
+
+    stem, features = stem_and_features(found.config.model, found.encoder, patches)
+    kernel = np.float64(found.encoder.params["backbone"]["stem"]["kernel"])
     padded = np.pad(theirs, ((0, 0), (3, 3), (3, 3), (0, 0)))
     for row, column in ((0, 0), (3, 4), (7, 7)):
         window = padded[:, 2 * row : 2 * row + 7, 2 * column : 2 * column + 7]
-        expected = np.tensordot(window, kernel, 3)
-        np.testing.assert_allclose(stem[:, row, column], expected, rtol=1e-4, atol=1e-5)
-    model.eval()
-    plain.eval()
-    assert relative_error(model.backbone(patches), plain.backbone(jnp.asarray(theirs, jnp.float32))) < 1e-5
+        np.testing.assert_allclose(stem[:, row, column], np.tensordot(window, kernel, 3), rtol=1e-4, atol=1e-5)
+    _, expected = stem_and_features(RESNET18, found.encoder, theirs.astype(np.float32))  # normalises nothing more
+    assert relative_error(features, expected) < 1e-5
 
 
 def test_the_normalisation_can_be_given_and_survives_export_and_import(tiny_run, tmp_path):
