@@ -1,4 +1,4 @@
-"""Dataclass fields that check their values: a range, a choice, a name, a path or channels. A wrong value raises UserError."""
+"""Dataclass fields that check their values: ranges, choices, names, paths, channels. A wrong value raises UserError."""
 
 import dataclasses
 import os
