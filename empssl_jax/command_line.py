@@ -103,9 +103,10 @@ def embed(arguments: Sequence[str], prog: str) -> None:
 def export_weights(arguments: Sequence[str], prog: str) -> None:
     """Writes a run's encoder to a file for PyTorch or as ONNX."""
     options = parse_export_options(arguments, prog)
-    from empssl_jax.inference import weights
+    from empssl_jax.inference import onnx_export, weights
 
-    weights.export_weights(options)
+    export = onnx_export.export_embedder if options.format == "onnx" else weights.export_weights
+    export(options)
 
 
 def import_weights(arguments: Sequence[str], prog: str) -> None:

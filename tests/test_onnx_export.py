@@ -55,11 +55,18 @@ def test_a_run_s_embedder(tiny_run, tmp_path, crops, patches, layer, cells):
 
 
 def test_every_other_layer():
-    """Bottlenecks, max pooling, statistics far from their initial values, cubic interpolation and odd sides."""
-    onnx_export = pytest.importorskip("empssl_jax.inference.onnx_export", exc_type=ImportError)
+    """Bottlenecks, pooling, statistics far from the initial ones, input that is normalised, cubic filters, odd sides."""
+    onnx_graph = pytest.importorskip("empssl_jax.inference.onnx_graph", exc_type=ImportError)
     made = Config(
         model=ModelConfig(
-            backbone="resnet50", stem="imagenet", width=2, hidden_dim=5, projection_dim=2, precision="float32"
+            backbone="resnet50",
+            stem="imagenet",
+            width=2,
+            hidden_dim=5,
+            projection_dim=2,
+            precision="float32",
+            input_mean=(0.5, 0.4, 0.3),
+            input_std=(0.2, 0.3, 0.4),
         ),
         patches=PatchConfig(patch_size=45, patch_area=0.3, interpolation="bicubic"),
         evaluation=EvaluationConfig(valid_patches=1, valid_crops="whole", cells=2, embedding_batch_size=5),
@@ -70,7 +77,7 @@ def test_every_other_layer():
         init_encoder(made.model, jax.random.key(0)),
     )
     encoder = ImageEncoder(made, state, 0, image_size=37)
-    assert_computes(onnx_export.to_onnx(encoder, {}), encoder)
+    assert_computes(onnx_graph.to_onnx(encoder, {}), encoder)
 
 
 def test_the_file_describes_itself(tiny_run):
@@ -93,7 +100,7 @@ def test_weights_are_stored_once_for_two_views(tiny_run, tmp_path):
 
 
 def test_what_a_file_cannot_hold_is_refused(tiny_run, tmp_path, monkeypatch):
-    onnx_export = pytest.importorskip("empssl_jax.inference.onnx_export", exc_type=ImportError)
+    onnx_graph = pytest.importorskip("empssl_jax.inference.onnx_graph", exc_type=ImportError)
     to_file = (tiny_run, "--format", "onnx", "--output", tmp_path / "a.onnx")
     with pytest.raises(
         UserError, match=r"--valid-crops is 'random': an ONNX file cannot draw .* add --valid-crops grid"
@@ -101,7 +108,7 @@ def test_what_a_file_cannot_hold_is_refused(tiny_run, tmp_path, monkeypatch):
         export(*to_file)
     with pytest.raises(UserError, match="--valid-patches is 0: give the number of patches"):
         export(*to_file, "--valid-crops", "grid", "--valid-patches", "0")
-    monkeypatch.setattr(onnx_export, "MAX_BYTES", 1000)
+    monkeypatch.setattr(onnx_graph, "MAX_BYTES", 1000)
     with pytest.raises(UserError, match=r"has \d+ bytes and an ONNX file at most 1000: give another --format"):
         export(*to_file, *GRID)
     assert not (tmp_path / "a.onnx").exists()
@@ -118,8 +125,8 @@ def test_weights_take_no_options_of_the_embedding(tiny_run, tmp_path):
 
 def test_without_onnx_the_remedy_is_named(tiny_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    monkeypatch.delitem(sys.modules, "empssl_jax.inference.onnx_export", raising=False)
-    monkeypatch.delattr(inference, "onnx_export", raising=False)
+    monkeypatch.delitem(sys.modules, "empssl_jax.inference.onnx_graph", raising=False)
+    monkeypatch.delattr(inference, "onnx_graph", raising=False)
     with pytest.raises(UserError, match=r'--format onnx needs the package onnx: pip install "empssl_jax\[onnx\]"'):
         export(tiny_run, "--format", "onnx", *GRID)
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from empssl_jax.config.checked_fields import Checked, float_field, int_field, path_field
-from empssl_jax.config.errors import UserError, flag, one_line, require
+from empssl_jax.config.checked_fields import Checked, channels_field, float_field, int_field, path_field
+from empssl_jax.config.errors import UserError, flag, one_line, require, words
 
 TRAIN = "train"  # the default training split
 
@@ -88,6 +88,11 @@ class ModelConfig(Checked):
     # Type of activations and matrix products; auto is bfloat16 on GPU and TPU and float32 on CPU. Parameters,
     # statistics and the loss are always float32.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Mean of red, green and blue, as fractions of the highest pixel, that the encoder subtracts from its input. Weights
+    # that were trained elsewhere need the mean and standard deviation that they were trained with.
+    input_mean: tuple[float, float, float] = channels_field((0.5, 0.5, 0.5), 0.0, 1.0)
+    # Standard deviation of red, green and blue that the encoder then divides by.
+    input_std: tuple[float, float, float] = channels_field((0.5, 0.5, 0.5), 0.001, 1.0)
 
 
 @dataclass(frozen=True)
@@ -308,5 +313,5 @@ def training_differences(ours: Config, theirs: Config) -> list[str]:
             if field.name == "train_split":  # earlier versions saved the default as its name
                 mine, other = mine or TRAIN, other or TRAIN
             if mine != other and field.name not in NO_PART_IN_TRAINING:
-                differences.append(f"{flag(field.name)} {mine} (was {other})")
+                differences.append(f"{flag(field.name)} {' '.join(words(mine))} (was {' '.join(words(other))})")
     return differences

@@ -13,6 +13,7 @@ import io
 import re
 import tempfile
 import traceback
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +26,18 @@ import tyro
 from hypothesis import strategies as st
 
 from empssl_jax.config import Config
+from empssl_jax.config.command_options import ImportOptions
 from empssl_jax.config.config_files import parse_train_options, read_config_file
 from empssl_jax.config.errors import UserError
 from empssl_jax.data import decoding
 from empssl_jax.data.batches import Batch
 from empssl_jax.evaluation import embedding_files, embeddings
 from empssl_jax.evaluation.evaluate import measure_knn, measure_linear
+from empssl_jax.inference import weights
 from empssl_jax.method import losses
 from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
 from empssl_jax.run_folder import saved_config, step_files
+from empssl_jax.run_folder.digests import first_not_finite
 from empssl_jax.run_folder.results import add_results, load_results
 from empssl_jax.runtime.devices import device_mesh
 from tests.stress import bad_input
@@ -120,6 +124,18 @@ def decode(content: bytes, folder: Path) -> None:
     assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)
 
 
+def import_file(example: tuple[bytes, bool], folder: Path) -> None:
+    """A file of weights is refused or gives finite arrays, a valid config and a valid image size."""
+    content, fresh_heads = example
+    path = folder / "weights.safetensors"
+    path.write_bytes(zlib.decompress(content))
+    imported = weights.read_run(ImportOptions(str(path), str(folder / "run"), None, fresh_heads))
+    assert not (folder / "run").exists()
+    assert first_not_finite(imported.encoder) is None
+    assert saved_config.from_json(saved_config.to_json(imported.config), "config.json") == imported.config
+    assert 1 <= imported.image_size <= saved_config.MAX_IMAGE_SIZE
+
+
 def prepare(made: Config, side: int, steps_per_epoch: int = 2) -> tuple[Config, Any, Any, Batch]:
     """The config with "auto" as float32, its optimizer, its train step on one device, and a batch of noise images."""
     precision = "float32" if made.model.precision == "auto" else made.model.precision
@@ -195,6 +211,7 @@ KINDS = {
     "embeddings": Kind(bad_input.EMBEDDINGS, load_embeddings),
     "results.json": Kind(bad_input.RESULTS, add_to_results),
     "metrics.jsonl": Kind(bad_input.METRICS, resume_metrics),
+    "weights": Kind(st.tuples(bad_input.weight_files(), st.booleans()), import_file, 0.1),
     "pictures": Kind(bad_input.PICTURES, decode),
     "schedules": Kind(st.tuples(bad_input.tiny_configs(), st.integers(1, 5)), schedule, 0.1),
     "evaluations": Kind(st.tuples(bad_input.SCALES, bad_input.tiny_configs()), measure, 0.03),
