@@ -200,6 +200,12 @@ class EvaluationConfig(EmbeddingConfig):
     report: bool = True
 
     @property
+    def embedding(self) -> EmbeddingConfig:
+        """The part about how images are embedded."""
+        fields = dataclasses.fields(EmbeddingConfig)
+        return EmbeddingConfig(**{field.name: getattr(self, field.name) for field in fields})
+
+    @property
     def embeddings(self) -> str:
         """How the measured embeddings are made, in words."""
         views = [f"{self.valid_patches} {self.valid_crops.split('+')[0]} patches"] * self.has_patches
