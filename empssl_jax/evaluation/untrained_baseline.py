@@ -1,6 +1,7 @@
 """The baseline that a trained encoder is compared with: kNN on the embeddings of an untrained one."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +27,15 @@ def measure_untrained(config: Config, datasets: Datasets, mesh: Mesh, workdir: P
     """Measures kNN with the initial parameters and writes it into results.json, unless it is already there.
 
     For a fair comparison, BatchNorm's running statistics are first computed from real batches of training patches, in
-    a few training steps at a learning rate of 0. They are moving averages that start at mean 0 and
-    variance 1; the remaining weight of this start is removed afterwards.
+    a few training steps at a learning rate of 0. They are moving averages that start at mean 0 and variance 1; the
+    remaining weight of this start is removed afterwards.
     """
     name = "kNN before training"
     if name in load_results(workdir):
         return
     dataset = datasets.train
     steps_per_epoch = count_steps(dataset, config.training.batch_size)
-    zero = np.zeros([], np.float32)
+    zero: Any = np.zeros([], np.float32)
     still = Hyperparameters.of(config.training, steps_per_epoch)._replace(learning_rate=zero, warmup_rise=zero)
     still = to_devices(still, replicated(mesh))
     step, state = make_train_step(config, mesh), create_state(config.model, still, mesh)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -48,7 +49,7 @@ class Hyperparameters(NamedTuple):
             invariance_coefficient=np.float32(config.invariance_coefficient),
             coding_rate_eps=np.float32(config.coding_rate_eps),
         )
-        return cls(**{name: np.asarray(number) for name, number in numbers.items()})
+        return cls(**jax.tree.map(np.asarray, numbers))
 
 
 def learning_rate(step: int | Int[Array, ""], hyperparameters: Hyperparameters) -> Float[Array, ""]:
