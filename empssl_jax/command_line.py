@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from empssl_jax.config import BatchedEmbeddingConfig, Config, EmbeddingConfig
+from empssl_jax.config import Config, EmbeddingConfig
 from empssl_jax.config.checked_fields import Checked, expand, path_field
 from empssl_jax.config.command_options import (
     EmbedOptions,
@@ -27,8 +27,6 @@ from empssl_jax.config.config_files import first_options, parse_train_options
 from empssl_jax.config.errors import UserError, one_line, require
 from empssl_jax.run_folder.saved_config import CONFIG_FILE, load_config
 from empssl_jax.runtime.user_errors import user_errors_exit
-
-Embedding = TypeVar("Embedding", bound=EmbeddingConfig)
 
 HELP = ("-h", "--help")
 
@@ -195,8 +193,12 @@ def parse_evaluations(arguments: Sequence[str], prog: str = "empssl eval") -> li
 def parse_embed_options(arguments: Sequence[str], prog: str | None = None) -> EmbedOptions:
     """The options of `embed`. Options that are not given default to the values of the run's evaluation."""
     source, _ = first_options(_Workdir, arguments)
-    run = _run_defaults(source.workdir, arguments)
-    default = EmbedOptions(images=tyro.MISSING, embedding=_embedding_of(run, BatchedEmbeddingConfig))
+    evaluation = _run_defaults(source.workdir, arguments).evaluation
+    default = EmbedOptions(
+        images=tyro.MISSING,
+        embedding_batch_size=evaluation.embedding_batch_size,
+        embedding=evaluation.embedding,
+    )
     description = (
         "Embeds image files with a trained encoder. Files are processed in parts, kept in OUTPUT.parts until all are "
         "done; rerunning the command resumes, with bit-identical embeddings. Defaults are those of the run's "
@@ -228,7 +230,7 @@ def parse_export_options(arguments: Sequence[str], prog: str = "empssl export") 
     """
     source, _ = first_options(_ExportedRun, arguments)  # all options, since the run is what none of them takes
     run = _run_defaults(expand(source.run), arguments) if source.run else Config()
-    default = ExportOptions(run=tyro.MISSING, embedding=_embedding_of(run, EmbeddingConfig))
+    default = ExportOptions(run=tyro.MISSING, embedding=run.evaluation.embedding)
     description = (
         "Writes the encoder of a run to a file: its weights for PyTorch, or the whole computation from images to "
         "embeddings as ONNX.\n\nExample: empssl export runs/cifar10"
@@ -239,11 +241,6 @@ def parse_export_options(arguments: Sequence[str], prog: str = "empssl export") 
             remedy = f"a file of format {options.format} holds weights only, so leave it out or give --format onnx"
             require(value == getattr(default.embedding, name), name, value, remedy)
     return options
-
-
-def _embedding_of(config: Config, kind: type[Embedding]) -> Embedding:
-    """How a run's evaluation embeds images."""
-    return kind(**{field.name: getattr(config.evaluation, field.name) for field in dataclasses.fields(kind)})
 
 
 def _run_defaults(workdir: str, arguments: Sequence[str]) -> Config:

@@ -55,7 +55,7 @@ def test_a_run_s_embedder(tiny_run, tmp_path, crops, patches, layer, cells):
 
 
 def test_every_other_layer():
-    """Bottlenecks, pooling, statistics far from the initial ones, input that is normalised, cubic filters, odd sides."""
+    """Bottlenecks, pooling, statistics far from the initial ones, input that is normalised, cubic filters, odd size."""
     onnx_graph = pytest.importorskip("empssl_jax.inference.onnx_graph", exc_type=ImportError)
     made = Config(
         model=ModelConfig(

@@ -22,9 +22,9 @@ from empssl_jax.config.errors import UserError
 from empssl_jax.inference import torch_names as names_module
 from empssl_jax.inference import weights
 from empssl_jax.method import encoder as models
+from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.random_keys import parameters_key
 from empssl_jax.method.resnet import BACKBONES
-from empssl_jax.method.train_step import make_optimizer
 from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.runtime.devices import device_mesh
 
@@ -117,9 +117,9 @@ def test_export_then_import_is_exact(tiny_run, tmp_path, kind):
     run = dataclasses.replace(theirs.config.run, workdir=str(workdir))
     assert ours.config == dataclasses.replace(theirs.config, run=run)
     # Training starts from the imported encoder.
-    optimizer = make_optimizer(ours.config.training, lambda step: 0.1)
+    hyperparameters = Hyperparameters.of(ours.config.training, 2)
     with Checkpoints(workdir) as store:
-        state = training._initial_state(ours.config, optimizer, store, device_mesh())
+        state = training._initial_state(ours.config, hyperparameters, store, device_mesh())
     assert int(state.step) == 0
     assert_equal(state.encoder, theirs.state)
     other = dataclasses.replace(ours.config, model=dataclasses.replace(ours.config.model, width=8))

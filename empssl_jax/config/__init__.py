@@ -5,7 +5,6 @@ checked_fields.py the checks, errors.py the errors a user sees.
 """
 
 from empssl_jax.config.options import (
-    BatchedEmbeddingConfig,
     Config,
     DataConfig,
     DistributedConfig,
@@ -19,7 +18,6 @@ from empssl_jax.config.options import (
 )
 
 __all__ = [
-    "BatchedEmbeddingConfig",
     "Config",
     "DataConfig",
     "DistributedConfig",

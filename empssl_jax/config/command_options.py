@@ -6,14 +6,8 @@ from typing import Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from empssl_jax.config.checked_fields import Checked, path_field
-from empssl_jax.config.options import (
-    BatchedEmbeddingConfig,
-    DistributedConfig,
-    EmbeddingConfig,
-    EvaluationConfig,
-    RunConfig,
-)
+from empssl_jax.config.checked_fields import Checked, int_field, path_field
+from empssl_jax.config.options import DistributedConfig, EmbeddingConfig, EvaluationConfig, RunConfig
 
 CheckpointChoice = int | Literal["latest", "best"]
 
@@ -49,7 +43,9 @@ class EmbedOptions(Checked):
     output: str = path_field("embeddings.npz")
     # Checkpoint to use: its step, the newest ("latest"), or the one with the lowest loss ("best").
     step: CheckpointChoice = "latest"
-    embedding: OmitArgPrefixes[BatchedEmbeddingConfig] = dataclasses.field(default_factory=BatchedEmbeddingConfig)
+    # Images embedded at a time, over all devices.
+    embedding_batch_size: int = int_field(EvaluationConfig.embedding_batch_size, 1, 100_000)
+    embedding: OmitArgPrefixes[EmbeddingConfig] = dataclasses.field(default_factory=EmbeddingConfig)
 
 
 @dataclass(frozen=True)

@@ -175,17 +175,11 @@ class EmbeddingConfig(Checked):
 
 
 @dataclass(frozen=True)
-class BatchedEmbeddingConfig(EmbeddingConfig):
-    """How images are embedded, batch by batch."""
+class EvaluationConfig(EmbeddingConfig):
+    """How images are embedded and embeddings measured."""
 
     # Images embedded at a time, over all devices.
     embedding_batch_size: int = int_field(250, 1, 100_000)
-
-
-@dataclass(frozen=True)
-class EvaluationConfig(BatchedEmbeddingConfig):
-    """How images are embedded and embeddings measured."""
-
     # Whiten the embeddings before kNN, with mean and covariance of the training images' embeddings.
     whiten: bool = False
     # Neighbours that vote in kNN.
@@ -204,6 +198,12 @@ class EvaluationConfig(BatchedEmbeddingConfig):
     untrained: bool = False
     # Write report.html, a page of figures and explanations, at the end.
     report: bool = True
+
+    @property
+    def embedding(self) -> EmbeddingConfig:
+        """The part about how images are embedded."""
+        fields = dataclasses.fields(EmbeddingConfig)
+        return EmbeddingConfig(**{field.name: getattr(self, field.name) for field in fields})
 
     @property
     def embeddings(self) -> str:

@@ -1,17 +1,18 @@
 """Weighted k-nearest-neighbour classification of embeddings by cosine similarity."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from empssl_jax.config.errors import require
 from empssl_jax.method.losses import normalise
-from empssl_jax.runtime.devices import replicated, split_images, to_devices, to_host
+from empssl_jax.runtime.devices import DATA_AXIS, replicated, split_images, to_devices, to_host
 
 
 def knn_scores(
@@ -53,16 +54,17 @@ def sharded_knn_scores(
     **options: Any,
 ) -> Float[np.ndarray, "Q C"]:
     """`knn_scores` with the queries split over the devices of all processes. Each device holds a copy of the bank."""
-    copied, split = replicated(mesh), split_images(mesh)
     padded = np.pad(queries, ((0, -len(queries) % mesh.size), (0, 0)))
-    scores = jax.shard_map(
-        functools.partial(knn_scores, **options),
-        mesh=mesh,
-        in_specs=(split.spec, copied.spec, copied.spec),
-        out_specs=split.spec,
-    )
-    arrays = to_devices(padded, split), to_devices(bank, copied), to_devices(bank_labels, copied)
-    return to_host(jax.jit(scores)(*arrays))[: len(queries)]
+    arrays = to_devices(padded, split_images(mesh)), *to_devices((bank, bank_labels), replicated(mesh))
+    return to_host(_compiled_scores(mesh, **options)(*arrays))[: len(queries)]
+
+
+@functools.cache
+def _compiled_scores(mesh: Mesh, **options: Any) -> Callable[..., Float[Array, "Q C"]]:
+    """`knn_scores` with the given options. In the online probe, it is compiled once for all measurements."""
+    copied, split = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    scores = functools.partial(knn_scores, **options)
+    return jax.jit(jax.shard_map(scores, mesh=mesh, in_specs=(split, copied, copied), out_specs=split))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 6))

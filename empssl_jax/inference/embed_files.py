@@ -9,12 +9,11 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from empssl_jax.config import BatchedEmbeddingConfig
 from empssl_jax.config.command_options import EmbedOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.decoded_images import VERSION
@@ -47,12 +46,13 @@ def embed_files(options: EmbedOptions) -> None:
     """
     root, output = Path(options.images), Path(options.output)
     files = _find_images(root)
-    encoder = load(options.workdir, options.step, **dataclasses.asdict(options.embedding))
+    embedding = dataclasses.asdict(options.embedding) | {"embedding_batch_size": options.embedding_batch_size}
+    encoder = load(options.workdir, options.step, **embedding)
     encoder.embed([])  # raises UserError for 0 patches before anything is written
     folder = output.with_name(output.name + ".parts")
     names = [file.name for file in files]
     with locked(folder, "output"):
-        _begin(folder, encoder, options.embedding, files)
+        _begin(folder, encoder, embedding, files)
         parts = _embed_parts(encoder, files, folder, f"embedding {root}")
         embeddings = np.concatenate([part.embeddings for part in parts])
         reasons = [reason for part in parts for reason in part.reasons]
@@ -75,7 +75,7 @@ def _find_images(root: Path) -> Files:
     return files
 
 
-def _begin(folder: Path, encoder: ImageEncoder, embedding: BatchedEmbeddingConfig, files: Files) -> None:
+def _begin(folder: Path, encoder: ImageEncoder, embedding: dict[str, Any], files: Files) -> None:
     """Records which encoder, options and files the parts belong to; raises UserError if there are parts of others."""
     config = encoder.config
     plan = {
@@ -85,7 +85,7 @@ def _begin(folder: Path, encoder: ImageEncoder, embedding: BatchedEmbeddingConfi
         "seed": config.training.seed,
         "patch": repr(config.patches),
         "input": [config.model.input_mean, config.model.input_std],
-        "embedding": dataclasses.asdict(embedding),
+        "embedding": embedding,
         "files": [[file.name, file.size] for file in files],
     }
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError
-from empssl_jax.evaluation.embeddings import cell_of, embedding_dim, features_per_cell, whole_image_size
+from empssl_jax.evaluation.embeddings import cell_of, embedding_dim, num_features, whole_image_size
 from empssl_jax.inference.image_encoder import ImageEncoder
 from empssl_jax.method.batch_norm import BatchNorm
 from empssl_jax.method.crops import Interpolation, crop_side, resize_matrix
@@ -89,7 +89,7 @@ def _embed(graph: Graph, config: Config, state: EncoderState, images: str, side:
         crop, size, number = crop_side(side, patches.patch_area), patches.patch_size, evaluation.valid_patches
         crops = _grid(graph, planes, side, crop, evaluation.grid_side, size, patches.interpolation)
         features = _embed_cells(graph, encoder, crops, size, layer, cells=1)
-        features = graph.add("Reshape", features, np.array([-1, number, features_per_cell(config)]))
+        features = graph.add("Reshape", features, np.array([-1, number, num_features(config.model, evaluation)]))
         cell_numbers = np.array([cell_of(i, evaluation) for i in range(number)])
         in_cell = np.eye(evaluation.cells**2, dtype=np.float32)[:, cell_numbers]
         views.append(graph.add("MatMul", in_cell / in_cell.sum(axis=1, keepdims=True), features))

@@ -19,8 +19,9 @@ from empssl_jax.inference.torch_names import from_torch, listed, to_torch, with_
 from empssl_jax.inference.weight_files import SUFFIXES, Metadata, import_torch, read_weights, write_weights
 from empssl_jax.inference.wrappers import unwrap
 from empssl_jax.method.encoder import EncoderState, default_precision
+from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.random_keys import parameters_key
-from empssl_jax.method.train_step import learning_rate_schedule, make_optimizer
+from empssl_jax.method.train_step import make_optimizer
 from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.run_folder.saved_config import (
     DEFAULT_IMAGE_SIZE,
@@ -98,7 +99,7 @@ def read_run(options: ImportOptions) -> ImportedRun:
 def _write_run(imported: ImportedRun) -> None:
     config, encoder, image_size, _ = imported
     workdir = Path(config.run.workdir)
-    optimizer = make_optimizer(config.training, learning_rate_schedule(config.training, 1))
+    optimizer = make_optimizer(Hyperparameters.of(config.training, steps_per_epoch=1))
     encoder = jax.tree.map(jax.numpy.asarray, encoder)
     with locked(workdir), storage_errors(workdir), Checkpoints(workdir) as checkpoints:
         held = checkpoints.latest_step()
