@@ -104,7 +104,7 @@ def train_step(visit: Visit) -> Values:
     step, *fixed, state, batch = ours.compiled_step(config)
     state, _ = jax.block_until_ready(step(*fixed, state, batch))
     first, seconds = time.perf_counter() - start, []
-    for _ in range(10):  # blocks of steps, as training waits for a step only when it has started the next
+    for _ in range(size.repeats):  # blocks of steps, as training waits for a step only when it has started the next
         start = time.perf_counter()
         for _ in range(5):
             state, _ = step(*fixed, state, batch)
@@ -168,7 +168,7 @@ def embedding_rates(visit: Visit) -> Values:
     images = 40 if visit.tiny else 5000
     size, rates = dataclasses.replace(visit.sizes, embedded_images=images), {}
     for batch_size in (images // 20, images // 5, images // 2):
-        seconds, _ = measure.compare(ours.embedding(size, batch_size), None, repeats=5)
+        seconds, _ = measure.compare(ours.embedding(size, batch_size), None, size.long_repeats)
         rates[str(batch_size)] = images * size.embedded_patches / statistics.median(seconds)
     return {"patches_per_second": rates}
 
