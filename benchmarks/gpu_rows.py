@@ -101,13 +101,13 @@ def train_step(visit: Visit) -> Values:
     """Speed of the train step of the default recipe, and the seconds to its first step."""
     size, cached = visit.sizes, len(list((visit.results / "compilation_cache").glob("*")))
     config, start = ours.make_config(size, size.patch_size), time.perf_counter()
-    step, *fixed, state, batch = ours.compiled_step(config)
-    state, _ = jax.block_until_ready(step(*fixed, state, batch))
+    step, hyperparameters, state, batch = ours.compiled_step(config)
+    state, _ = jax.block_until_ready(step(hyperparameters, state, batch))
     first, seconds = time.perf_counter() - start, []
     for _ in range(size.repeats):  # blocks of steps, as training waits for a step only when it has started the next
         start = time.perf_counter()
         for _ in range(5):
-            state, _ = step(*fixed, state, batch)
+            state, _ = step(hyperparameters, state, batch)
         jax.block_until_ready(state)
         seconds.append((time.perf_counter() - start) / 5)
     patches_per_second = size.images * size.patches / statistics.median(seconds)

@@ -3,7 +3,6 @@
 Nothing here imports JAX before the options are parsed. This keeps `--help` and errors about options fast.
 """
 
-import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 import tyro
 
-from empssl_jax.config import Config, EmbeddingConfig
+from empssl_jax.config import Config
 from empssl_jax.config.checked_fields import Checked, expand, path_field
 from empssl_jax.config.command_options import (
     EmbedOptions,
@@ -193,8 +192,7 @@ def parse_embed_options(arguments: Sequence[str], prog: str | None = None) -> Em
     """The options of `embed`. Options that are not given default to the values of the run's evaluation."""
     source, _ = first_options(_Workdir, arguments)
     evaluation = _run_defaults(source.workdir, arguments).evaluation
-    run = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(EmbeddingConfig)}
-    default = EmbedOptions(images=tyro.MISSING, embedding=EmbeddingConfig(**run))
+    default = EmbedOptions(images=tyro.MISSING, embedding=evaluation.embedding)
     description = (
         "Embeds image files with a trained encoder. Files are processed in parts, kept in OUTPUT.parts until all are "
         "done; rerunning the command resumes, with bit-identical embeddings. Defaults are those of the run's "

@@ -11,6 +11,7 @@ from empssl_jax.config import Config
 from empssl_jax.config.command_options import EvaluateOptions, ExportOptions, ImportOptions, ReportOptions
 from empssl_jax.config.config_files import parse_train_options, read_config_file
 from empssl_jax.config.errors import UserError
+from empssl_jax.report import tables
 from empssl_jax.run_folder import saved_config
 
 REPOSITORY = Path(__file__).parent.parent
@@ -160,8 +161,27 @@ def test_training_differences_are_those_that_change_what_is_learned():
         data=config.DataConfig(test_images_per_class=3),
     )
     assert config.training_differences(ours, same) == []
+    before = dataclasses.replace(ours, data=config.DataConfig(train_split="train"))  # version 0.2.0 saved the default
+    assert config.training_differences(ours, before) == config.training_differences(before, ours) == []
     other = dataclasses.replace(ours, training=config.TrainingConfig(learning_rate=0.1))
     assert config.training_differences(ours, other) == ["--learning-rate 0.3 (was 0.1)"]
+
+
+@pytest.mark.parametrize("value", [0.5, (0.5, 0.5), [0.5, 0.5, 0.5], (0.5, 0.5, 1.1), (0.5, 0.5, float("nan")), "0.5"])
+def test_channels_are_three_numbers_in_range(value):
+    with pytest.raises(UserError, match=r"^--input-mean is .*: give a number from 0 to 1 for each of red, green"):
+        config.ModelConfig(input_mean=value)
+
+
+def test_channels_survive_the_command_line_and_json():
+    given = parse_train_options(["--input-mean", "0.1", "0.2", "0.3", "--input-std", "1", "0.5", "0.001"])
+    assert (given.model.input_mean, given.model.input_std) == ((0.1, 0.2, 0.3), (1.0, 0.5, 0.001))
+    assert saved_config.from_json(saved_config.to_json(given), "config.json") == given
+    assert config.training_differences(given, Config()) == [
+        "--input-mean 0.1 0.2 0.3 (was 0.5 0.5 0.5)",
+        "--input-std 1.0 0.5 0.001 (was 0.5 0.5 0.5)",
+    ]
+    assert tables.command(given).endswith("--input-mean 0.1 0.2 0.3 --input-std 1.0 0.5 0.001")
 
 
 def test_the_user_s_xla_flags_are_kept():

@@ -1,6 +1,7 @@
 """Bag-of-features embeddings are means over patches and depend on neither batches nor devices."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +178,7 @@ def test_memory_does_not_grow_with_the_number_of_patches(encoder_state):
         evaluation = EvaluationConfig(valid_patches=num_patches)
         embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), device_mesh(1))
         images, indices = jnp.zeros((10, 32, 32, 3), jnp.uint8), jnp.arange(10)
-        return embed.lower(encoder_state, images, indices).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(embed).lower(encoder_state, images, indices).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(64) == temporaries(2)
 
@@ -204,3 +205,72 @@ def test_images_without_labels_count_in_neither_measure(tmp_path, capsys):
     assert have_labels(mixed)
     assert not have_labels(mixed._replace(test=mixed.test._replace(labels=np.full(13, -1, np.int32))))
     assert capsys.readouterr().out == "no test image has a label: kNN and linear are not measured\n"
+
+
+CAT, DOG, FOX, OWL = range(4)  # the direction of each animal's embeddings
+
+
+def write_animals(folder, split, names, *animals):
+    """Writes a file with one image of each of `animals`, numbered as in `names`; for None, its own number."""
+    known = ["cat", "dog", "fox", "owl"] if names is None else names
+    labels = np.array([known.index(["cat", "dog", "fox", "owl"][animal]) for animal in animals])
+    arrays = {} if names is None else {"class_names": np.array(names)}
+    np.savez(folder / f"{split}.npz", embeddings=np.eye(4)[list(animals)], labels=labels, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "accuracy", "shown"),
+    [
+        (["cat", "dog", "fox"], ["dog", "cat", "fox"], 1.0, ""),
+        (["cat", "dog", "fox"], ["fox", "dog"], 1.0, ""),
+        (["cat", "dog"], ["owl", "dog", "cat"], 2 / 3, "no training images count as wrong: 1 of 3, such as 'owl'"),
+        (["owl", "dog", "cat"], ["cat", "dog"], 1.0, ""),
+        (None, ["cat", "dog", "fox"], 1.0, "train.npz has no class_names: its labels are the numbers of the classes"),
+        (["cat", "dog", "fox"], None, 1.0, "test.npz has no class_names: its labels are the numbers of the classes"),
+        (None, None, 1.0, ""),
+    ],
+)
+def test_classes_of_two_files_are_matched_by_name(tmp_path, capsys, train, test, accuracy, shown):
+    """Each animal has its own embedding, so only an animal that is not trained on is wrong."""
+    numbers = {"cat": CAT, "dog": DOG, "fox": FOX, "owl": OWL}
+    for split, names in (("train", train), ("test", test)):
+        write_animals(tmp_path, split, names, *(numbers[name] for name in names or ["dog", "cat", "fox"]))
+    both = embedding_files.load_both_embeddings(tmp_path)
+    assert have_labels(both)
+    assert re.search(shown, capsys.readouterr().out)
+    knn = measure_knn(both, EvaluationConfig(num_neighbours=1), device_mesh(1))
+    assert knn == pytest.approx({"top1": accuracy, "top5": accuracy})
+
+
+def test_every_class_keeps_its_name_when_the_test_file_has_more(tmp_path):
+    write_animals(tmp_path, "train", ["cat", "dog"], CAT, DOG)
+    write_animals(tmp_path, "test", ["owl", "dog", "fox", "cat"], OWL, DOG, FOX, CAT)
+    bank, test = embedding_files.load_both_embeddings(tmp_path)
+    assert (bank.class_names, bank.labels.tolist()) == (("cat", "dog"), [0, 1])
+    assert [test.class_names[label] for label in test.labels] == ["owl", "dog", "fox", "cat"]
+    assert test.class_names[:2] == bank.class_names
+    config = EvaluationConfig(linear_epochs=50, linear_learning_rate=1.0)
+    linear = measure_linear(embeddings.Embeddings(bank, test), config, 0, device_mesh(1))["linear"]
+    assert linear == {"top1": 0.5, "top5": 0.5}  # of the owl, the dog, the fox and the cat
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (["cat", "cat", "dog"], ["cat", "dog"], "train.npz has 2 classes of the name 'cat', .*: give each class its"),
+        (["cat", "dog"], ["cat", "dog", "dog"], "test.npz has 2 classes of the name 'dog', .*: give each class its"),
+        (["cat", "dog"], ["Cat", "Dog"], "train.npz has classes such as 'cat', .* 'Cat': give both files the same"),
+    ],
+)
+def test_names_that_do_not_fit_together_are_refused(tmp_path, train, test, message):
+    for split, names in (("train", train), ("test", test)):
+        np.savez(tmp_path / f"{split}.npz", embeddings=np.eye(2), labels=np.arange(2), class_names=names)
+    with pytest.raises(UserError, match=f"^--embeddings: {message}"):
+        embedding_files.load_both_embeddings(tmp_path)
+
+
+def test_two_classes_of_one_name_stay_two_if_both_files_have_them(tmp_path):
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", embeddings=np.eye(2), labels=np.array([1, -1]), class_names=["cat", "cat"])
+    bank, test = embedding_files.load_both_embeddings(tmp_path)
+    assert (bank.num_classes, bank.labels.tolist(), test.labels.tolist()) == (2, [1, -1], [1, -1])

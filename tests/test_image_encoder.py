@@ -80,7 +80,7 @@ def test_few_sizes_are_compiled(loaded, digits):
     embed = make_embed(dataclasses.replace(loaded.config, evaluation=five), device_mesh())
     for size in (9, 10, 16):
         loaded.embed(np.concatenate([digits] * 2)[:size], patches=5)
-    assert embed._cache_size() == 1
+    assert embed.func._cache_size() == 1
 
 
 def test_an_empty_list_gives_no_embeddings(loaded):

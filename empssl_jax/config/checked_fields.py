@@ -1,4 +1,4 @@
-"""Dataclass fields that check their values: a range, a choice, a name or a path. A wrong value raises UserError."""
+"""Dataclass fields that check their values: ranges, choices, names, paths, channels. A wrong value raises UserError."""
 
 import dataclasses
 import os
@@ -50,6 +50,20 @@ class Choice:
         return " or ".join(map(repr, self.values))
 
 
+@dataclass(frozen=True)
+class Channels:
+    """A number for each of red, green and blue."""
+
+    each: Range
+
+    def holds(self, value: object) -> bool:
+        """Whether the value is a tuple of three numbers in the range."""
+        return isinstance(value, tuple) and len(value) == 3 and all(map(self.each.holds, value))
+
+    def __str__(self) -> str:
+        return f"{self.each} for each of red, green and blue"
+
+
 class Text:
     """Names and paths that the file system and a terminal can handle."""
 
@@ -67,6 +81,8 @@ def _allowed(field: dataclasses.Field, annotation: object) -> _Allowed | None:
     """The values that a field accepts: those of its range, or else of its type; None if the type decides."""
     if "range" in field.metadata:
         return field.metadata["range"]
+    if "channels" in field.metadata:
+        return Channels(field.metadata["channels"])
     if annotation is bool:
         return Choice((False, True))
     if typing.get_origin(annotation) is Literal:
@@ -107,3 +123,8 @@ def int_field(default: int | None, low: int, high: int = 1_000_000_000) -> Any:
 def float_field(default: float, low: float, high: float = 1e9) -> Any:
     """A field for numbers from `low` to `high`."""
     return dataclasses.field(default=default, metadata={"range": Range(low, high, is_integer=False)})
+
+
+def channels_field(default: tuple[float, float, float], low: float, high: float) -> Any:
+    """A field for three numbers from `low` to `high`: of red, green and blue."""
+    return dataclasses.field(default=default, metadata={"channels": Range(low, high, is_integer=False)})

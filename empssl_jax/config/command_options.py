@@ -69,11 +69,16 @@ class ImportOptions(Checked):
     # Folder of the new run.
     workdir: str = path_field()
     # Python file with the rest of the run's config, such as configs/cifar10.py. Default: what the exported run had, or
-    # else the defaults. The encoder's sizes come from the weights.
+    # else the defaults. The encoder's sizes and the normalisation of its input do not come from it.
     config: str | None = path_field(None)
     # The file holds a ResNet without heads, such as torchvision's. Its classifier is dropped; both heads are drawn
-    # with the config's sizes and seed.
+    # with the config's dimensions and seed.
     fresh_heads: bool = False
+    # Mean of red, green and blue, from 0 to 1, that the weights were trained with. Default: that in the file; or else
+    # the authors', 0.5, if the file has their heads, and ImageNet's if not.
+    input_mean: tuple[float, float, float] | None = None
+    # Standard deviation of red, green and blue that the weights were trained with, with similar defaults.
+    input_std: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from empssl_jax.config.checked_fields import Checked, float_field, int_field, path_field
-from empssl_jax.config.errors import UserError, flag, one_line, require
+from empssl_jax.config.checked_fields import Checked, channels_field, float_field, int_field, path_field
+from empssl_jax.config.errors import UserError, flag, one_line, require, words
+
+TRAIN = "train"  # the default training split
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,10 @@ class DataConfig(Checked):
     # A TFDS image data set by name; or folder:PATH, a folder of image files (JPEG, PNG, ...), see docs/data.md; or
     # digits, the 8x8 digits of scikit-learn.
     dataset: str = path_field("cifar10", after="folder:")
-    # Split to train on; its labels are not used. kNN and the linear classifier learn from the labelled images of this
-    # split, or of the split train if this one has no labels (such as stl10's unlabelled).
-    train_split: str = "train"
+    # Split to train on; its labels are not used. Default: train. kNN and the linear classifier learn from the labelled
+    # images of this split, or of the split train if this one has no labels (such as stl10's unlabelled). For a folder:
+    # a subfolder, or "." to take all of its subfolders as classes.
+    train_split: str | None = None
     # Split to measure kNN and the linear classifier on. Default: test, or else validation. Images without labels are
     # embedded but not measured.
     test_split: str | None = None
@@ -41,7 +44,7 @@ class DataConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         remedy = "give a split other than --train-split, or accuracies would be measured on training images"
-        require(self.test_split != self.train_split, "test_split", self.test_split, remedy)
+        require(self.test_split != (self.train_split or TRAIN), "test_split", self.test_split, remedy)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ class ModelConfig(Checked):
     # Type of activations and matrix products; auto is bfloat16 on GPU and TPU and float32 on CPU. Parameters,
     # statistics and the loss are always float32.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Mean of red, green and blue, as fractions of the highest pixel, that the encoder subtracts from its input. Weights
+    # that were trained elsewhere need the mean and standard deviation that they were trained with.
+    input_mean: tuple[float, float, float] = channels_field((0.5, 0.5, 0.5), 0.0, 1.0)
+    # Standard deviation of red, green and blue that the encoder then divides by.
+    input_std: tuple[float, float, float] = channels_field((0.5, 0.5, 0.5), 0.001, 1.0)
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,12 @@ class EvaluationConfig(EmbeddingConfig):
     report: bool = True
 
     @property
+    def embedding(self) -> EmbeddingConfig:
+        """The part about how images are embedded."""
+        fields = dataclasses.fields(EmbeddingConfig)
+        return EmbeddingConfig(**{field.name: getattr(self, field.name) for field in fields})
+
+    @property
     def embeddings(self) -> str:
         """How the measured embeddings are made, in words."""
         views = [f"{self.valid_patches} {self.valid_crops.split('+')[0]} patches"] * self.has_patches
@@ -296,6 +310,8 @@ def training_differences(ours: Config, theirs: Config) -> list[str]:
     for group in ("data", "patches", "model", "training"):
         for field in dataclasses.fields(getattr(ours, group)):
             mine, other = (getattr(getattr(config, group), field.name) for config in (ours, theirs))
+            if field.name == "train_split":  # earlier versions saved the default as its name
+                mine, other = mine or TRAIN, other or TRAIN
             if mine != other and field.name not in NO_PART_IN_TRAINING:
-                differences.append(f"{flag(field.name)} {mine} (was {other})")
+                differences.append(f"{flag(field.name)} {' '.join(words(mine))} (was {' '.join(words(other))})")
     return differences

@@ -5,6 +5,7 @@ whose names begin with a dot are hidden: they are skipped. The other files are c
 """
 
 import collections
+import contextlib
 import functools
 import os
 import stat
@@ -44,22 +45,37 @@ def list_images(root: Path, option: str = "dataset") -> Files:
     """
     files: Files = []
     others: Files = []
-    try:
+    with listing(option):
         for path, status in _walk(root):
-            is_image = path.name.lower().endswith(SUFFIXES) and (status is None or stat.S_ISREG(status.st_mode))
-            (files if is_image else others).append(_image_file(root, path, status))
-    except OSError as error:
-        raise UserError(
-            f"--{option}: {error.filename} cannot be listed ({error.strerror}): fix or remove it."
-        ) from error
+            (files if _is_image(path, status) else others).append(_image_file(root, path, status))
     if others:
         _print_once(f"left out {len(others)} other files of {root} (images end in {SUFFIX_LIST}): {_kinds(others)}")
     return sorted(files)
 
 
+def has_images(root: Path) -> bool:
+    """Returns whether there is an image file under a folder; raises OSError if a folder cannot be listed."""
+    return any(_is_image(path, status) for path, status in _walk(root))
+
+
+@contextlib.contextmanager
+def listing(option: str) -> Iterator[None]:
+    """Raises UserError, naming the option, for a folder that cannot be listed."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--{option}: {error.filename} cannot be listed ({error.strerror}): fix or remove it."
+        ) from error
+
+
 def look_at(root: Path, path: Path) -> ImageFile:
     """The name, size and time of a file under a folder."""
     return _image_file(root, path, _status(path))
+
+
+def _is_image(path: Path, status: os.stat_result | None) -> bool:
+    return path.name.lower().endswith(SUFFIXES) and (status is None or stat.S_ISREG(status.st_mode))
 
 
 def _image_file(root: Path, path: Path, status: os.stat_result | None) -> ImageFile:

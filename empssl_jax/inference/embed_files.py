@@ -84,6 +84,7 @@ def _begin(folder: Path, encoder: ImageEncoder, embedding: EmbeddingConfig, file
         "decoding": VERSION,
         "seed": config.training.seed,
         "patch": repr(config.patches),
+        "input": [config.model.input_mean, config.model.input_std],
         "embedding": dataclasses.asdict(embedding),
         "files": [[file.name, file.size] for file in files],
     }

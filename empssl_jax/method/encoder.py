@@ -54,6 +54,8 @@ class Encoder(nnx.Module):
     def __call__(self, patches: Float[Array, "N H W 3"]) -> tuple[Float[Array, "N E"], Float[Array, "N D"]]:
         """Embeddings and projections of N patches with values in [-1, 1], in float32; neither is normalised.
 
+        The ResNet normalises the patches by the config's `input_mean` and `input_std`.
+
         In training mode (`encoder.train()`), BatchNorm uses the batch's statistics and updates the running ones.
         After `encoder.eval()`, it uses the running ones.
         """

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -121,6 +122,7 @@ class ResNet(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, axis_name: str | None, remat: bool):
         self.backbone, self.remat = config.backbone, remat
+        self.input_mean, self.input_std = config.input_mean, config.input_std
         self.has_pooling = config.stem == "imagenet"
         size, stride = (7, 2) if config.stem == "imagenet" else (3, 1)
         self.stem = Convolution(3, config.width, size, stride, dtype)
@@ -138,8 +140,17 @@ class ResNet(nnx.Module):
     def __call__(self, x: Float[Array, "N H W 3"]) -> Float[Array, "N F"]:
         return jnp.mean(self.stage_maps(x)[-1], axis=(1, 2))
 
+    def normalise_channels(self, x: Float[Array, "N H W 3"]) -> Float[Array, "N H W 3"]:
+        """(pixel - mean) / standard deviation, where pixels are from 0 to 1 and the input is 2 pixel - 1.
+
+        By default this returns x. It is not folded into the stem, which pads with 0: the mean, not a pixel of 0.5.
+        """
+        mean, std = (np.array(channels, ndmin=4) for channels in (self.input_mean, self.input_std))
+        return (x - np.float32(2 * mean - 1)) / np.float32(2 * std)
+
     def stage_maps(self, x: Float[Array, "N H W 3"]) -> list[Float[Array, "N _ _ _"]]:
         """Each stage's last map."""
+        x = self.normalise_channels(x)
         x = nnx.relu(self.norm(self.stem(x)))
         if self.has_pooling:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError, one_line
@@ -11,6 +12,7 @@ from empssl_jax.runtime.atomic_write import atomic_write
 CONFIG_FILE = "config.json"
 IMAGES_FILE = "images.json"
 DEFAULT_IMAGE_SIZE = 32  # of runs that do not record it
+MAX_IMAGE_SIZE = 2**16
 
 
 def to_json(config: Config) -> str:
@@ -24,12 +26,17 @@ def from_json(text: str | bytes, source: object) -> Config:
     try:
         groups = json.loads(text)
         types = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-        return Config(**{name: types[name](**values) for name, values in groups.items()})  # type: ignore[operator]
+        return Config(**{name: types[name](**_tuples(values)) for name, values in groups.items()})  # type: ignore[operator]
     except UserError as error:
         raise UserError(f"{source} has a wrong value: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = one_line(error)
         raise UserError(f"{source} is not a config of this version of empssl_jax ({reason}): train again.") from error
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with tuples instead of lists, since JSON has only lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def save_config(workdir: Path, config: Config) -> None:
@@ -57,7 +64,7 @@ def load_image_size(workdir: Path) -> int:
     path = workdir / IMAGES_FILE
     try:
         size = json.loads(path.read_bytes())["size"] if path.exists() else DEFAULT_IMAGE_SIZE
-        if type(size) is not int or not 1 <= size <= 2**16:
+        if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
             raise ValueError(f"size {size!r}")
         return size
     except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
