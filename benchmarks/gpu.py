@@ -32,7 +32,6 @@ from empssl_jax.runtime.user_errors import user_errors_exit
 from experiments.records import read_lines
 
 GRACE = 5.0  # seconds before the end of the budget, at which rows stop
-THEIRS_SECONDS = 150.0  # which the study leaves to the baseline
 THEIRS = "theirs_"  # before the names of the baseline's rows
 # Rows of both sides; compare.py has their works.
 SPEEDS = ("loss", "lars_update", "forward")
@@ -56,8 +55,11 @@ class Options:
     theirs: bool = False
 
 
-def our_rows(visit: Visit) -> dict[str, Row]:
-    """Our rows in the order of their value, with estimates for one H100 that has compiled nothing before."""
+def our_rows(visit: Visit, reserve: float = 0.0) -> dict[str, Row]:
+    """Our rows in the order of their value, with estimates for one H100 that has compiled nothing before.
+
+    The last one takes all the time that is left, except `reserve` seconds.
+    """
     accuracy = partial(partial, gpu_rows.accuracy, visit)
     return {
         "train_step": Row(partial(gpu_rows.train_step, visit), 90),
@@ -76,7 +78,7 @@ def our_rows(visit: Visit) -> dict[str, Row]:
         **{name: Row(partial(gpu_rows.speed, visit, partial(BENCHMARKS[name].work, "ours")), 15) for name in SPEEDS},
         "ten_epochs": Row(accuracy("ten_epochs"), 190),
         "golden": Row(partial(gpu_rows.golden_tests, visit), 60),
-        "study": Row(partial(gpu_rows.recipe_study, visit, THEIRS_SECONDS * HAS_TORCH), 60),
+        "study": Row(partial(gpu_rows.recipe_study, visit, reserve), reserve + 60),
     }
 
 
@@ -99,11 +101,14 @@ def main(options: Options) -> None:
     """
     results = options.results.absolute() / "tiny" if options.tiny else options.results.absolute()
     visit = Visit(results, options.tiny, time.monotonic() + options.budget - GRACE)
-    path, mine, theirs = results / "gpu.jsonl", our_rows(visit), their_rows(visit)
+    path, theirs = results / "gpu.jsonl", their_rows(visit)
+    wanted = budget.missing(theirs, path, options.rows) if HAS_TORCH else []
+    mine = our_rows(visit, reserve=sum(theirs[name].estimate for name in wanted))
     require(set(options.rows) <= {*mine, *theirs}, "rows", options.rows, f"choose from {', '.join((*mine, *theirs))}")
     if options.table:
         print(gpu_table.table(read_lines(path), visit.sizes))
         return
+    require(options.budget > GRACE, "budget", options.budget, f"give more than {GRACE:.0f} seconds")
     results.mkdir(parents=True, exist_ok=True)
     faulthandler.dump_traceback_later(options.budget, exit=True)  # even if a program compiles at that moment
     jax.config.update("jax_compilation_cache_dir", str(results / "compilation_cache"))
@@ -111,9 +116,10 @@ def main(options: Options) -> None:
     # Processes that run one after the other share the GPU, and none may reserve its memory.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     budget.run(theirs if options.theirs else mine, path, visit.left, options.rows, visit.patience)
-    if HAS_TORCH and not options.theirs and budget.missing(theirs, path, options.rows):
+    if wanted and not options.theirs and visit.left() > GRACE:
         _measure_theirs(visit)
-    if lacking := budget.missing(mine | theirs if HAS_TORCH else mine, path, options.rows or (*mine, *theirs)):
+    everything = (theirs if options.theirs else mine) | (theirs if HAS_TORCH or options.rows else {})
+    if lacking := budget.missing(everything, path, options.rows or tuple(everything)):
         print(f"not measured: {', '.join(lacking)}")
         raise SystemExit(1)
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -91,8 +92,9 @@ class Visit:
 
     @functools.cache  # noqa: B019
     def trained(self, name: str) -> Path:
-        """Trains one of RUNS, unless the folder holds it; returns its folder."""
+        """Trains one of RUNS, once in this process; returns its folder."""
         workdir = self.results / "runs" / name
+        shutil.rmtree(workdir, ignore_errors=True)  # an interrupted run would resume, and its seconds be too few
         training.train(study.changed(self.recipe, RUNS[name] | {"workdir": str(workdir), "valid_patches": 0}))
         return workdir
 
