@@ -24,7 +24,7 @@ from empssl_jax.config.command_options import (
 from empssl_jax.config.config_files import first_options, parse_train_options
 from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.run_folder.saved_config import CONFIG_FILE, load_config
-from empssl_jax.runtime.user_errors import user_errors_exit
+from empssl_jax.runtime.user_errors import escape_unprintable_characters, user_errors_exit
 
 HELP = ("-h", "--help")
 
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "empssl") -> None:
         arguments: the command and its options; by default those of this process.
         prog: the program's name, shown by --help.
     """
+    escape_unprintable_characters()
     name, *options = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     with user_errors_exit():
         if name in HELP:

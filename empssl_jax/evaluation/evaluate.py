@@ -74,8 +74,10 @@ def _measure(
         if config.linear_epochs > 0:
             results |= of_embeddings(made, measure_linear(embeddings, config, seed, mesh))
     finally:  # kNN is kept even if the linear classifier diverges, and shown even if the disk is full
-        print(format_table(load_results(folder) | results))
-        add_results(folder, results)
+        try:
+            add_results(folder, results)
+        finally:
+            print(format_table(load_results(folder) | results))
     return results
 
 
