@@ -2,13 +2,36 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from empssl_jax.config.options import DistributedConfig, EmbeddingConfig, EvaluationConfig, RunConfig
 
+RUN = "RUN"  # how help and errors name the folder of a run that is given without an option
 CheckpointChoice = int | Literal["latest", "best"]
+
+
+@dataclass(frozen=True)
+class MeasuredData:
+    """The images to measure on. Without any of these options, they are the run's."""
+
+    # Another data set: a TFDS image data set by name, folder:PATH, or digits. Its results and embeddings are kept
+    # beside the run's own. A folder with the images that the run was trained on is the run's own, wherever it is. The
+    # options below then default to those of the run, otherwise to those of `empssl train`.
+    dataset: str | None = None
+    # Split that kNN and the linear classifier learn from.
+    train_split: str | None = None
+    # Split that kNN and the linear classifier are measured on.
+    test_split: str | None = None
+    # Side in pixels of the decoded images. Default: that of the images that the run was trained on.
+    image_size: int | None = None
+    # Refuse a folder with files that cannot be decoded.
+    strict_images: bool = False
+    # Learn from only the first so many images of each class, ordered by id.
+    images_per_class: int | None = None
+    # Measure on only the first so many images of each class, ordered by id.
+    test_images_per_class: int | None = None
 
 
 @dataclass(frozen=True)
@@ -25,6 +48,7 @@ class EvaluateOptions:
     data_dir: str | None = None
     # Folder for decoded images. Default: the run's, then empssl_jax/images in the user's cache folder.
     cache_dir: str | None = None
+    data: OmitArgPrefixes[MeasuredData] = dataclasses.field(default_factory=MeasuredData)
     evaluation: OmitArgPrefixes[EvaluationConfig] = dataclasses.field(default_factory=EvaluationConfig)
     distributed: OmitArgPrefixes[DistributedConfig] = dataclasses.field(default_factory=DistributedConfig)
 
@@ -50,7 +74,7 @@ class ExportOptions:
     """Which weights to export, and where to."""
 
     # Folder of a run.
-    run: Positional[str]
+    run: Annotated[Positional[str], arg(metavar=RUN)]
     # A .safetensors file, or a file for torch.load, which needs PyTorch.
     format: Literal["safetensors", "torch"] = "safetensors"
     # Checkpoint to export: its step, the newest ("latest"), or the one with the lowest loss ("best").
@@ -64,7 +88,7 @@ class ImportOptions:
     """Which weights to import, and where to."""
 
     # A .safetensors file, or one of torch.save (.pt, .pth), which needs PyTorch.
-    file: Positional[str]
+    file: Annotated[Positional[str], arg(metavar="FILE")]
     # Folder of the new run.
     workdir: str
     # Python file with the rest of the run's config, such as configs/cifar10.py. Default: what the exported run had, or
@@ -80,6 +104,8 @@ class ReportOptions:
     """Which run to report on."""
 
     # Folder of a run of train.py.
-    run: Positional[str]
+    run: Annotated[Positional[str], arg(metavar=RUN)]
+    # Where the run's images are now, as folder:PATH, if they have moved.
+    dataset: str | None = None
     # Folder of prepared TFDS data sets. Default: the run's, then $TFDS_DATA_DIR, then ~/tensorflow_datasets.
     data_dir: str | None = None

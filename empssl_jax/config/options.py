@@ -6,13 +6,17 @@ enough that their products fit into XLA's integers: a model or batch that is too
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
 from empssl_jax.config.checked_fields import Checked, float_field, int_field
 from empssl_jax.config.errors import UserError, flag, one_line, require
+
+FOLDER = "folder:"  # before the path of a folder of image files
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,22 @@ class DataConfig(Checked):
     images_per_class: int | None = int_field(None, 1)
     # Keep only the first so many test images of each class, ordered by id.
     test_images_per_class: int | None = int_field(None, 1)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of image files that `dataset` names; None for other data sets."""
+        if not self.dataset.startswith(FOLDER):
+            return None
+        return Path(os.path.expanduser(self.dataset.removeprefix(FOLDER)))
+
+    def with_absolute_folder(self) -> "DataConfig":
+        """The same with an absolute path of the folder, which holds whatever the current folder is."""
+        if self.dataset == FOLDER or self.folder is None:
+            return self
+        try:
+            return dataclasses.replace(self, dataset=f"{FOLDER}{self.folder.absolute()}")
+        except UserError:  # the current folder's name is too long, or cannot be saved in a config
+            return self
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,6 @@
 """Folders of image files, with or without a subfolder for each class, with or without a folder of test images."""
 
+import contextlib
 import filecmp
 import hashlib
 import os
@@ -13,6 +14,7 @@ from empssl_jax.data.decoded_images import NO_LABEL, Example, Images, Source, lo
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TEST_SPLITS = ("test", "validation", "val")
+READ_FILES, READ_BYTES = 100, 2**20  # for a fingerprint
 SHOWN = 20  # files that cannot be decoded; the index of the decoded images lists all of them
 
 
@@ -48,6 +50,28 @@ def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[
     images = load_images(_source(config, root, split, files[split], labels), config.image_size, cache_dir)
     _report_unreadable(config, split, images.unreadable, len(files[split]))
     return images, classes
+
+
+def folder_fingerprints(config: DataConfig) -> dict[str, str]:
+    """A digest of each split's images, by split, wherever the folder is; empty for data sets that are not folders.
+
+    It covers the names and sizes of all files and, of up to a hundred of them, the first megabyte.
+
+    Raises:
+        UserError: see `load_folder`.
+    """
+    root = config.folder
+    return {} if root is None else {split: _fingerprint(files) for split, files in _splits(root, config).items()}
+
+
+def _fingerprint(files: Files) -> str:
+    digest = hashlib.sha256()
+    for number, file in enumerate(files):
+        digest.update(os.fsencode(f"{file.name}\0{file.size}\n"))
+        if number % -(-len(files) // READ_FILES) == 0:
+            with contextlib.suppress(OSError), file.path.open("rb") as content:  # decoding reports the error
+                digest.update(content.read(READ_BYTES))
+    return digest.hexdigest()
 
 
 def list_images(root: Path, option: str = "dataset") -> Files:

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from empssl_jax.config import Config
-from empssl_jax.config.command_options import ExportOptions, ImportOptions
+from empssl_jax.config.command_options import RUN, ExportOptions, ImportOptions
 from empssl_jax.config.config_files import read_config_file
 from empssl_jax.config.errors import UserError, one_line, require
 from empssl_jax.inference.image_encoder import ImageEncoder, load
@@ -27,8 +27,9 @@ from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.run_folder.saved_config import (
     DEFAULT_IMAGE_SIZE,
     from_json,
+    load_config,
     save_config,
-    save_image_size,
+    save_images,
     to_json,
 )
 from empssl_jax.run_folder.workdir import locked, storage_errors
@@ -47,6 +48,7 @@ def export_weights(options: ExportOptions) -> Path:
     """
     if options.format == "torch":
         _torch()  # raises UserError before the work begins
+    load_config(Path(options.run), RUN)  # likewise
     encoder = load(options.run, options.step)
     weights = to_torch(encoder.state, encoder.config.model, encoder.step)
     path = Path(options.output or Path(options.run) / f"weights{SUFFIXES[options.format]}")
@@ -75,7 +77,7 @@ def import_weights(options: ImportOptions) -> None:
         held = checkpoints.latest_step()
         require(held is None, "workdir", options.workdir, "that folder holds a run, so give another one")
         save_config(workdir, config)
-        save_image_size(workdir, int(metadata.get("image_size", config.data.image_size or DEFAULT_IMAGE_SIZE)))
+        save_images(workdir, int(metadata.get("image_size", config.data.image_size or DEFAULT_IMAGE_SIZE)))
         checkpoints.save(0, encoder, optimizer.init(encoder.params), loss=math.inf)
         checkpoints.wait()
     sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(model).items())
