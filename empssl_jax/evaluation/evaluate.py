@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from empssl_jax.config import Config, EvaluationConfig
-from empssl_jax.config.command_options import EvaluateOptions
+from empssl_jax.config.command_options import EvaluateOptions, MeasuredData
 from empssl_jax.config.errors import DivergenceError, require
 from empssl_jax.data.datasets import Datasets, load_datasets, load_datasets_for_pictures
 from empssl_jax.evaluation.embedding_files import load_both_embeddings, save_embeddings
@@ -43,6 +43,8 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
     mesh = device_mesh()
     if options.embeddings is not None:
         folder = Path(options.embeddings)
+        remedy = "they are measured as they are, so leave out --dataset and its options, or --embeddings"
+        require(options.data == MeasuredData(), "embeddings", options.embeddings, remedy)
         load_results(folder)  # raises an error for a damaged file before the work begins
         return _measure(folder, load_both_embeddings(folder), Config(evaluation=options.evaluation), mesh)
     folder = Path(options.workdir)
