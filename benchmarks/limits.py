@@ -69,7 +69,7 @@ def temporary_bytes(sizes: Sizes, num_patches: int, remat: bool) -> int:
     config = ours.make_config(sizes, sizes.patch_size)
     patches = dataclasses.replace(config.patches, train_patches=num_patches)
     config = dataclasses.replace(config, patches=patches, run=RunConfig(remat=remat))
-    step, _, _ = ours.traced_step(config)
+    step, *_ = ours.traced_step(config)
     analysis: Any = step.lower().compile().memory_analysis()
     return analysis.temp_size_in_bytes
 
@@ -77,7 +77,7 @@ def temporary_bytes(sizes: Sizes, num_patches: int, remat: bool) -> int:
 def measure(sizes: Sizes) -> dict[str, float]:
     """Peak rates, FLOPs per patch of the train step by XLA's count and by hand, and memory with and without remat."""
     config = ours.make_config(sizes, sizes.patch_size)
-    step, _, _ = ours.compiled_step(config)
+    step, *_ = ours.compiled_step(config)
     cost: Any = step.cost_analysis()
     patches = sizes.images * sizes.patches
     many_patches = 10 * sizes.patches

@@ -19,15 +19,15 @@ from empssl_jax.data.datasets import ImageDataset
 from empssl_jax.evaluation import embeddings, knn, linear
 from empssl_jax.method import losses, patches
 from empssl_jax.method.encoder import EncoderState, default_precision, encoder_graph, init_encoder
+from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.random_keys import classifier_key
 from empssl_jax.method.train_step import (
     TrainState,
     create_state,
-    learning_rate_schedule,
     make_optimizer,
     make_train_step,
 )
-from empssl_jax.runtime.devices import device_mesh, replicated, split_images
+from empssl_jax.runtime.devices import device_mesh, replicated, split_images, to_devices
 
 CLASSES = tuple("0123456789")
 
@@ -46,23 +46,24 @@ def make_config(sizes: Sizes, patch_size: int) -> Config:
     )
 
 
-def traced_step(config: Config, num_devices: int = 1) -> tuple[jax.stages.Traced, TrainState, Batch]:
-    """The train step, traced but not compiled, with a state and a batch on the devices."""
+def traced_step(config: Config, num_devices: int = 1) -> tuple[jax.stages.Traced, Hyperparameters, TrainState, Batch]:
+    """The train step, traced but not compiled, and its arguments on the devices."""
     mesh, steps_per_epoch = device_mesh(num_devices), 500
-    schedule = learning_rate_schedule(config.training, steps_per_epoch)
-    optimizer = make_optimizer(config.training, schedule)
-    state = jax.device_put(create_state(config, optimizer), replicated(mesh))
+    hyperparameters = to_devices(Hyperparameters.of(config.training, steps_per_epoch), replicated(mesh))
+    state = create_state(config.model, hyperparameters, mesh)
     size = config.training.batch_size
     batch = Batch(random_images(size), np.arange(size, dtype=np.int32))
     batch = jax.device_put(batch, split_images(mesh))
-    step: Any = make_train_step(config, optimizer, schedule, steps_per_epoch, mesh)
-    return step.trace(state, batch), state, batch
+    step: Any = make_train_step(config, mesh)
+    return step.trace(hyperparameters, state, batch), hyperparameters, state, batch
 
 
-def compiled_step(config: Config, num_devices: int = 1) -> tuple[jax.stages.Compiled, TrainState, Batch]:
+def compiled_step(
+    config: Config, num_devices: int = 1
+) -> tuple[jax.stages.Compiled, Hyperparameters, TrainState, Batch]:
     """`traced_step`, compiled."""
-    step, state, batch = traced_step(config, num_devices)
-    return step.lower().compile(), state, batch
+    step, hyperparameters, state, batch = traced_step(config, num_devices)
+    return step.lower().compile(), hyperparameters, state, batch
 
 
 def augmentation(sizes: Sizes) -> Work:
@@ -83,8 +84,8 @@ def loss_and_gradient(sizes: Sizes, num_images: int) -> Work:
 def lars_update(sizes: Sizes) -> Work:
     """The optimizer's update of the full model, from gradients to new parameters."""
     config = make_config(sizes, sizes.patch_size)
-    optimizer = make_optimizer(config.training, learning_rate_schedule(config.training, 500))
-    state = create_state(config, optimizer)
+    hyperparameters = Hyperparameters.of(config.training, 500)
+    optimizer, state = make_optimizer(hyperparameters), create_state(config.model, hyperparameters, device_mesh(1))
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))
     def update(
@@ -121,11 +122,11 @@ def forward(sizes: Sizes) -> Work:
 
 def train_step(sizes: Sizes, patch_size: int) -> Work:
     """A train step from images on the device to new parameters, patches included."""
-    step, state, batch = compiled_step(make_config(sizes, patch_size))
+    step, hyperparameters, state, batch = compiled_step(make_config(sizes, patch_size))
     current = [state]
 
     def work() -> dict[str, Array]:
-        current[0], metrics = step(current[0], batch)
+        current[0], metrics = step(hyperparameters, current[0], batch)
         return metrics
 
     return _until_done(work)

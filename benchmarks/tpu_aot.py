@@ -9,7 +9,6 @@ known. Needs the extra `tpu`, and minutes per topology.
 
 import dataclasses
 import datetime
-import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -33,7 +32,8 @@ from jax.sharding import Mesh, NamedSharding
 from empssl_jax.config import Config, ModelConfig, PatchConfig, TrainingConfig
 from empssl_jax.config.errors import UserError, require
 from empssl_jax.data.batches import Batch
-from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
+from empssl_jax.method.hyperparameters import Hyperparameters
+from empssl_jax.method.train_step import create_state, make_train_step
 from empssl_jax.runtime.devices import DATA_AXIS, replicated, split_images
 from empssl_jax.runtime.user_errors import user_errors_exit
 
@@ -97,13 +97,13 @@ def tpu_mesh(topology: str) -> Mesh:
 
 def compile_train_step(config: Config, mesh: Mesh) -> Any:
     """The train step compiled for the chips of a mesh, which need not exist: a `jax.stages.Compiled`."""
-    schedule = learning_rate_schedule(config.training, STEPS_PER_EPOCH)
-    optimizer = make_optimizer(config.training, schedule)
-    step: Any = make_train_step(config, optimizer, schedule, STEPS_PER_EPOCH, mesh)
-    state = jax.eval_shape(functools.partial(create_state, config, optimizer))
+    step: Any = make_train_step(config, mesh)
+    hyperparameters = Hyperparameters.of(config.training, STEPS_PER_EPOCH)
+    state = create_state.eval_shape(config.model, hyperparameters, mesh)
     size = config.training.batch_size
     batch = Batch(np.empty((size, IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8), np.empty(size, np.int32))
-    return step.lower(_abstract(state, replicated(mesh)), _abstract(batch, split_images(mesh))).compile()
+    copied = (_abstract(tree, replicated(mesh)) for tree in (hyperparameters, state))
+    return step.lower(*copied, _abstract(batch, split_images(mesh))).compile()
 
 
 def _abstract(arrays: Any, sharding: NamedSharding) -> Any:

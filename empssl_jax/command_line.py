@@ -3,7 +3,6 @@
 Nothing here imports JAX before the options are parsed. This keeps `--help` and errors about options fast.
 """
 
-import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ from typing import NamedTuple
 
 import tyro
 
-from empssl_jax.config import Config, EmbeddingConfig
+from empssl_jax.config import Config
+from empssl_jax.config.checked_fields import Checked, expand, path_field
 from empssl_jax.config.command_options import (
     RUN,
     EmbedOptions,
@@ -57,8 +57,9 @@ def train(arguments: Sequence[str], prog: str) -> None:
     """Trains or resumes a run."""
     config = parse_train_options(arguments, prog)
     from empssl_jax import training
-    from empssl_jax.runtime import compilation, distributed
+    from empssl_jax.runtime import compilation, distributed, memory
 
+    memory.keep_freed_memory()
     compilation.keep_compiled_programs()
     with distributed.processes(config.distributed):
         training.train(config)
@@ -69,8 +70,9 @@ def evaluate(arguments: Sequence[str], prog: str) -> None:
     options = parse_evaluations(arguments, prog)
     from empssl_jax.evaluation import comparison
     from empssl_jax.report.write_report import try_to_report
-    from empssl_jax.runtime import compilation, distributed, interruption
+    from empssl_jax.runtime import compilation, distributed, interruption, memory
 
+    memory.keep_freed_memory()
     compilation.keep_compiled_programs()
     with distributed.processes(options[0].distributed):
         interruption.end_at_sigterm()
@@ -89,8 +91,9 @@ def embed(arguments: Sequence[str], prog: str) -> None:
     """Embeds a folder of image files."""
     options = parse_embed_options(arguments, prog)
     from empssl_jax.inference import embed_files
-    from empssl_jax.runtime import compilation
+    from empssl_jax.runtime import compilation, memory
 
+    memory.keep_freed_memory()
     compilation.keep_compiled_programs()
     embed_files.embed_files(options)
 
@@ -144,8 +147,8 @@ COMMANDS = {
 
 
 @dataclass(frozen=True)
-class _Workdir:
-    workdir: str = EvaluateOptions.workdir
+class _Workdir(Checked):
+    workdir: str = path_field(EvaluateOptions.workdir)
     embeddings: str | None = None
 
 
@@ -185,13 +188,12 @@ def parse_evaluations(arguments: Sequence[str], prog: str = "empssl eval") -> li
     chosen, rest = (_Workdirs(), []) if asks_for_help(arguments) else first_options(_Workdirs, arguments)
     if len(chosen.workdir) == 1:
         return [parse_evaluate_options(arguments, prog)]
-    runs = [folder for folder in chosen.workdir if (Path(folder) / CONFIG_FILE).is_file()]
-    if skipped := sorted(set(chosen.workdir) - set(runs)):
+    folders = [expand(folder) for folder in chosen.workdir]
+    runs = [folder for folder in folders if (Path(folder) / CONFIG_FILE).is_file()]
+    if skipped := sorted(set(folders) - set(runs)):
         print(f"skipping folders that are not runs: {', '.join(skipped)}")
     if not runs:
-        raise UserError(
-            f"{_argument(prog)} names {len(chosen.workdir)} folders, and none has a {CONFIG_FILE}: give runs."
-        )
+        raise UserError(f"{_argument(prog)} names {len(folders)} folders, and none has a {CONFIG_FILE}: give runs.")
     return [parse_evaluate_options([*rest, "--workdir", folder], prog, is_alone=False) for folder in runs]
 
 
@@ -204,8 +206,7 @@ def parse_embed_options(arguments: Sequence[str], prog: str | None = None) -> Em
     """The options of `embed`. Options that are not given default to the values of the run's evaluation."""
     source, _ = first_options(_Workdir, arguments)
     evaluation = _run_defaults(source.workdir, not asks_for_help(arguments)).evaluation
-    run = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(EmbeddingConfig)}
-    default = EmbedOptions(images=tyro.MISSING, embedding=EmbeddingConfig(**run))
+    default = EmbedOptions(images=tyro.MISSING, embedding=evaluation.embedding)
     description = (
         "Embeds image files with a trained encoder. Files are processed in parts, kept in OUTPUT.parts until all are "
         "done; rerunning the command resumes, with bit-identical embeddings. Defaults are those of the run's "

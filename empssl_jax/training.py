@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from empssl_jax.config import Config, RunConfig, training_differences
@@ -20,15 +19,9 @@ from empssl_jax.evaluation.evaluate import check_neighbours, embed_and_save, hav
 from empssl_jax.evaluation.online_probe import online_probe
 from empssl_jax.evaluation.untrained_baseline import measure_untrained
 from empssl_jax.method.encoder import EncoderState, default_precision
+from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.losses import coding_rate_bounds
-from empssl_jax.method.train_step import (
-    TrainState,
-    TrainStep,
-    create_state,
-    learning_rate_schedule,
-    make_optimizer,
-    make_train_step,
-)
+from empssl_jax.method.train_step import TrainState, create_state, make_train_step
 from empssl_jax.report.write_report import try_to_report
 from empssl_jax.run_folder import loggers, saved_config
 from empssl_jax.run_folder.checkpoints import Checkpoints
@@ -65,6 +58,9 @@ def train(config: Config) -> None:
         _check_profile(config, steps.last - first_step)
         with storage_errors(workdir):
             _complete_run(config, datasets, steps, mesh, workdir)
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 class Steps(NamedTuple):
@@ -142,14 +138,13 @@ def _differences(workdir: Path, config: Config) -> list[str]:
 
 def _fit(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: Path) -> EncoderState:
     """Runs the remaining steps and returns the trained encoder. On a stop signal, saves and raises SystemExit."""
-    schedule = learning_rate_schedule(config.training, steps.per_epoch)
-    optimizer = make_optimizer(config.training, schedule)
-    train_step = make_train_step(config, optimizer, schedule, steps.per_epoch, mesh)
+    hyperparameters = to_devices(Hyperparameters.of(config.training, steps.per_epoch), replicated(mesh))
+    train_step: Step = functools.partial(make_train_step(config, mesh), hyperparameters)
     if config.run.profile and is_first_process():
         train_step = profiling.with_profiler_trace(train_step, workdir / "profile")
     probe = online_probe(config, datasets, steps.last, mesh)
     with Checkpoints(workdir, config.run.max_to_keep) as store, interruption.stop_requests() as stop_signal:
-        state = _initial_state(config, optimizer, store, mesh)
+        state = _initial_state(config, hyperparameters, store, mesh)
         first_step = int(state.step)
         if first_step:
             print(f"resuming {workdir} at step {first_step} of {steps.last}")
@@ -174,7 +169,7 @@ def _fit(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: 
 
 
 def _run_steps(
-    train_step: TrainStep,
+    train_step: Step,
     state: TrainState,
     batches: Iterator[Batch],
     writer: MetricsWriter,
@@ -207,15 +202,11 @@ def _metrics_writer(config: Config, workdir: Path, first_step: int, last_step: i
     return MetricsWriter(workdir, first_step, last_step, patches_per_step, bounds, extra_loggers)
 
 
-def _initial_state(
-    config: Config, optimizer: optax.GradientTransformation, store: Checkpoints, mesh: Mesh
-) -> TrainState:
+def _initial_state(config: Config, hyperparameters: Hyperparameters, store: Checkpoints, mesh: Mesh) -> TrainState:
     """The state of the newest checkpoint, or a fresh state if there is none."""
-    create = functools.partial(create_state, config, optimizer)
-    sharding = replicated(mesh)
     if store.latest_step() is None:
-        return jax.jit(create, out_shardings=sharding)()
-    template = jax.eval_shape(create)
+        return create_state(config.model, hyperparameters, mesh)
+    template, sharding = create_state.eval_shape(config.model, hyperparameters, mesh), replicated(mesh)
     step, encoder, optimizer_state = store.restore(template.encoder, template.optimizer, sharding, "latest")
     store.set_aside_after(step)
     return TrainState(to_devices(np.array(step, np.int32), sharding), encoder, optimizer_state)

@@ -1,66 +1,92 @@
-"""Compares choices of training and embedding in small runs, one factor at a time, without test images.
+"""Compares choices of training and embedding, one factor at a time, without test images.
 
-    python -m experiments.study [--images 45000] [--width 8] [--patches 10] [--rows NAME ...] [--seeds 1 2 3] [--table]
+    python -m experiments.study [--size short|long|full] [--rows NAME ...] [--seeds 1 2 3] [--table]
 
-Each run trains a small encoder for one epoch on patches of 16x16 pixels of the first training images of CIFAR-10, and
-measures kNN (k = 20, temperature 0.07) on the last 5,000 *training* images. Runs are kept in --folder, so the same
-command resumes an interrupted study, and several processes may share the work. Results are appended to
-experiments/results/study.jsonl; --table prints those of the given sizes.
+Each run trains for one epoch on the first training images of CIFAR-10. kNN (k = 20, temperature 0.07) and the linear
+classifier are measured on the last 5,000 *training* images. The sizes are:
+
+short   width 16, patches of 16x16, 5,000 images, 100 steps
+long    the same with 45,000 images, 900 steps
+full    the paper's encoder and batches, 45,000 images: for a GPU
+
+One process makes all runs, rows in the order of their value, and compiles programs once where their shapes agree. Runs
+are kept in --folder, so the same command resumes an interrupted study, and several processes may share the work.
+Results are appended to experiments/results/study.jsonl; --table prints those of one size.
 """
 
 import collections
 import dataclasses
 import functools
+import itertools
+import math
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
+from benchmarks.measure import environment
 from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
 from empssl_jax.config.errors import InUseError
 from empssl_jax.data.datasets import load_datasets
 from empssl_jax.evaluation.embeddings import Embeddings
-from empssl_jax.evaluation.evaluate import measure_knn
+from empssl_jax.evaluation.evaluate import measure_knn, measure_linear
+from empssl_jax.run_folder.step_files import TIMING_FILE, read_steps
 from empssl_jax.run_folder.workdir import locked
 from empssl_jax.runtime.compilation import keep_compiled_programs
 from empssl_jax.runtime.devices import device_mesh
-from experiments.records import append_line, checkpoint_embeddings, read_lines
+from empssl_jax.runtime.memory import keep_freed_memory
+from experiments.records import RESULTS, append_line, checkpoint_embeddings, read_lines
 
-BASE = Config(
-    data=DataConfig(train_split="train[:5000]", test_split="train[45000:]"),
+RECOMMENDED = EvaluationConfig(
+    valid_crops="grid", valid_patches=16, embedded_layer="stages", cells=2, whiten=True, report=False
+)
+FULL = Config(data=DataConfig(train_split="train[:45000]", test_split="train[45000:]"), evaluation=RECOMMENDED)
+LONG = dataclasses.replace(
+    FULL,
     patches=PatchConfig(patch_size=16),
     model=ModelConfig(width=16, hidden_dim=1024, projection_dim=256),
     training=TrainingConfig(batch_size=50),
-    evaluation=EvaluationConfig(
-        valid_crops="grid", valid_patches=16, embedded_layer="stages", cells=2, whiten=True, report=False
-    ),
 )
+SHORT = dataclasses.replace(LONG, data=dataclasses.replace(LONG.data, train_split="train[:5000]"))
+SIZES = {"short": SHORT, "long": LONG, "full": FULL}
+
 Changes = dict[str, Any]
+
+
+class Experiment(NamedTuple):
+    """A change of the training and what we expect of it, written before it ran: points of kNN top-1 at full size."""
+
+    changes: Changes
+    prediction: str
+
+
 GRID: Changes = {"valid_crops": "grid", "valid_patches": 16}
+WHOLE: Changes = {"valid_crops": "whole", "valid_patches": 1}
+BOTH: Changes = GRID | {"valid_crops": "grid+whole"}
 STAGES: Changes = {"embedded_layer": "stages"}
-TRAINING: dict[str, Changes] = {
-    "base": {},
-    "batch 25": {"batch_size": 25},
-    "batch 100": {"batch_size": 100},
-    "learning rate 0.1": {"learning_rate": 0.1},
-    "learning rate 1": {"learning_rate": 1.0},
-    "eta 0.002": {"trust_coefficient": 0.002},
-    "eta 0.01": {"trust_coefficient": 0.01},
-    "lambda 100": {"invariance_coefficient": 100.0},
-    "lambda 400": {"invariance_coefficient": 400.0},
-    "eps 0.05": {"coding_rate_eps": 0.05},
-    "eps 1": {"coding_rate_eps": 1.0},
-    "warm-up 0.1 epochs": {"warmup_epochs": 0.1},
-    "crops of 0.15": {"patch_area": 0.15},
-    "crops of 0.4": {"patch_area": 0.4},
-    "crops of 0.6": {"patch_area": 0.6},
-    "projections of 64": {"projection_dim": 64},
-    "projections of 1024": {"projection_dim": 1024},
-    "10 patches, 2 epochs": {"train_patches": 10, "max_epochs": 2},
-    "batch 25, projections of 1024": {"batch_size": 25, "projection_dim": 1024},
+# Batches relative to the size's own, so that rows mean the same at every size.
+TRAINING = {
+    "base": Experiment({}, "0"),
+    "half the batch": Experiment({"batch_size": 0.5}, "+1: twice as many steps"),
+    "10 patches, 2 epochs": Experiment({"train_patches": 10, "max_epochs": 2}, "+0.8, as in long runs"),
+    "half the batch, 10 patches, 2 epochs": Experiment(
+        {"batch_size": 0.5, "train_patches": 10, "max_epochs": 2}, "+1: four times as many steps"
+    ),
+    "quarter of the batch": Experiment({"batch_size": 0.25}, "0: the coding rate of few images is noisy"),
+    "patches of 16x16, 4 epochs": Experiment({"patch_size": 16, "max_epochs": 4}, "+1 in about the same time"),
+    "learning rate 0.5": Experiment({"learning_rate": 0.5}, "0"),
+    "eta 0.01": Experiment({"trust_coefficient": 0.01}, "0"),
+    "momentum 0.95": Experiment({"momentum": 0.95}, "-0.5"),
+    "lambda 100": Experiment({"invariance_coefficient": 100.0}, "-1"),
+    "lambda 400": Experiment({"invariance_coefficient": 400.0}, "-0.5"),
+    "eps 0.05": Experiment({"coding_rate_eps": 0.05}, "0"),
+    "projections of 512": Experiment({"projection_dim": 512}, "0"),
+    "warm-up 0.1 epochs": Experiment({"warmup_epochs": 0.1}, "-0.5"),
+    "double the batch": Experiment({"batch_size": 2.0}, "-3: half as many steps"),
 }
 # Other embeddings of the base runs. Consecutive rows that differ only in whitening share one computation.
 EVALUATION: dict[str, Changes] = {
@@ -81,6 +107,12 @@ EVALUATION: dict[str, Changes] = {
     "grid of 16, stages, 2x2 cells": GRID | STAGES | {"cells": 2},
     "grid of 16, stages, 4x4 cells, whitened": GRID | STAGES | {"cells": 4, "whiten": True},
     "grid of 25": GRID | {"valid_patches": 25},
+    "grid of 36, stages, 2x2 cells, whitened": GRID | STAGES | {"valid_patches": 36, "cells": 2, "whiten": True},
+    "whole, stages, 2x2 cells": WHOLE | STAGES | {"cells": 2},
+    "whole, stages, 2x2 cells, whitened": WHOLE | STAGES | {"cells": 2, "whiten": True},
+    "whole, stages, 4x4 cells, whitened": WHOLE | STAGES | {"cells": 4, "whiten": True},
+    "grid of 16 and whole, stages, 2x2 cells": BOTH | STAGES | {"cells": 2},
+    "grid of 16 and whole, stages, 2x2 cells, whitened": BOTH | STAGES | {"cells": 2, "whiten": True},
 }
 
 
@@ -88,54 +120,63 @@ EVALUATION: dict[str, Changes] = {
 class Options:
     """The runs to make or to print."""
 
-    # Training images, up to 45,000.
-    images: int = 5000
-    # Width of the encoder.
-    width: int = 16
-    # Training patches per image and epoch.
-    patches: int = 20
+    # Size of the runs.
+    size: Literal["short", "long", "full"] = "short"
     # Names of the rows to run. Default: all.
     rows: tuple[str, ...] = ()
     # Seeds; each row runs once per seed.
     seeds: tuple[int, ...] = (1, 2, 3)
+    # Type of activations and matrix products, as in train.py.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Begin no run after so many seconds.
+    budget: float = math.inf
     # Folder for the runs.
     folder: str = "runs/study"
     # File for the results, one line per run.
-    output: str = "experiments/results/study.jsonl"
-    # Print the results in that file that have these sizes, and run nothing.
+    output: str = str(RESULTS / "study.jsonl")
+    # Print the results in that file that have this size, and run nothing.
     table: bool = False
 
 
-def base(options: Options) -> Config:
-    """The config of the base runs, which the others differ from."""
-    sizes = {"train_split": f"train[:{options.images}]", "width": options.width, "train_patches": options.patches}
-    return changed(BASE, sizes)
-
-
 def changed(config: Config, changes: Changes) -> Config:
-    """The config with other values of some options, by name, whichever group they belong to."""
+    """The config with other values of some options, by name, whichever group they belong to.
+
+    A fraction or multiple in place of a batch size is that of the config's own.
+    """
     for field in dataclasses.fields(config):
         group = getattr(config, field.name)
         own = {name: value for name, value in changes.items() if hasattr(group, name)}
+        if isinstance(own.get("batch_size"), float):
+            own["batch_size"] = round(own["batch_size"] * group.batch_size)
         config = dataclasses.replace(config, **{field.name: dataclasses.replace(group, **own)})
     return config
 
 
 def trained(options: Options, name: str, seed: int) -> Path:
     """Trains a run unless it is complete; returns its folder."""
-    sizes = f"{options.images}-{options.width}-{options.patches}"
-    workdir = Path(options.folder) / f"{name.replace(' ', '_')}-{sizes}-{seed}"
-    run: Changes = {"seed": seed, "workdir": str(workdir), "valid_patches": 0}
-    training.train(changed(base(options), TRAINING[name] | run))
+    workdir = Path(options.folder) / f"{name.replace(' ', '_').replace(',', '')}-{options.size}-{seed}"
+    run: Changes = {"seed": seed, "workdir": str(workdir), "valid_patches": 0, "precision": options.precision}
+    training.train(changed(SIZES[options.size], TRAINING[name].changes | run))
     return workdir
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def measure(workdir: Path, embeddings: Embeddings, evaluation: EvaluationConfig, seed: int) -> dict[str, Any]:
+    """Accuracies in percent, and the seconds that training took after its first step."""
+    mesh = device_mesh()
+    measures = {"kNN": measure_knn(embeddings, evaluation, mesh)}
+    if not evaluation.whiten or evaluation == RECOMMENDED:  # the linear classifier does not whiten
+        measures |= measure_linear(embeddings, evaluation, seed, mesh)
+    accuracies = {name: round(100 * measures[name]["top1"], 2) for name in ("kNN", "linear") if name in measures}
+    return accuracies | {"seconds": round(read_steps(workdir / TIMING_FILE)[-1]["seconds"], 1)}
+
+
+def table(lines: list[dict[str, Any]], measure: str = "kNN") -> str:
     """A Markdown table: mean and standard deviation of each row, and the difference from the base runs of its seeds."""
     by_row: dict[str, dict[int, float]] = collections.defaultdict(dict)
     for line in lines:
-        by_row[line["row"]][line["seed"]] = 100 * line["top1"]
-    text = ["| row | n | kNN top-1, mean (standard deviation) | against the base |", "| --- | --- | --- | --- |"]
+        if measure in line:
+            by_row[line["row"]][line["seed"]] = line[measure]
+    text = [f"| row | n | {measure} top-1, mean (standard deviation) | against the base |", "| --- | --- | --- | --- |"]
     for name, accuracies in by_row.items():
         differences = [accuracies[seed] - by_row["base"][seed] for seed in accuracies if seed in by_row["base"]]
         values = list(accuracies.values())
@@ -147,33 +188,34 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main(options: Options) -> None:
     """Runs what the output file lacks: all rows with the first seed, then with the next."""
-    output = Path(options.output)
-    sizes = {"images": options.images, "width": options.width, "patches": options.patches}
+    output, start = Path(options.output), time.monotonic()
     if options.table:
-        print(table([line for line in read_lines(output) if line.items() >= sizes.items()]), end="")
+        lines = [line for line in read_lines(output) if line["size"] == options.size]
+        print("\n".join(table(lines, measure) for measure in ("kNN", "linear")), end="")
         return
-    datasets, mesh = load_datasets(base(options)), device_mesh()
+    datasets = load_datasets(SIZES[options.size])
 
     @functools.lru_cache(maxsize=1)
     def embeddings(workdir: Path, evaluation: EvaluationConfig) -> Embeddings:
         return checkpoint_embeddings(workdir, evaluation, datasets)
 
     rows = options.rows or tuple(TRAINING | EVALUATION)
-    for seed in options.seeds:
-        for name in rows:
-            key = sizes | {"row": name, "seed": seed}
-            if any(line.items() >= key.items() for line in read_lines(output)):
-                continue
-            try:
-                workdir = trained(options, name if name in TRAINING else "base", seed)
-                evaluation = EvaluationConfig(**EVALUATION[name]) if name in EVALUATION else BASE.evaluation
-                with locked(workdir):
-                    embedded = embeddings(workdir, dataclasses.replace(evaluation, whiten=False))
-                    append_line(output, key | measure_knn(embedded, evaluation, mesh))
-            except InUseError as error:
-                print(error)
+    for seed, name in itertools.product(options.seeds, rows):
+        key = {"size": options.size, "row": name, "seed": seed}
+        done = any(line.items() >= key.items() for line in read_lines(output))
+        if done or time.monotonic() - start > options.budget:
+            continue
+        try:
+            workdir = trained(options, name if name in TRAINING else "base", seed)
+            evaluation = EvaluationConfig(**EVALUATION[name]) if name in EVALUATION else RECOMMENDED
+            with locked(workdir):
+                embedded = embeddings(workdir, dataclasses.replace(evaluation, whiten=False))
+                append_line(output, key | measure(workdir, embedded, evaluation, seed) | environment())
+        except InUseError as error:
+            print(error)
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     keep_compiled_programs()
     main(tyro.cli(Options, description=__doc__))

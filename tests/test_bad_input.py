@@ -26,7 +26,7 @@ from empssl_jax.data.datasets import load_split
 from empssl_jax.evaluation import embedding_files, embeddings
 from empssl_jax.evaluation import evaluate as evaluation
 from empssl_jax.method.encoder import EncoderState
-from empssl_jax.method.train_step import learning_rate_schedule
+from empssl_jax.method.hyperparameters import Hyperparameters, learning_rate
 from empssl_jax.run_folder import checkpoints, saved_config
 from empssl_jax.run_folder.results import load_results
 from empssl_jax.runtime.devices import device_mesh, replicated
@@ -55,8 +55,9 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
 
 
 def test_the_warm_up_leaves_a_step_to_the_cosine():
-    schedule = learning_rate_schedule(TrainingConfig(warmup_epochs=0.999, learning_rate=0.5), 4)
-    np.testing.assert_allclose(jax.vmap(schedule)(jnp.arange(4)), [0.125, 0.25, 0.375, 0.5], rtol=1e-6)
+    hyperparameters = Hyperparameters.of(TrainingConfig(warmup_epochs=0.999, learning_rate=0.5), 4)
+    rates = jax.vmap(learning_rate, (0, None))(jnp.arange(4), hyperparameters)
+    np.testing.assert_allclose(rates, [0.125, 0.25, 0.375, 0.5], rtol=1e-6)
 
 
 # Embeddings that would fill the memory.

@@ -57,23 +57,26 @@ def test_exponents_of_powers(power):
 
 def test_a_row_of_the_study_has_mean_spread_and_difference_to_the_same_seeds():
     lines = [
-        {"row": "base", "seed": 1, "top1": 0.40},
-        {"row": "base", "seed": 2, "top1": 0.44},
-        {"row": "batch 25", "seed": 2, "top1": 0.45},
+        {"row": "base", "seed": 1, "kNN": 40.0},
+        {"row": "base", "seed": 2, "kNN": 44.0},
+        {"row": "batch 25", "seed": 2, "kNN": 45.0},
     ]
     assert study.table(lines).splitlines()[2:] == ["| base | 2 | 42.0 (2.8) | +0.0 |", "| batch 25 | 1 | 45.0 | +1.0 |"]
 
 
 def test_the_study_changes_the_named_options():
-    config = study.changed(study.BASE, {"batch_size": 25, "patch_area": 0.4, "valid_patches": 4})
+    config = study.changed(study.LONG, {"batch_size": 25, "patch_area": 0.4, "valid_patches": 4})
     assert (config.training.batch_size, config.patches.patch_area, config.evaluation.valid_patches) == (25, 0.4, 4)
-    assert config.model == study.BASE.model
+    assert config.model == study.LONG.model
+    batches = [study.changed(study.SIZES[size], {"batch_size": 0.5}).training.batch_size for size in ("long", "full")]
+    assert batches == [25, 50]
 
 
-def test_every_row_of_the_study_is_a_config_of_its_own():
-    assert study.TRAINING["base"] == {}
-    runs = [study.changed(study.BASE, changes) for changes in study.TRAINING.values()]
-    measures = [study.BASE.evaluation, *(EvaluationConfig(**changes) for changes in study.EVALUATION.values())]
+@pytest.mark.parametrize("size", study.SIZES)
+def test_every_row_of_the_study_is_a_config_of_its_own(size):
+    assert study.TRAINING["base"].changes == {}
+    runs = [study.changed(study.SIZES[size], row.changes) for row in study.TRAINING.values()]
+    measures = [study.RECOMMENDED, *(EvaluationConfig(**changes) for changes in study.EVALUATION.values())]
     for configs in (runs, measures):
         assert all(config not in configs[:number] for number, config in enumerate(configs))
 

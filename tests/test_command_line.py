@@ -57,7 +57,7 @@ def test_options_stand_in_groups_with_a_heading_each(capsys):
 def test_paragraphs_are_reflowed(capsys):
     """No line of an option's text ends where the first word of the next would still fit."""
     shown = help_of("train", capsys=capsys)
-    block = shown[shown.index("--dataset STR") + len("--dataset STR") : shown.index("--train-split STR")]
+    block = shown[shown.index("--dataset STR") + len("--dataset STR") : shown.index("--train-split ")]
     lines = [line.strip(" │") for line in block.splitlines()[:-1]]
     assert len(lines) > 3
     width = max(map(len, lines))

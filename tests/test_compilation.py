@@ -1,5 +1,6 @@
 """The cache of compiled programs, and the trace that --profile writes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,48 @@ keep_compiled_programs()
 import jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: x * 2 + 1)(3.0)
+"""
+
+
+# Three runs, each with a measurement after it. Prints for each how many programs were built, and how many of these the
+# cache of compiled programs lacked.
+THREE_RUNS = """
+import json, sys
+import jax
+from empssl_jax import config, training
+from empssl_jax.config.command_options import EvaluateOptions
+from empssl_jax.evaluation.evaluate import evaluate
+
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+jax.monitoring.register_event_duration_secs_listener(lambda event, duration, **_: events.append(event))
+
+def run(number, linear, **options):
+    events.clear()
+    evaluation = config.EvaluationConfig(
+        valid_patches=16, embedding_batch_size=80, linear_epochs=2, report=False, untrained=True, **linear
+    )
+    made = config.Config(
+        data=config.DataConfig(dataset="digits", images_per_class=8, test_images_per_class=1),
+        patches=config.PatchConfig(train_patches=2, patch_size=16),
+        model=config.ModelConfig(width=4, hidden_dim=32, projection_dim=16, precision="float32"),
+        training=config.TrainingConfig(batch_size=40, **options),
+        evaluation=evaluation,
+        run=config.RunConfig(workdir=f"{sys.argv[1]}/{number}", probe_every=2),
+    )
+    training.train(made)
+    evaluate(EvaluateOptions(workdir=made.run.workdir, evaluation=evaluation), lambda *_: None)
+    built = sum("backend_compile" in event for event in events)
+    missed = sum("cache_miss" in event for event in events)
+    print(json.dumps({"built": built, "missed": missed}), flush=True)
+
+run(1, {})
+other = dict(learning_rate=0.1, weight_decay=1e-3, momentum=0.5, trust_coefficient=0.01, invariance_coefficient=100.0)
+other |= dict(coding_rate_eps=0.3, seed=7, max_epochs=2, warmup_epochs=0.5)
+run(2, dict(linear_learning_rate=0.1, linear_weight_decay=1e-3), **other)
+jax.clear_caches()
+run(3, {}, learning_rate=0.2, seed=8, max_epochs=3)
 """
 
 
@@ -67,3 +110,15 @@ def test_a_traced_step_is_the_same_step_and_leaves_a_trace(tmp_path, capsys):
     assert (float(state), float(metrics["loss"])) == (2.0 * (profiling.LAST_STEP + 3), 2.0 * (profiling.LAST_STEP + 2))
     assert list(tmp_path.rglob("*.xplane.pb"))
     assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_a_run_with_other_numbers_compiles_nothing(tmp_path):
+    """Neither in the same process nor, with the cache of compiled programs, in another one."""
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": ""}  # one device
+    command = [sys.executable, "-c", THREE_RUNS, str(tmp_path)]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    first, second, third = (json.loads(line) for line in output.splitlines() if line.startswith('{"built"'))
+    assert first["missed"] > 5
+    assert second == {"built": 0, "missed": 0}
+    assert third["built"] > 5  # forgotten by the process, and read from the cache
+    assert third["missed"] == 0

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from empssl_jax import config
-from empssl_jax.command_line import parse_embed_options, parse_evaluate_options
+from empssl_jax.command_line import parse_embed_options, parse_evaluate_options, parse_evaluations
 from empssl_jax.config import Config
+from empssl_jax.config.command_options import EvaluateOptions, ExportOptions, ImportOptions, ReportOptions
 from empssl_jax.config.config_files import parse_train_options, read_config_file
 from empssl_jax.config.errors import UserError
+from empssl_jax.report import tables
 from empssl_jax.run_folder import saved_config
 
 REPOSITORY = Path(__file__).parent.parent
@@ -53,6 +55,34 @@ def test_names_that_files_cannot_have_are_refused(value):
     for group, name in ((config.DataConfig, "dataset"), (config.RunConfig, "workdir"), (config.RunConfig, "data_dir")):
         with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is .*: give a name of 1 to 1000 printable"):
             group(**{name: value})
+
+
+def test_paths_may_begin_with_the_user_s_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = str(tmp_path)
+    flags = ["--workdir=~/run", "--data-dir=~", "--cache-dir=~/a/~", "--dataset=folder:~/photos"]
+    parsed = parse_train_options(flags)
+    assert (parsed.run.workdir, parsed.run.data_dir, parsed.run.cache_dir) == (f"{home}/run", home, f"{home}/a/~")
+    assert parsed.data.dataset == f"folder:{home}/photos"
+    assert parse_train_options(["--workdir=a/~", "--dataset=~x"]).run.workdir == "a/~"
+    (tmp_path / "run").mkdir()
+    saved_config.save_config(tmp_path / "run", parsed)
+    embed = parse_embed_options(["--workdir=~/run", "--images=~/photos", "--output=~/out.npz"])
+    assert (embed.workdir, embed.images, embed.output) == (f"{home}/run", f"{home}/photos", f"{home}/out.npz")
+    assert parse_evaluate_options(["--embeddings=~/e"]).embeddings == f"{home}/e"
+    runs = parse_evaluations(["--workdir", "~/run", "~/none", "~/run"])
+    assert [options.workdir for options in runs] == [f"{home}/run"] * 2
+    (tmp_path / "mine.py").write_text("from empssl_jax.config import Config\nconfig = Config()\n")
+    assert parse_train_options(["--config=~/mine.py"]) == Config()
+    assert ExportOptions("~/run", output="~/w.pt") == ExportOptions(f"{home}/run", output=f"{home}/w.pt")
+    assert ImportOptions("~/w.pt", "~/new") == ImportOptions(f"{home}/w.pt", f"{home}/new")
+    assert ReportOptions("~/run").run == f"{home}/run"
+
+
+@pytest.mark.parametrize("options", [{"workdir": ""}, {"embeddings": "a\nb"}, {"cache_dir": "x" * 1001}])
+def test_the_options_of_every_command_are_checked(options):
+    with pytest.raises(UserError, match=r"^--(workdir|embeddings|cache-dir) is .*: give a name of 1 to 1000 printable"):
+        EvaluateOptions(**options)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +161,27 @@ def test_training_differences_are_those_that_change_what_is_learned():
         data=config.DataConfig(test_images_per_class=3),
     )
     assert config.training_differences(ours, same) == []
+    before = dataclasses.replace(ours, data=config.DataConfig(train_split="train"))  # version 0.2.0 saved the default
+    assert config.training_differences(ours, before) == config.training_differences(before, ours) == []
     other = dataclasses.replace(ours, training=config.TrainingConfig(learning_rate=0.1))
     assert config.training_differences(ours, other) == ["--learning-rate 0.3 (was 0.1)"]
+
+
+@pytest.mark.parametrize("value", [0.5, (0.5, 0.5), [0.5, 0.5, 0.5], (0.5, 0.5, 1.1), (0.5, 0.5, float("nan")), "0.5"])
+def test_channels_are_three_numbers_in_range(value):
+    with pytest.raises(UserError, match=r"^--input-mean is .*: give a number from 0 to 1 for each of red, green"):
+        config.ModelConfig(input_mean=value)
+
+
+def test_channels_survive_the_command_line_and_json():
+    given = parse_train_options(["--input-mean", "0.1", "0.2", "0.3", "--input-std", "1", "0.5", "0.001"])
+    assert (given.model.input_mean, given.model.input_std) == ((0.1, 0.2, 0.3), (1.0, 0.5, 0.001))
+    assert saved_config.from_json(saved_config.to_json(given), "config.json") == given
+    assert config.training_differences(given, Config()) == [
+        "--input-mean 0.1 0.2 0.3 (was 0.5 0.5 0.5)",
+        "--input-std 1.0 0.5 0.001 (was 0.5 0.5 0.5)",
+    ]
+    assert tables.command(given).endswith("--input-mean 0.1 0.2 0.3 --input-std 1.0 0.5 0.001")
 
 
 def test_the_user_s_xla_flags_are_kept():

@@ -1,12 +1,14 @@
 """Decoding of image files: EXIF orientation, cropping, resizing and errors."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from empssl_jax.data.decoding import UnreadableError, decode
+from empssl_jax.data.decoding import UnreadableError, decode, to_pixels
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (6, 9, 3)).astype(np.uint8)
 
@@ -46,6 +48,10 @@ def test_exif_orientation_is_applied(kind, orientation, tmp_path):
     stored = PIXELS if kind != "jpeg" else np.asarray(PIL.Image.open(io.BytesIO(content)))
     np.testing.assert_array_equal(decode(content, None), UPRIGHT[orientation](stored))
     (tmp_path / "file").write_bytes(content)
+    for side in (None, 4):
+        with PIL.Image.open(tmp_path / "file") as opened:
+            np.testing.assert_array_equal(to_pixels(opened, side), decode(tmp_path / "file", side))
+            np.testing.assert_array_equal(np.asarray(opened), stored)  # not changed
     np.testing.assert_array_equal(decode(tmp_path / "file", None), UPRIGHT[orientation](stored))
 
 
@@ -71,15 +77,96 @@ def test_the_centre_is_kept_and_enlarged_or_reduced():
 
 
 @pytest.mark.parametrize(("height", "width"), [(600, 800), (801, 333), (97, 130), (40, 50)])
-def test_large_jpeg_files_that_are_decoded_in_part_look_the_same(height, width):
+def test_large_jpeg_files_are_reduced_as_the_image_that_pil_opens(height, width):
     image = smooth(height, width)
+    content = encoded(image, "jpeg", quality=95)
     shorter = min(height, width)
     top, left = (height - shorter) // 2, (width - shorter) // 2
     square = PIL.Image.fromarray(image[top : top + shorter, left : left + shorter])
-    expected = np.asarray(square.resize((64, 64), PIL.Image.Resampling.BILINEAR), np.float64)
-    difference = np.abs(decode(encoded(image, "jpeg", quality=95), 64) - expected)
+    expected = np.asarray(square.resize((64, 64), PIL.Image.Resampling.BICUBIC), np.float64)
+    difference = np.abs(decode(content, 64) - expected)
     assert difference.mean() < 2
     assert difference.max() < 12
+    np.testing.assert_array_equal(to_pixels(PIL.Image.open(io.BytesIO(content)), 64), decode(content, 64))
+
+
+def png(values: np.ndarray, bits: int, kind: int, palette: bytes = b"", transparency: bytes = b"") -> bytes:
+    """A file of values (rows, columns, channels) of PNG's colour type `kind`."""
+    rows = [np.unpackbits(row.astype(">u2").view(np.uint8)).reshape(-1, 16)[:, -bits:] for row in values]
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, kind, 0, 0, 0)}
+    chunks |= {b"PLTE": palette} if palette else {}
+    chunks |= {b"tRNS": transparency} if transparency else {}
+    chunks |= {b"IDAT": zlib.compress(b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)), b"IEND": b""}
+    written = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks.items()]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
+GRAY, COLOUR, PALETTE, GRAY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
+DEPTHS = {GRAY: (1, 2, 4, 8, 16), PALETTE: (1, 2, 4, 8), COLOUR: (8, 16), GRAY_ALPHA: (8, 16), COLOUR_ALPHA: (8, 16)}
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+@pytest.mark.parametrize(("kind", "bits"), [(kind, bits) for kind, depths in DEPTHS.items() for bits in depths])
+def test_png_files_of_every_kind_and_depth(kind, bits, transparent):
+    """As the standard says: low depths are scaled, and 16 bits keep the high byte. Transparency is dropped."""
+    random, channels = np.random.RandomState(0), {COLOUR: 3, GRAY_ALPHA: 2, COLOUR_ALPHA: 4}.get(kind, 1)
+    values, palette = random.randint(0, 2**bits, (8, 8, channels)), random.randint(0, 256, (2**bits, 3))
+    levels = values * 255 // (2**bits - 1) if bits < 8 else values >> (bits - 8)
+    expected = levels[..., :3] if channels > 2 else np.repeat(levels[..., :1], 3, axis=2)
+    options = {}
+    if kind == PALETTE:
+        expected, options["palette"] = palette[values[..., 0]], palette.astype(np.uint8).tobytes()
+    if transparent and kind in (GRAY, COLOUR, PALETTE):  # one value, or the alpha of the first entry of the palette
+        options["transparency"] = b"\0" if kind == PALETTE else values[0, 0].astype(">u2").tobytes()
+    np.testing.assert_array_equal(decode(png(values, bits, kind, **options), None), expected)
+
+
+RED, GRAY_LEVEL = [255, 0, 0], [0x12] * 3
+MODES = {
+    "1": (1, [255] * 3),
+    "L": (18, GRAY_LEVEL),
+    "LA": ((18, 7), GRAY_LEVEL),
+    "P": (18, None),
+    "PA": ((18, 7), None),
+    "RGB": ((255, 0, 0), RED),
+    "RGBA": ((255, 0, 0, 7), RED),
+    "RGBX": ((255, 0, 0, 7), RED),
+    "RGBa": ((51, 0, 0, 51), RED),
+    "CMYK": ((0, 255, 255, 0), RED),
+    "YCbCr": ((76, 85, 255), RED),
+    "HSV": ((0, 255, 255), RED),
+    "I;16": (0x1234, GRAY_LEVEL),
+    "I;16L": (0x1234, GRAY_LEVEL),
+    "I;16B": (0x1234, GRAY_LEVEL),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("transparency", [None, 18, b"\0\xff", (255, 0, 0), 70000])
+def test_pil_images_of_every_mode(mode, transparency):
+    value, expected = MODES[mode]
+    image = PIL.Image.new(mode, (3, 2), value)
+    if mode in ("P", "PA"):
+        image.putpalette([9] * 54 + [1, 2, 3] + [9] * 711)
+        expected = [1, 2, 3]
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    pixels = to_pixels(image, None)
+    assert pixels.shape == (2, 3, 3)
+    assert np.abs(pixels.astype(int) - expected).max() <= (mode == "YCbCr")
+    assert image.info.get("transparency") == transparency
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pil_images_of_other_modes_are_refused(mode):
+    with pytest.raises(UnreadableError, match=f"its mode is {mode} instead of 8 or 16 bits"):
+        to_pixels(PIL.Image.new(mode, (3, 2)), None)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_images_without_pixels_are_refused(size):
+    with pytest.raises(UnreadableError, match="it has no pixels"):
+        to_pixels(PIL.Image.new("RGB", size), 8)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,23 @@ def test_embeddings_are_those_of_the_pictures_in_the_order_of_their_names(photos
     np.testing.assert_allclose(uninterrupted["embeddings"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_rotated_and_large_images_have_the_embeddings_of_python(tiny_run, tmp_path):
+    """The images are uneven, so that a rotation shows, and the JPEG is large enough to be decoded at an eighth."""
+    pixels = np.random.RandomState(0).randint(0, 256, (64, 80, 3)).astype(np.uint8)
+    (tmp_path / "in").mkdir()
+    for orientation in range(1, 9):
+        exif = PIL.Image.Exif()
+        exif[0x0112] = orientation
+        PIL.Image.fromarray(pixels).save(tmp_path / "in" / f"{orientation}.png", exif=exif)
+    PIL.Image.fromarray(np.kron(pixels, np.ones((10, 10, 1), np.uint8))).save(tmp_path / "in" / "large.jpg")
+    made = run(tmp_path / "in", tiny_run, tmp_path / "out.npz")
+    images = [PIL.Image.open(tmp_path / "in" / name) for name in made["files"]]
+    expected = empssl_jax.load(tiny_run).embed(images, patches=1)
+    np.testing.assert_array_equal(made["embeddings"], expected)
+    upright = empssl_jax.load(tiny_run).embed([np.rot90(pixels, -1)], patches=1, indices=[5])
+    np.testing.assert_allclose(made["embeddings"][[5]], upright, rtol=1e-4, atol=1e-5)
+
+
 def test_embeddings_follow_the_options_and_default_to_those_of_the_run(photos, tiny_run, tmp_path):
     image = photos / "a" / "002.png"
     made = run(image, tiny_run, tmp_path / "a.npz", **GRID, cells=2)["embeddings"]
@@ -125,6 +142,14 @@ def test_unreadable_files_are_listed_with_their_number(photos, tiny_run, tmp_pat
     arrays = run(tmp_path / "in", tiny_run, tmp_path / "out.npz")
     assert arrays["files"].tolist() == ["a/000.png"]
     assert "skipped 1 of 2 files that cannot be read:\na/017.png: no known format" in capsys.readouterr().err
+
+
+def test_other_files_are_counted(photos, tiny_run, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.jfif", "b.png", "photo"):
+        shutil.copy(photos / "a" / "002.png", tmp_path / "in" / name)
+    assert run(tmp_path / "in", tiny_run, tmp_path / "out.npz")["files"].tolist() == ["b.png"]
+    assert f"left out 2 other files of {tmp_path / 'in'} (images end in .bmp, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kept", "message"), [("a/017.png", "none of 1 files can be read"), ("notes.txt", "no image")])

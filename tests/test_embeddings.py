@@ -1,12 +1,14 @@
 """Bag-of-features embeddings are means over patches and depend on neither batches nor devices."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.config.errors import UserError
@@ -16,7 +18,7 @@ from empssl_jax.evaluation.evaluate import have_labels, measure_knn, measure_lin
 from empssl_jax.method.encoder import encoder_graph, init_encoder
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import embedding_patches_key
-from empssl_jax.method.resnet import stage_dims
+from empssl_jax.method.resnet import cell_means, stage_dims
 from empssl_jax.runtime.devices import device_mesh
 
 CONFIG = Config(
@@ -68,7 +70,7 @@ def test_an_embedding_of_a_grid_is_the_mean_feature_of_its_plain_crops(encoder_s
 
 
 def embed_grid(encoder_state, images, **options):
-    evaluation = EvaluationConfig(valid_crops="grid", **options)
+    evaluation = EvaluationConfig(**{"valid_crops": "grid"} | options)
     mesh = device_mesh(1)
     embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), mesh)
     return embeddings.embed_dataset(embed, encoder_state, images, 20, mesh, "test").embeddings
@@ -100,6 +102,54 @@ def test_a_cell_sees_only_its_own_patches(encoder_state, digits):
     assert differs == [False, True, False, False]
 
 
+@pytest.mark.parametrize("layer", ["hidden", "stages"])
+def test_cells_of_the_whole_image_average_their_quarter_of_its_maps(encoder_state, digits, layer):
+    """Patches of 16x16 are not enlarged here, so neither is the image of 32x32."""
+    options = {"embedded_layer": layer, "cells": 2}
+    whole = embed_grid(encoder_state, digits, valid_crops="whole", valid_patches=1, **options)
+    encoder = nnx.merge(encoder_graph(CONFIG.model), *encoder_state)
+    encoder.eval()
+    maps = jax.jit(lambda images: encoder.backbone.stage_maps(images))(digits.images / np.float32(127.5) - 1)
+    assert [x.shape[1] for x in maps] == [32, 16, 8, 4]
+    halves = [(slice(0, n // 2), slice(n // 2, n)) for n in (32, 16, 8, 4)]
+    quarters = [
+        [np.mean(x[:, h[row], h[column]], axis=(1, 2)) for x, h in zip(maps, halves, strict=True)]
+        for row in (0, 1)
+        for column in (0, 1)
+    ]
+    features = [
+        np.concatenate(means, 1) if layer == "stages" else nnx.relu(encoder.hidden_norm(encoder.hidden(means[-1])))
+        for means in quarters
+    ]
+    np.testing.assert_allclose(whole, np.concatenate(features, axis=1), rtol=1e-4, atol=1e-5)
+    both = embed_grid(encoder_state, digits, valid_crops="grid+whole", valid_patches=16, **options)
+    grid = embed_grid(encoder_state, digits, valid_patches=16, **options)
+    np.testing.assert_allclose(both, np.concatenate([grid, whole], axis=1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_whole_image_has_the_scale_of_the_patches(encoder_state, digits):
+    """Crops of half of the side, resized to 32, become twice as large; so does the image, as PIL does it."""
+    config = dataclasses.replace(
+        CONFIG,
+        patches=PatchConfig(patch_size=32),
+        evaluation=EvaluationConfig(valid_crops="whole", valid_patches=1, embedded_layer="stages"),
+    )
+    ours = embeddings.make_embed(config, device_mesh(1))(encoder_state, digits.images, jnp.arange(20))
+    large = [Image.fromarray(image).resize((64, 64), Image.Resampling.BILINEAR) for image in digits.images]
+    encoder = nnx.merge(encoder_graph(CONFIG.model), *encoder_state)
+    encoder.eval()
+    maps = jax.jit(lambda images: encoder.backbone.stage_maps(images))(np.stack(large) / np.float32(127.5) - 1)
+    expected = np.concatenate([np.mean(x, axis=(1, 2)) for x in maps], axis=1)
+    np.testing.assert_allclose(ours, expected, rtol=0.01, atol=0.01)  # PIL rounds to whole numbers
+
+
+def test_a_position_between_two_cells_counts_half_for_each():
+    x = jnp.arange(9.0).reshape(1, 3, 3, 1)  # rows 0 1 2, 3 4 5, 6 7 8
+    means = cell_means(x, cells=2)[0, :, 0]
+    np.testing.assert_allclose(means, [(4 * 0 + 2 * 1 + 2 * 3 + 4) / 9, 24 / 9, 48 / 9, 60 / 9], rtol=1e-6)
+    np.testing.assert_allclose(cell_means(x[:, :1, :1] + 5, cells=2), np.full((1, 4, 1), 5.0))
+
+
 def test_embeddings_depend_on_neither_batches_nor_devices(encoder_state, digits):
     expected = embed_all(encoder_state, digits, 1, 20).embeddings
     np.testing.assert_allclose(expected, embed_all(encoder_state, digits, 8, 9).embeddings, rtol=1e-4, atol=1e-6)
@@ -128,7 +178,7 @@ def test_memory_does_not_grow_with_the_number_of_patches(encoder_state):
         evaluation = EvaluationConfig(valid_patches=num_patches)
         embed = embeddings.make_embed(dataclasses.replace(CONFIG, evaluation=evaluation), device_mesh(1))
         images, indices = jnp.zeros((10, 32, 32, 3), jnp.uint8), jnp.arange(10)
-        return embed.lower(encoder_state, images, indices).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(embed).lower(encoder_state, images, indices).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(64) == temporaries(2)
 
@@ -155,3 +205,72 @@ def test_images_without_labels_count_in_neither_measure(tmp_path, capsys):
     assert have_labels(mixed)
     assert not have_labels(mixed._replace(test=mixed.test._replace(labels=np.full(13, -1, np.int32))))
     assert capsys.readouterr().out == "no test image has a label: kNN and linear are not measured\n"
+
+
+CAT, DOG, FOX, OWL = range(4)  # the direction of each animal's embeddings
+
+
+def write_animals(folder, split, names, *animals):
+    """Writes a file with one image of each of `animals`, numbered as in `names`; for None, its own number."""
+    known = ["cat", "dog", "fox", "owl"] if names is None else names
+    labels = np.array([known.index(["cat", "dog", "fox", "owl"][animal]) for animal in animals])
+    arrays = {} if names is None else {"class_names": np.array(names)}
+    np.savez(folder / f"{split}.npz", embeddings=np.eye(4)[list(animals)], labels=labels, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "accuracy", "shown"),
+    [
+        (["cat", "dog", "fox"], ["dog", "cat", "fox"], 1.0, ""),
+        (["cat", "dog", "fox"], ["fox", "dog"], 1.0, ""),
+        (["cat", "dog"], ["owl", "dog", "cat"], 2 / 3, "no training images count as wrong: 1 of 3, such as 'owl'"),
+        (["owl", "dog", "cat"], ["cat", "dog"], 1.0, ""),
+        (None, ["cat", "dog", "fox"], 1.0, "train.npz has no class_names: its labels are the numbers of the classes"),
+        (["cat", "dog", "fox"], None, 1.0, "test.npz has no class_names: its labels are the numbers of the classes"),
+        (None, None, 1.0, ""),
+    ],
+)
+def test_classes_of_two_files_are_matched_by_name(tmp_path, capsys, train, test, accuracy, shown):
+    """Each animal has its own embedding, so only an animal that is not trained on is wrong."""
+    numbers = {"cat": CAT, "dog": DOG, "fox": FOX, "owl": OWL}
+    for split, names in (("train", train), ("test", test)):
+        write_animals(tmp_path, split, names, *(numbers[name] for name in names or ["dog", "cat", "fox"]))
+    both = embedding_files.load_both_embeddings(tmp_path)
+    assert have_labels(both)
+    assert re.search(shown, capsys.readouterr().out)
+    knn = measure_knn(both, EvaluationConfig(num_neighbours=1), device_mesh(1))
+    assert knn == pytest.approx({"top1": accuracy, "top5": accuracy})
+
+
+def test_every_class_keeps_its_name_when_the_test_file_has_more(tmp_path):
+    write_animals(tmp_path, "train", ["cat", "dog"], CAT, DOG)
+    write_animals(tmp_path, "test", ["owl", "dog", "fox", "cat"], OWL, DOG, FOX, CAT)
+    bank, test = embedding_files.load_both_embeddings(tmp_path)
+    assert (bank.class_names, bank.labels.tolist()) == (("cat", "dog"), [0, 1])
+    assert [test.class_names[label] for label in test.labels] == ["owl", "dog", "fox", "cat"]
+    assert test.class_names[:2] == bank.class_names
+    config = EvaluationConfig(linear_epochs=50, linear_learning_rate=1.0)
+    linear = measure_linear(embeddings.Embeddings(bank, test), config, 0, device_mesh(1))["linear"]
+    assert linear == {"top1": 0.5, "top5": 0.5}  # of the owl, the dog, the fox and the cat
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (["cat", "cat", "dog"], ["cat", "dog"], "train.npz has 2 classes of the name 'cat', .*: give each class its"),
+        (["cat", "dog"], ["cat", "dog", "dog"], "test.npz has 2 classes of the name 'dog', .*: give each class its"),
+        (["cat", "dog"], ["Cat", "Dog"], "train.npz has classes such as 'cat', .* 'Cat': give both files the same"),
+    ],
+)
+def test_names_that_do_not_fit_together_are_refused(tmp_path, train, test, message):
+    for split, names in (("train", train), ("test", test)):
+        np.savez(tmp_path / f"{split}.npz", embeddings=np.eye(2), labels=np.arange(2), class_names=names)
+    with pytest.raises(UserError, match=f"^--embeddings: {message}"):
+        embedding_files.load_both_embeddings(tmp_path)
+
+
+def test_two_classes_of_one_name_stay_two_if_both_files_have_them(tmp_path):
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", embeddings=np.eye(2), labels=np.array([1, -1]), class_names=["cat", "cat"])
+    bank, test = embedding_files.load_both_embeddings(tmp_path)
+    assert (bank.num_classes, bank.labels.tolist(), test.labels.tolist()) == (2, [1, -1], [1, -1])

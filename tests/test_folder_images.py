@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +16,8 @@ from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig,
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.datasets import ImageDataset, load_bank, load_split
-from empssl_jax.data.folder_images import hold_out, list_images
+from empssl_jax.data.folder_images import hold_out
+from empssl_jax.data.image_files import ImageFile, list_images
 from empssl_jax.evaluation import embeddings
 from empssl_jax.evaluation.evaluate import evaluate
 from empssl_jax.method.encoder import init_encoder
@@ -69,10 +71,92 @@ def test_a_folder_with_train_and_test_has_the_classes_of_its_subfolders(root):
         np.testing.assert_array_equal(loaded.images, [pixels(name.split("/")[1]) for name in loaded.names])
 
 
-@pytest.mark.parametrize("name", ["test", "validation", "val"])
-def test_test_images_are_found_by_the_usual_names(root, name):
-    write(root, "train/1.png", "train/2.png", f"{name}/3.png")
-    assert load(root, "test").names.tolist() == ["3.png"]
+USUAL_NAMES = ["train test", "train validation", "train val", "train valid", "Train Valid", "TRAIN TEST", "train dev"]
+USUAL_NAMES += ["training testing", "Training validation", "train eval", "train_set test_set", "TrainSet TestSet"]
+USUAL_NAMES += ["trainset testset", "train-images test-images", "train2017 val2017", "training_data evaluation_data"]
+
+
+@pytest.mark.parametrize("names", USUAL_NAMES)
+def test_splits_are_found_by_the_usual_names(root, names):
+    train, test = names.split()
+    write(root, *(f"{train}/{i}.png" for i in range(20)), f"{test}/test.png", "elsewhere/4.png")
+    train, test = load_both(root)
+    assert (len(train.names), test.names.tolist()) == (20, ["test.png"])
+
+
+@pytest.mark.parametrize("others", [["val"], ["Validation", "val", "dev"]])
+def test_a_test_folder_takes_precedence_over_validation_folders(root, others):
+    write(root, "train/1.png", "Test/2.png", *(f"{name}/3.png" for name in others))
+    assert load(root, "test").names.tolist() == ["2.png"]
+
+
+CLASSES = [f"{animal}/{i}.png" for animal in ("cat", "dog") for i in range(10)]
+CHOICES = {  # files, an option that resolves the ambiguity, and the resulting training, test and class names
+    "two training folders": (
+        ["train/1.png", "Train/2.png", "test/3.png"],
+        {"train_split": "train"},
+        (["1.png"], ["3.png"], ()),
+    ),
+    "another of two": (
+        ["train/1.png", "Train/2.png", "test/3.png"],
+        {"train_split": "Train"},
+        (["2.png"], ["3.png"], ()),
+    ),
+    "two validation folders": (
+        ["train/1.png", "val/2.png", "validation/3.png"],
+        {"test_split": "val"},
+        (["1.png"], ["2.png"], ()),
+    ),
+    "a folder beside train": (["train/1.png", "x/2.png"], {"test_split": "x"}, (["1.png"], ["2.png"], ())),
+    "prefixes": (
+        ["seg_train/a/1.png", "seg_train/b/2.png", "seg_test/a/3.png"],
+        {"train_split": "seg_train", "test_split": "seg_test"},
+        (["a/1.png", "b/2.png"], ["a/3.png"], ("a", "b")),
+    ),
+    "splits one level deeper": (
+        ["deep/Train/1.png", "deep/Test/2.png"],
+        {"train_split": "deep/Train", "test_split": "deep/Test"},
+        (["1.png"], ["2.png"], ()),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_ambiguous_splits_are_refused_and_chosen_by_options(root, case):
+    files, options, (train, test, classes) = CHOICES[case]
+    write(root, *files)
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match="choose folders with --train-split and --test-split, or give --train-spl"):
+            load(root, split)
+    assert not (root.parent / "cache").exists()
+    loaded = load_both(root, **options)
+    assert [split.names.tolist() for split in loaded] == [train, test]
+    assert [split.class_names for split in loaded] == [classes, classes]
+
+
+@pytest.mark.parametrize("name", ["train", "Training", "test", "valid", "Dev"])
+def test_a_class_that_is_called_like_a_split_is_refused_until_the_user_says_that_it_is_a_class(root, name):
+    write(root, *CLASSES, *(f"{name}/{i}.png" for i in range(10)))
+    with pytest.raises(UserError, match=r"--train-split .*if all subfolders are classes"):
+        load(root)
+    train, test = load_both(root, train_split=".")
+    assert train.class_names == test.class_names == tuple(sorted(["cat", "dog", name]))
+    assert (len(train.names), len(test.names)) == (27, 3)
+
+
+def test_train_alone_is_split_and_other_folders_may_hold_no_images(root):
+    write(root, *(f"Train/{i}.png" for i in range(20)))
+    (root / "labels").mkdir()
+    (root / "labels" / "1.txt").write_text("no picture")
+    assert [len(loaded.names) for loaded in load_both(root)] == [18, 2]
+
+
+def test_unlabelled_images_need_no_training_folder_with_labels(root):
+    write(root, "loose/1.png", "held/2.png")
+    options = {"train_split": "loose", "test_split": "held"}
+    train = load(root, **options)
+    bank = load_bank(DataConfig(dataset=f"folder:{root}", **options), train, None, str(root.parent / "cache"))
+    assert bank.names.tolist() == ["1.png"]
 
 
 def test_splits_may_have_other_names(root):
@@ -85,12 +169,19 @@ def test_splits_may_have_other_names(root):
     assert (bank.labels.tolist(), bank.names.tolist()) == ([0, 1], ["a/1.png", "b/2.png"])
 
 
-def test_image_files_are_found_and_no_others(root):
+def test_image_files_are_found_and_no_others(root, capsys):
     found = ["a.JPG", "b.jpeg", "d.PNG", "deep/er/c.webp", "e.gif", "f.bmp", "g.tiff"]
     write(root, *found, ".hidden.png", ".folder/f.png")
-    (root / "notes.txt").write_text("no picture")
+    for name in ("notes.txt", "z.heic", "IMG_1.HEIC", "photo", ".left-out.txt"):
+        (root / name).write_text("no picture")
     os.mkfifo(root / "pipe.png")
+    (root / "linked.png").symlink_to(root / "pipe.png")
     assert [file.name for file in list_images(root)] == found
+    list_images(root)
+    assert capsys.readouterr().err == (
+        f"left out 6 other files of {root} (images end in .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp): "
+        "2 like 'IMG_1.HEIC', 2 like 'linked.png', 1 like 'notes.txt', 1 like 'photo'\n"
+    )
     assert (load(root).num_classes, set(load(root).labels.tolist())) == (0, {-1})  # one subfolder is not a class
 
 
@@ -100,6 +191,16 @@ def test_links_are_followed_but_not_in_circles(root, tmp_path):
     (root / "self").symlink_to(root)
     (tmp_path / "elsewhere" / "up").symlink_to(root)
     assert [file.name for file in list_images(root)] == ["linked/1.png", "linked/2.png"]
+
+
+def test_links_to_themselves_are_skipped(root, capsys):
+    write(root, *FLAT[:3])
+    for name in ("loop", "loop.png"):
+        (root / name).symlink_to(name)
+    assert [file.name for file in list_images(root)] == [*FLAT[:3], "loop.png"]
+    assert "left out 1 other files" in capsys.readouterr().err
+    assert sum(len(split.labels) for split in load_both(root)) == 3
+    assert "'loop.png' ([Errno 40] Too many levels of symbolic links" in capsys.readouterr().out
 
 
 def test_without_a_test_folder_a_tenth_is_held_out_whatever_the_order_of_the_files(root, tmp_path):
@@ -113,6 +214,43 @@ def test_without_a_test_folder_a_tenth_is_held_out_whatever_the_order_of_the_fil
     both = hold_out(list_images(root)[::-1])
     assert [file.name for file in both[1]] == expected
     assert [len(part) for part in hold_out(list_images(root)[:2])] == [1, 1]
+
+
+def images_of(classes):
+    """Files in folders of classes, as many of each as the dictionary says."""
+    names = [f"{name}/{i}.png" for name, count in classes.items() for i in range(count)]
+    return [ImageFile(name, Path(name), 0, 0) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("classes", "num_held"),
+    [
+        ({f"class{i}": 2 for i in range(100)}, 20),
+        ({"cat": 8, "dog": 8, "fox": 8} | {f"rare{i}": 1 for i in range(30)}, 5),
+        ({f"rare{i}": 1 for i in range(20)} | {"cat": 2}, 1),  # two of the 22 images would be a tenth
+        ({"only": 20}, 2),
+    ],
+)
+def test_the_last_image_of_a_class_is_not_held_out(classes, num_held):
+    files = images_of(classes)
+    train, test = hold_out(files)
+    assert {file.name.split("/")[0] for file in train} == set(classes)
+    assert len(test) == num_held
+    assert sorted(train + test) == sorted(files)
+
+
+def test_the_tenth_with_the_lowest_digests_is_held_out_if_it_leaves_every_class_an_image():
+    files = images_of({"cat": 20, "dog": 20})
+    expected = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())[:4]
+    assert hold_out(files)[1] == sorted(expected)
+
+
+def test_a_class_of_one_image_is_trained_on(root):
+    write(root, *CLASSES, "rare/1.png")
+    train, test = load_both(root)
+    assert train.class_names == test.class_names == ("cat", "dog", "rare")
+    assert "rare/1.png" in train.names
+    assert (len(train.names), len(test.names)) == (19, 2)
 
 
 def test_pictures_of_any_size_are_resized_to_one(root):
@@ -189,6 +327,17 @@ REFUSED = {
     ),
     "the same image": (same_image, {}, "has the same image for training and testing, 'a/1train.png': remove it"),
     "other classes": (lambda root: write(root, *NESTED, "test/d/1.png"), {}, "test images in a folder 'd', but its"),
+    "one of each class": (lambda root: write(root, "a/1.png", "b/2.png"), {}, "has one image in each class, and none"),
+    "test in train": (
+        lambda root: write(root, *NESTED),
+        {"train_split": ".", "test_split": "test"},
+        "--test-split is 'test': it shares images with --train-split '.'",
+    ),
+    "train in test": (
+        lambda root: write(root, *NESTED),
+        {"train_split": "test/a", "test_split": "test"},
+        "--test-split is 'test': it shares images with --train-split 'test/a'",
+    ),
     "per class": (lambda root: write(root, *FLAT), {"images_per_class": 3}, "--images-per-class is 3: .* no labels"),
 }
 
@@ -199,6 +348,7 @@ def test_folders_that_do_not_fit_are_refused(case, root):
     make(root)
     with pytest.raises(UserError, match=f"^--.*{message.removeprefix('--')}.*\\.$"):
         load_both(root, **options)
+    assert case == "per class" or not (root.parent / "cache").exists()  # nothing was decoded
 
 
 @pytest.mark.parametrize("name", ["", "~nobody-of-this-name/x", "x" * 900, "/dev/null", "a b", "..x"])

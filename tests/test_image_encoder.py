@@ -1,10 +1,13 @@
 """Encoders in Python compute the embeddings of eval.py, accept every kind of image, and leave the run unchanged."""
 
 import dataclasses
+import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -77,7 +80,7 @@ def test_few_sizes_are_compiled(loaded, digits):
     embed = make_embed(dataclasses.replace(loaded.config, evaluation=five), device_mesh())
     for size in (9, 10, 16):
         loaded.embed(np.concatenate([digits] * 2)[:size], patches=5)
-    assert embed._cache_size() == 1
+    assert embed.func._cache_size() == 1
 
 
 def test_an_empty_list_gives_no_embeddings(loaded):
@@ -116,19 +119,60 @@ def test_modes_are_converted(image):
     np.testing.assert_array_equal(encoder.to_square(image, 32), np.full((32, 32, 3), 7, np.uint8))
 
 
+def half_a_file() -> PIL.Image.Image:
+    file = io.BytesIO()
+    PIL.Image.fromarray(PIXELS).save(file, "png")
+    return PIL.Image.open(io.BytesIO(file.getvalue()[:1000]))
+
+
+TRUNCATED = half_a_file()
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
         (np.zeros((2, 32, 32, 3)), "Image 0 has type float64 .*: give uint8 arrays"),
         ([np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32, 7), np.uint8)], "Image 1 has type uint8"),
         ([np.zeros(32, np.uint8)], "Image 0 has type uint8"),
+        (
+            [np.zeros((0, 0, 3), np.uint8)],
+            r"Image 0 has type uint8 \(0, 0, 3\) \(it has no pixels\): give uint8 arrays",
+        ),
+        (np.zeros((2, 5, 0, 3), np.uint8), "Image 0 has type uint8 .* no pixels"),
+        (PIL.Image.new("L", (0, 0)), "Image 0 has type Image .* no pixels"),
         (["cat.jpg"], "Image 0 has type str"),
+        ("cat.jpg", r"^images is str \(a name is not an image\): give a list of uint8 arrays"),
+        (Path("cat.jpg"), r"^images is PosixPath \(.*not iterable\): give a list"),
+        (None, r"^images is NoneType \(.*not iterable\): give a list"),
+        (np.uint8(3), r"^images is uint8 \(it has no rows and columns\): give a list"),
+        (TRUNCATED, r"Image 0 has type PngImageFile \(.*truncated.*\): give"),
         ([PIL.Image.new("F", (8, 8))], "instead of 8 or 16 bits"),
     ],
 )
 def test_what_is_not_an_image_is_refused(loaded, images, message):
     with pytest.raises(UserError, match=message):
         loaded.embed(images)
+
+
+def test_one_image_gives_one_embedding(loaded, digits):
+    expected = loaded.embed(digits[:1])
+    gray = digits[0][..., 0]
+    np.testing.assert_array_equal(np.repeat(gray[..., None], 3, axis=2), digits[0])
+    for image in (digits[0], PIL.Image.fromarray(digits[0]), jnp.asarray(digits[0]), gray, gray[..., None]):
+        np.testing.assert_array_equal(loaded.embed(image), expected)
+
+
+def test_every_sequence_of_images_is_accepted(loaded, digits):
+    expected = loaded.embed(digits)
+    for images in (iter(digits), tuple(digits), map(PIL.Image.fromarray, digits), jnp.asarray(digits), digits[..., 0]):
+        np.testing.assert_array_equal(loaded.embed(images), expected)
+    assert loaded.embed(iter(())).shape == (0, 32)
+
+
+@pytest.mark.parametrize("indices", [[2**31], [2**40], [2**70], [-1], [0.5], [True], [[1]], [[1], [1, 2]], 3, ["a"]])
+def test_indices_that_are_not_whole_numbers_of_32_bits_are_refused(loaded, digits, indices):
+    with pytest.raises(UserError, match=r"^indices is .*: give a list of whole numbers from 0 to 2147483647\.$"):
+        loaded.embed(digits[:1], indices=indices)
 
 
 def test_wrong_numbers_are_refused(loaded, digits):

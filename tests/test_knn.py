@@ -4,8 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from empssl_jax.config import EvaluationConfig
 from empssl_jax.config.errors import UserError
+from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
+from empssl_jax.evaluation.evaluate import measure_knn
 from empssl_jax.evaluation.knn import knn_scores, top_k_accuracy
+from empssl_jax.runtime.devices import device_mesh
 
 
 def scores_of(numbers, **options):
@@ -37,6 +41,18 @@ def test_nine_of_ten_are_nine_tenths():
     # In float32 the mean is below 0.9, and a run would miss a target of 90 %.
     scores = jnp.eye(10)
     assert top_k_accuracy(scores, jnp.arange(10).at[0].set(9), 1) == 0.9
+
+
+@pytest.mark.parametrize(("classes", "neighbours", "top5"), [(10, 1, 0.1), (10, 5, 0.3), (3, 1, 1 / 3), (3, 5, 2 / 3)])
+def test_a_class_without_a_neighbour_is_not_among_the_top_five(classes, neighbours, top5):
+    """All queries equal the three images of the last class; the next nearest are the first images of the bank."""
+    directions, labels = np.eye(classes, dtype=np.float32), np.arange(classes, dtype=np.int32)
+    bank = LabelledEmbeddings(np.tile(directions, (3, 1)), np.tile(labels, 3), tuple("abcdefghij"[:classes]))
+    if classes == 3:  # five neighbours: the three, and two of the first class
+        bank = bank._replace(embeddings=np.repeat(directions, 3, axis=0), labels=np.repeat(labels, 3))
+    test = LabelledEmbeddings(np.tile(directions[-1:], (classes, 1)), labels, bank.class_names)
+    accuracy = measure_knn(Embeddings(bank, test), EvaluationConfig(num_neighbours=neighbours), device_mesh(1))
+    assert accuracy == pytest.approx({"top1": 1 / classes, "top5": top5})
 
 
 def test_length_of_embeddings_does_not_matter(golden):

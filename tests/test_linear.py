@@ -62,3 +62,13 @@ def test_separable_classes_are_learned():
     assert float(
         linear.linear_accuracy(jax.random.key(0), split, split, config, device_mesh(1)).top1[-1]
     ) == pytest.approx(1.0)
+
+
+def test_a_class_without_training_images_is_not_predicted():
+    """Three of six classes are trained on. With six logits, the top five would contain classes that none has taught."""
+    labels = np.arange(60, dtype=np.int32) % 3
+    train = LabelledEmbeddings(4 * np.eye(CLASSES, dtype=np.float32)[labels], labels, NAMES)
+    test = LabelledEmbeddings(train.embeddings[:CLASSES], np.arange(CLASSES, dtype=np.int32), NAMES)
+    config = EvaluationConfig(linear_epochs=20, linear_batch_size=1000)
+    accuracy = linear.linear_accuracy(jax.random.key(0), train, test, config, device_mesh(1))
+    assert (accuracy.top1[-1], accuracy.top5[-1]) == (0.5, 0.5)

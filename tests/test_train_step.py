@@ -1,7 +1,6 @@
 """The train step on one and on eight devices, the learning rate schedule, and whether the loss falls."""
 
 import dataclasses
-import functools
 import math
 import re
 
@@ -12,7 +11,8 @@ import pytest
 
 from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
 from empssl_jax.data.batches import Batch
-from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
+from empssl_jax.method.hyperparameters import Hyperparameters, learning_rate
+from empssl_jax.method.train_step import create_state, make_train_step
 from empssl_jax.runtime.devices import device_mesh, replicated, split_images
 
 CONFIG = Config(
@@ -35,23 +35,20 @@ def batches():
     ]
 
 
-@functools.cache
 def compiled_step(num_devices: int, config: Config):
-    """The step, a function that returns its initial state, and the mesh."""
+    """The step, its hyperparameters, and the mesh."""
     mesh = device_mesh(num_devices)
-    schedule = learning_rate_schedule(config.training, STEPS_PER_EPOCH)
-    optimizer = make_optimizer(config.training, schedule)
-    step = make_train_step(config, optimizer, schedule, STEPS_PER_EPOCH, mesh)
-    return step, lambda: jax.device_put(create_state(config, optimizer), replicated(mesh)), mesh
+    hyperparameters = Hyperparameters.of(config.training, STEPS_PER_EPOCH)
+    return make_train_step(config, mesh), jax.device_put(hyperparameters, replicated(mesh)), mesh
 
 
 def run_steps(batches, num_devices: int, config: Config = CONFIG):
     """The final state, and the metrics of each step."""
-    step, create, mesh = compiled_step(num_devices, config)
-    state, metrics = create(), []
+    step, hyperparameters, mesh = compiled_step(num_devices, config)
+    state, metrics = create_state(config.model, hyperparameters, mesh), []
     with jax.transfer_guard("disallow"):
         for batch in batches:
-            state, values = step(state, jax.device_put(batch, split_images(mesh)))
+            state, values = step(hyperparameters, state, jax.device_put(batch, split_images(mesh)))
             metrics.append(values)
     return jax.device_get(state), jax.device_get(metrics)
 
@@ -112,23 +109,23 @@ def test_remat_changes_nothing_but_memory(batches):
 def test_gradients_are_summed_over_devices_in_float32(batches):
     """With bfloat16 layers, no sum over devices is in bfloat16."""
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
-    step, create, mesh = compiled_step(8, config)
-    lowered = step.lower(jax.eval_shape(create), jax.device_put(batches[0], split_images(mesh))).as_text()
+    step, hyperparameters, mesh = compiled_step(8, config)
+    state = create_state.eval_shape(config.model, hyperparameters, mesh)
+    lowered = step.lower(hyperparameters, state, jax.device_put(batches[0], split_images(mesh))).as_text()
     sums = re.findall(r"all_reduce.*?\) : \((.*?)\) ->", lowered, re.DOTALL)
     assert len(sums) > 20
     assert not [types for types in sums if "bf16" in types]
 
 
 def test_the_schedule_is_a_half_cosine_over_all_steps():
-    config = TrainingConfig(max_epochs=2, learning_rate=0.3)
-    schedule = learning_rate_schedule(config, 6)
+    hyperparameters = Hyperparameters.of(TrainingConfig(max_epochs=2, learning_rate=0.3), 6)
     expected = [0.15 * (1 + math.cos(math.pi * t / 12)) for t in range(12)]
-    np.testing.assert_allclose([float(schedule(t)) for t in range(12)], expected, rtol=1e-5)
+    np.testing.assert_allclose([float(learning_rate(t, hyperparameters)) for t in range(12)], expected, rtol=1e-5)
 
 
 def test_warm_up_rises_linearly_then_falls():
-    schedule = learning_rate_schedule(TrainingConfig(max_epochs=2, warmup_epochs=0.5, learning_rate=0.3), 8)
-    rates = [float(schedule(t)) for t in range(17)]
+    config = TrainingConfig(max_epochs=2, warmup_epochs=0.5, learning_rate=0.3)
+    rates = [float(learning_rate(t, Hyperparameters.of(config, 8))) for t in range(17)]
     np.testing.assert_allclose(rates[:5], [0.06, 0.12, 0.18, 0.24, 0.3], rtol=1e-5)
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[16] == pytest.approx(0.0, abs=1e-7)
@@ -136,10 +133,11 @@ def test_warm_up_rises_linearly_then_falls():
 
 def test_a_learning_rate_of_zero_leaves_the_parameters(batches):
     """After the last step of the schedule, the rate is 0, but BatchNorm's statistics still change."""
-    step, create, mesh = compiled_step(1, CONFIG)
-    kept = jax.tree.map(lambda x: x + STEPS_PER_EPOCH if x.dtype == jnp.int32 else x, jax.device_get(create()))
+    step, hyperparameters, mesh = compiled_step(1, CONFIG)
+    start = jax.device_get(create_state(CONFIG.model, hyperparameters, mesh))
+    kept = jax.tree.map(lambda x: x + STEPS_PER_EPOCH if x.dtype == jnp.int32 else x, start)
     before = jax.device_put(kept, replicated(mesh))
-    after, metrics = step(before, jax.device_put(batches[0], split_images(mesh)))
+    after, metrics = step(hyperparameters, before, jax.device_put(batches[0], split_images(mesh)))
     assert float(metrics["learning_rate"]) == 0
     for ours, theirs in zip(jax.tree.leaves(kept.encoder.params), jax.tree.leaves(after.encoder.params), strict=True):
         np.testing.assert_array_equal(ours, theirs)

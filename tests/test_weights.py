@@ -1,6 +1,7 @@
 """Encoders to PyTorch files and back: the authors' encoder, exact round trips, and errors that name the arrays."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -16,12 +17,14 @@ from flax import nnx
 import empssl_jax
 from empssl_jax import command_line, training
 from empssl_jax.config import ModelConfig
+from empssl_jax.config.command_options import ImportOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.inference import torch_names as names_module
+from empssl_jax.inference import weights
 from empssl_jax.method import encoder as models
+from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.random_keys import parameters_key
 from empssl_jax.method.resnet import BACKBONES
-from empssl_jax.method.train_step import make_optimizer
 from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.runtime.devices import device_mesh
 
@@ -114,9 +117,9 @@ def test_export_then_import_is_exact(tiny_run, tmp_path, kind):
     run = dataclasses.replace(theirs.config.run, workdir=str(workdir))
     assert ours.config == dataclasses.replace(theirs.config, run=run)
     # Training starts from the imported encoder.
-    optimizer = make_optimizer(ours.config.training, lambda step: 0.1)
+    hyperparameters = Hyperparameters.of(ours.config.training, 2)
     with Checkpoints(workdir) as store:
-        state = training._initial_state(ours.config, optimizer, store, device_mesh())
+        state = training._initial_state(ours.config, hyperparameters, store, device_mesh())
     assert int(state.step) == 0
     assert_equal(state.encoder, theirs.state)
     other = dataclasses.replace(ours.config, model=dataclasses.replace(ours.config.model, width=8))
@@ -153,8 +156,74 @@ def test_a_torchvision_resnet_gets_the_initial_heads_of_training(tmp_path):
         run_command(command)
     run_command([*command, "--fresh-heads"])
     encoder = empssl_jax.load(tmp_path / "run")
-    assert encoder.config.model == model
+    assert encoder.config.model == dataclasses.replace(model, **weights.IMAGENET)
     assert_equal(encoder.state, begun._replace(params=begun.params | {"backbone": other.params["backbone"]}))
+
+
+RESNET50 = ModelConfig("resnet50", "imagenet", 2, 3, 2, "float32")
+RESNET18 = dataclasses.replace(RESNET50, backbone="resnet18")
+SMALL_HEADS = "from empssl_jax.config import *\nconfig = Config(model=ModelConfig(hidden_dim=3, projection_dim=2))\n"
+
+
+def resnet_file(path, wrap="", others=None, config=RESNET50):
+    """Saves a small ResNet and its classifier, with torchvision's names after a prefix."""
+    arrays = names_module.to_torch(models.init_encoder(config, KEY), config, 0)
+    resnet = {name.removeprefix("backbone."): a for name, a in arrays.items() if name.startswith("backbone.")}
+    resnet |= {"fc.weight": np.eye(2), "fc.bias": np.zeros(2)}
+    return save(path, {wrap + name: array for name, array in resnet.items()} | (others or {}))
+
+
+def read(file, *options):
+    return weights.read_run(ImportOptions(str(file), "run", *options))
+
+
+WRAPPERS = {
+    "module.": "module.",
+    "encoder.": "encoder.",
+    "backbone.": "",
+    "model.backbone._orig_mod.": "_orig_mod., model.",
+    "net.module.resnet.": "module., net.resnet.",
+}
+
+
+def test_a_resnet_alone_has_its_own_sizes_and_any_wrapper(tmp_path):
+    """The config file has another backbone, stem and width; only the heads' dimensions come from it."""
+    (tmp_path / "config.py").write_text(SMALL_HEADS)
+    plain = read(resnet_file(tmp_path / "a.safetensors", ""), str(tmp_path / "config.py"), True)
+    assert plain.config.model == dataclasses.replace(RESNET50, **weights.IMAGENET)
+    assert not [note for note in plain.notes if "prefix" in note]
+    for wrap, removed in WRAPPERS.items():
+        found = read(resnet_file(tmp_path / "b.safetensors", wrap), str(tmp_path / "config.py"), True)
+        assert_equal(found.encoder, plain.encoder)
+        assert [note for note in found.notes if "prefix" in note] == [f"prefixes removed from the names: {removed}"] * (
+            removed != ""
+        )
+
+
+def test_what_lies_outside_a_resnet_is_dropped_by_name(tmp_path):
+    (tmp_path / "config.py").write_text(SMALL_HEADS)
+    file = resnet_file(tmp_path / "a.safetensors", "encoder_q.", {"queue": np.eye(2), "encoder_q.pool.x": np.eye(2)})
+    with pytest.raises(UserError, match=r"a resnet50 alone: 0 missing; 1 unexpected: pool\.x; give a ResNet"):
+        read(file, str(tmp_path / "config.py"), True)
+    file = resnet_file(tmp_path / "a.safetensors", "encoder_q.", {"queue": np.eye(2)})
+    found = read(file, str(tmp_path / "config.py"), True)
+    assert found.notes[-1] == "arrays without a place in the encoder: 3 dropped: fc.bias, fc.weight, queue"
+
+
+@pytest.mark.parametrize("wrap", ["module.", "model.", "_orig_mod.module.", "module.net."])
+def test_an_encoder_has_any_wrapper(official, tmp_path, wrap):
+    bare = {name.removeprefix("module."): array for name, array in official[1].items()}
+    plain = read(save(tmp_path / "a.safetensors", bare))
+    found = read(save(tmp_path / "b.safetensors", {wrap + name: array for name, array in bare.items()}))
+    assert_equal(found.encoder, plain.encoder)
+    assert found.config == plain.config
+    assert plain.config.model == OFFICIAL
+
+
+def test_a_file_with_several_resnets_is_refused(tmp_path):
+    other = {"encoder_k.layer1.0.conv1.weight": np.zeros((2, 2, 1, 1))}
+    with pytest.raises(UserError, match=r"2 ResNets, with prefixes such as 'encoder_k\.', 'encoder_q\.': give"):
+        read(resnet_file(tmp_path / "a.safetensors", "encoder_q.", other), None, True)
 
 
 def without(name):
@@ -165,6 +234,125 @@ def with_array(name, array):
     return lambda arrays: arrays | {name: array}
 
 
+def test_the_input_is_normalised_as_the_weights_were_trained(tmp_path):
+    """Known without PyTorch: the stem's outputs, also at the border, and the features of normalised pixels."""
+    (tmp_path / "config.py").write_text(SMALL_HEADS)
+    file = resnet_file(tmp_path / "a.safetensors", config=RESNET18)
+    found = read(file, str(tmp_path / "config.py"), True)
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 16, 16, 3))
+    theirs = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    patches = jnp.asarray(pixels / 127.5 - 1, jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def stem_and_features(config, state, patches):
+        encoder = nnx.merge(models.encoder_graph(config), *state)
+        encoder.eval()
+        return encoder.backbone.stem(encoder.backbone.normalise_channels(patches)), encoder.backbone(patches)
+
+    stem, features = stem_and_features(found.config.model, found.encoder, patches)
+    kernel = np.float64(found.encoder.params["backbone"]["stem"]["kernel"])
+    padded = np.pad(theirs, ((0, 0), (3, 3), (3, 3), (0, 0)))
+    for row, column in ((0, 0), (3, 4), (7, 7)):
+        window = padded[:, 2 * row : 2 * row + 7, 2 * column : 2 * column + 7]
+        np.testing.assert_allclose(stem[:, row, column], np.tensordot(window, kernel, 3), rtol=1e-4, atol=1e-5)
+    _, expected = stem_and_features(RESNET18, found.encoder, theirs.astype(np.float32))  # normalises nothing more
+    assert relative_error(features, expected) < 1e-5
+
+
+def test_the_normalisation_can_be_given_and_survives_export_and_import(tiny_run, tmp_path):
+    """A file's own normalisation is used unless another is given; arrays and config stay as they are."""
+    run_command(["export", str(tiny_run), "--output", str(tmp_path / "a.safetensors")])
+    channels = ["--input-mean", "0.1", "0.2", "0.3", "--input-std", "0.25", "0.5", "1"]
+    run_command(["import", str(tmp_path / "a.safetensors"), "--workdir", str(tmp_path / "b"), *channels])
+    run_command(["export", str(tmp_path / "b"), "--output", str(tmp_path / "b.safetensors")])
+    with safetensors.safe_open(tmp_path / "b.safetensors", framework="numpy") as file:
+        assert file.metadata()["input"].endswith("(pixels / 255 - mean) / std, mean 0.1 0.2 0.3, std 0.25 0.5 1.0")
+    before, after = read(tmp_path / "a.safetensors"), read(tmp_path / "b.safetensors")
+    assert_equal(after.encoder, before.encoder)
+    model = before.config.model
+    assert (model.input_mean, model.input_std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert after.config.model == dataclasses.replace(model, input_mean=(0.1, 0.2, 0.3), input_std=(0.25, 0.5, 1.0))
+    # As embed's pipeline sees it: another normalisation, other embeddings.
+    images = np.random.RandomState(0).randint(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    assert relative_error(empssl_jax.load(tmp_path / "b").embed(images), empssl_jax.load(tiny_run).embed(images)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (((0.5, 0.5, 0.5), None), "--input-mean is .*: give --input-mean and --input-std together"),
+        ((None, (0.5, 0.5, 0.5)), "--input-std is .*: give --input-mean and --input-std together"),
+        (((123.7, 116.3, 103.5), (1.0, 1.0, 1.0)), "--input-mean is .*: give a number from 0 to 1 for each of red"),
+        (((0.5, 0.5, 0.5), (0.5, 0.0, 0.5)), "--input-std is .*: give a number from 0.001 to 1 for each of red"),
+    ],
+)
+def test_a_wrong_normalisation_is_refused(official, tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        read(save(tmp_path / "a.safetensors", official[1]), None, False, *given)
+
+
+WRONG_METADATA = {
+    **{
+        f"image_size {text!r}"[:30]: ({"image_size": text}, "`image_size` in .*a whole number from 1 to 65536")
+        for text in ("224x224", "-3", "0", "65537", "", "3.0", " 32", "9" * 5000, "²", "None")
+    },
+    "no JSON": ({"config": "{"}, "`config` in .* is not a config"),
+    "JSON of something else": ({"config": "[1]"}, "`config` in .* is not a config"),
+    "an unknown option": ({"config": '{"model": {"x": 1}}'}, "`config` in .* is not a config"),
+    "a wrong type": ({"config": '{"model": {"width": "8"}}'}, "`config` in .* wrong value: --width is '8'"),
+    "a wrong range": ({"config": '{"data": {"image_size": -3}}'}, "`config` in .* wrong value: --image-size is -3"),
+    "two channels": ({"config": '{"model": {"input_std": [1, 1]}}'}, "`config` in .* wrong value: --input-std is"),
+    "words": ({"input_mean": "a b c", "input_std": "1 1 1"}, "metadata of .* wrong value: --input-mean is"),
+    "a mean alone": ({"input_mean": "0 0 0"}, "metadata of .* wrong value: --input-std is"),
+    "NaN": ({"input_mean": "0 0 nan", "input_std": "1 1 1"}, "metadata of .* wrong value: --input-mean is"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_METADATA)
+def test_wrong_metadata_are_refused_before_anything_is_written(official, tmp_path, case):
+    metadata, message = WRONG_METADATA[case]
+    file = save(tmp_path / "a.safetensors", official[1], metadata)
+    with pytest.raises(UserError, match=message):
+        run_command(["import", file, "--workdir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def with_header(change):
+    """A small file whose header, JSON, is changed."""
+    content = safetensors.numpy.save({"x": np.ones(3, np.float32)}, {"image_size": "32"})
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    changed = change(header).encode()
+    return len(changed).to_bytes(8, "little") + changed + content[-12:]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 8,
+        with_header(lambda header: "{"),
+        with_header(lambda header: "[]"),
+        with_header(lambda header: json.dumps(header | {"x": 3})),
+        *(
+            with_header(lambda header, change=change: json.dumps(header | {"x": header["x"] | change}))
+            for change in (
+                {"dtype": "F33"}, {"dtype": 3}, {"dtype": "F64"}, {"shape": [-3]}, {"shape": [4]}, {"shape": "3"},
+                {"shape": [2**62, 8]}, {"data_offsets": [0, 13]}, {"data_offsets": [12, 0]}, {"data_offsets": [0]},
+            )
+        ),
+        *(
+            with_header(lambda header, metadata=metadata: json.dumps(header | {"__metadata__": metadata}))
+            for metadata in (3, [], {"image_size": 32}, {"image_size": None})
+        ),
+    ],
+)  # fmt: skip
+def test_damaged_headers_are_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.safetensors cannot be read"):
+        run_command(["import", str(tmp_path / "a.safetensors"), "--workdir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 REFUSED = {
     "a missing array": (without("module.backbone.layer2.0.bn1.weight"), "1 missing: backbone.layer2.0.bn1.weight; 0"),
     "one too many": (with_array("module.fc.weight", np.eye(2)), "0 missing; 1 unexpected: fc.weight"),
@@ -172,6 +360,23 @@ REFUSED = {
     "another shape": (with_array("module.pre_feature.1.bias", np.zeros(3)), r"pre_feature.1.bias has shape \(3,\)"),
     "a flat kernel": (with_array("module.pre_feature.0.weight", np.zeros(3)), r"kernels have shapes .*\(3,\)"),
     "NaN": (with_array("module.pre_feature.1.running_var", np.full(64, np.nan)), "running_var is not finite"),
+    "beyond float32": (with_array("module.projection.3.bias", np.full(32, 1e300)), "projection.3.bias is not finite"),
+    "a mean that overflows": (
+        lambda arrays: (
+            arrays
+            | {"module.pre_feature.1.running_mean": np.full(64, 3e38), "module.pre_feature.0.bias": np.full(64, -3e38)}
+        ),
+        "running_mean is not finite",
+    ),
+    "negative variances": (with_array("module.backbone.bn1.running_var", -np.ones(64)), "has negative variances"),
+    "too wide": (
+        with_array("module.backbone.conv1.weight", np.zeros((1001, 3, 3, 3))),
+        "not supported: --width is 1001",
+    ),
+    "no channels": (with_array("module.backbone.conv1.weight", np.zeros((0, 3, 3, 3))), "not supported: --width is 0"),
+    "a 5x5 stem": (with_array("module.backbone.conv1.weight", np.zeros((64, 3, 5, 5))), r"conv1.weight has shape"),
+    "gray": (with_array("module.backbone.conv1.weight", np.zeros((64, 1, 3, 3))), r"conv1.weight has shape"),
+    "the same twice": (with_array("pre_feature.1.bias", np.zeros(64)), "have the same name apart from wrappers"),
 }
 
 
@@ -219,6 +424,61 @@ def test_a_torch_file_cannot_run_code(tmp_path):
     with pytest.raises(UserError, match="a state dictionary and nothing else"):
         run_command(["import", str(tmp_path / "a.pt"), "--workdir", str(tmp_path / "run")])
     assert not (tmp_path / "run_by_the_file").exists()
+
+
+def test_torch_files_may_nest_the_state_dictionary(official, tmp_path):
+    torch = pytest.importorskip("torch", reason="pip install -e '.[torch]'")
+    tensors = {str(name): torch.tensor(array) for name, array in official[1].items()}
+    plain = read(save(tmp_path / "a.safetensors", official[1]))
+    ema = {name: tensor + 1 for name, tensor in tensors.items()}
+    for content in (
+        tensors,
+        {"state_dict": tensors, "epoch": 3},
+        {"model": {"net": tensors}, "optimizer": {"state": {0: {"momentum": torch.zeros(3)}}, "lr": 0.1}},
+        {"state_dict": tensors, "ema": ema},
+        {name: torch.nn.Parameter(tensor.double()) if tensor.ndim else tensor for name, tensor in tensors.items()},
+    ):
+        torch.save(content, tmp_path / "a.pt")
+        assert_equal(read(tmp_path / "a.pt").encoder, plain.encoder)
+    for content, message in (
+        ({"model": tensors, "ema": ema}, "contains 2 ResNets, for example in 'model', 'ema': save one"),
+        (tensors | {"epoch": 3}, "'epoch' is no tensor"),
+        (tensors | {"x": torch.zeros(3, dtype=torch.complex64)}, "x is complex"),
+        (torch.zeros(3), "contains a Tensor"),
+        ({"state_dict": tensors, "metadata": 3}, "cannot be read"),
+        ({"state_dict": tensors, "metadata": {"image_size": -3}}, "`image_size` in .* is '-3'"),
+    ):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=message):
+            run_command(["import", str(tmp_path / "a.pt"), "--workdir", str(tmp_path / "run")])
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_imported_resnet_has_the_features_of_torchvision_s_own_input(tmp_path):
+    """From pixels: torchvision's preset normalisation and forward pass, and the imported run's."""
+    torch = pytest.importorskip("torch", reason="pip install -e '.[torch]'")
+    torchvision = pytest.importorskip("torchvision", reason="pip install -e '.[bench]'")
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18()
+    pixels = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
+    weights_enum = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()
+    scaled = torchvision.transforms.functional.normalize(pixels / 255, weights_enum.mean, weights_enum.std)
+    resnet.train()(scaled)  # gives BatchNorm statistics
+    file = save(tmp_path / "a.safetensors", {name: value.numpy() for name, value in resnet.state_dict().items()})
+    (tmp_path / "config.py").write_text(SMALL_HEADS)
+    found = read(file, str(tmp_path / "config.py"), True)
+    resnet.fc = torch.nn.Identity()
+    with torch.no_grad():
+        theirs = resnet.eval()(scaled).numpy()
+    patches = np.moveaxis(pixels.numpy(), 1, -1).astype(np.float32) / 127.5 - 1
+
+    @jax.jit
+    def features(state, patches):
+        encoder = nnx.merge(models.encoder_graph(found.config.model), *state)
+        encoder.eval()
+        return encoder.backbone(patches)
+
+    assert relative_error(features(found.encoder, patches), theirs) < 1e-4
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

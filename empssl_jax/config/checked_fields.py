@@ -1,10 +1,13 @@
-"""Dataclass fields that check their values: a range, a choice or a name. A wrong value raises UserError."""
+"""Dataclass fields that check their values: ranges, choices, names, paths, channels. A wrong value raises UserError."""
 
 import dataclasses
+import os
 import typing
 import unicodedata
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+import tyro
 
 from empssl_jax.config.errors import require
 
@@ -47,6 +50,20 @@ class Choice:
         return " or ".join(map(repr, self.values))
 
 
+@dataclass(frozen=True)
+class Channels:
+    """A number for each of red, green and blue."""
+
+    each: Range
+
+    def holds(self, value: object) -> bool:
+        """Whether the value is a tuple of three numbers in the range."""
+        return isinstance(value, tuple) and len(value) == 3 and all(map(self.each.holds, value))
+
+    def __str__(self) -> str:
+        return f"{self.each} for each of red, green and blue"
+
+
 class Text:
     """Names and paths that the file system and a terminal can handle."""
 
@@ -60,25 +77,42 @@ class Text:
         return "a name of 1 to 1000 printable characters"
 
 
-def _allowed(field: dataclasses.Field, annotation: object) -> _Allowed:
-    """The values that a field accepts: those of its range, or else of its type."""
+def _allowed(field: dataclasses.Field, annotation: object) -> _Allowed | None:
+    """The values that a field accepts: those of its range, or else of its type; None if the type decides."""
     if "range" in field.metadata:
         return field.metadata["range"]
+    if "channels" in field.metadata:
+        return Channels(field.metadata["channels"])
     if annotation is bool:
         return Choice((False, True))
-    return Choice(typing.get_args(annotation)) if typing.get_origin(annotation) is Literal else Text()
+    if typing.get_origin(annotation) is Literal:
+        return Choice(typing.get_args(annotation))
+    return Text() if annotation in (str, str | None) else None
 
 
 class Checked:
-    """Checks the fields of a dataclass when it is created."""
+    """Checks the fields of a dataclass when it is created, and expands ~ in its paths."""
 
     def __post_init__(self) -> None:
         annotations = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value, allowed = getattr(self, field.name), _allowed(field, annotations[field.name])
             optional = field.default is None
-            if not (optional and value is None):
-                require(allowed.holds(value), field.name, value, f"give {allowed}{', or None' * optional}")
+            if allowed is None or value is tyro.MISSING or (optional and value is None):
+                continue
+            require(allowed.holds(value), field.name, value, f"give {allowed}{', or None' * optional}")
+            if "path_after" in field.metadata:
+                object.__setattr__(self, field.name, expand(value, field.metadata["path_after"]))
+
+
+def expand(value: str, prefix: str = "") -> str:
+    """The path after the prefix with the user's home folder instead of ~; a value without the prefix stays as it is."""
+    return prefix + os.path.expanduser(value.removeprefix(prefix)) if value.startswith(prefix) else value
+
+
+def path_field(default: Any = dataclasses.MISSING, after: str = "") -> Any:
+    """A field for the path of a file or a folder. With `after`, only what follows that word is a path."""
+    return dataclasses.field(default=default, metadata={"path_after": after})
 
 
 def int_field(default: int | None, low: int, high: int = 1_000_000_000) -> Any:
@@ -89,3 +123,8 @@ def int_field(default: int | None, low: int, high: int = 1_000_000_000) -> Any:
 def float_field(default: float, low: float, high: float = 1e9) -> Any:
     """A field for numbers from `low` to `high`."""
     return dataclasses.field(default=default, metadata={"range": Range(low, high, is_integer=False)})
+
+
+def channels_field(default: tuple[float, float, float], low: float, high: float) -> Any:
+    """A field for three numbers from `low` to `high`: of red, green and blue."""
+    return dataclasses.field(default=default, metadata={"channels": Range(low, high, is_integer=False)})

@@ -6,20 +6,21 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from empssl_jax.config.options import DistributedConfig, EmbeddingConfig, EvaluationConfig, RunConfig
+from empssl_jax.config.checked_fields import Checked, path_field
+from empssl_jax.config.options import FOLDER, DistributedConfig, EmbeddingConfig, EvaluationConfig, RunConfig
 
 RUN = "RUN"  # how help and errors name the folder of a run that is given without an option
 CheckpointChoice = int | Literal["latest", "best"]
 
 
 @dataclass(frozen=True)
-class MeasuredData:
+class MeasuredData(Checked):
     """The images to measure on. Without any of these options, they are the run's."""
 
     # Another data set: a TFDS image data set by name, folder:PATH, or digits. Its results and embeddings are kept
     # beside the run's own. A folder with the images that the run was trained on is the run's own, wherever it is. The
     # options below then default to those of the run, otherwise to those of `empssl train`.
-    dataset: str | None = None
+    dataset: str | None = path_field(None, after=FOLDER)
     # Split that kNN and the linear classifier learn from.
     train_split: str | None = None
     # Split that kNN and the linear classifier are measured on.
@@ -35,77 +36,82 @@ class MeasuredData:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Checked):
     """What to evaluate."""
 
     # Folder of a run of train.py. With several, such as runs/*, missing measurements are made and all are compared.
-    workdir: str = RunConfig.workdir
+    workdir: str = path_field(RunConfig.workdir)
     # Checkpoint to restore: its step, the newest ("latest"), or the one with the lowest loss ("best").
     step: CheckpointChoice = "latest"
     # Folder with train.npz and test.npz to evaluate instead of a checkpoint.
-    embeddings: str | None = None
+    embeddings: str | None = path_field(None)
     # Folder of prepared TFDS data sets. Default: the run's, then $TFDS_DATA_DIR, then ~/tensorflow_datasets.
-    data_dir: str | None = None
+    data_dir: str | None = path_field(None)
     # Folder for decoded images. Default: the run's, then empssl_jax/images in the user's cache folder.
-    cache_dir: str | None = None
+    cache_dir: str | None = path_field(None)
     data: OmitArgPrefixes[MeasuredData] = dataclasses.field(default_factory=MeasuredData)
     evaluation: OmitArgPrefixes[EvaluationConfig] = dataclasses.field(default_factory=EvaluationConfig)
     distributed: OmitArgPrefixes[DistributedConfig] = dataclasses.field(default_factory=DistributedConfig)
 
 
 @dataclass(frozen=True)
-class EmbedOptions:
+class EmbedOptions(Checked):
     """What to embed, and with which encoder."""
 
     # One image file, or a folder of them, subfolders included.
-    images: str
+    images: str = path_field()
     # Folder of a run.
-    workdir: str = RunConfig.workdir
+    workdir: str = path_field(RunConfig.workdir)
     # File to write: `embeddings` (N, E) float32; `files`, their N names relative to the folder; and `unreadable`, the
     # names of files that were skipped.
-    output: str = "embeddings.npz"
+    output: str = path_field("embeddings.npz")
     # Checkpoint to use: its step, the newest ("latest"), or the one with the lowest loss ("best").
     step: CheckpointChoice = "latest"
     embedding: OmitArgPrefixes[EmbeddingConfig] = dataclasses.field(default_factory=EmbeddingConfig)
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Checked):
     """Which weights to export, and where to."""
 
     # Folder of a run.
-    run: Annotated[Positional[str], arg(metavar=RUN)]
+    run: Annotated[Positional[str], arg(metavar=RUN)] = path_field()
     # A .safetensors file, or a file for torch.load, which needs PyTorch.
     format: Literal["safetensors", "torch"] = "safetensors"
     # Checkpoint to export: its step, the newest ("latest"), or the one with the lowest loss ("best").
     step: CheckpointChoice = "latest"
     # File to write. Default: weights.safetensors or weights.pt in the run's folder.
-    output: str | None = None
+    output: str | None = path_field(None)
 
 
 @dataclass(frozen=True)
-class ImportOptions:
+class ImportOptions(Checked):
     """Which weights to import, and where to."""
 
     # A .safetensors file, or one of torch.save (.pt, .pth), which needs PyTorch.
-    file: Annotated[Positional[str], arg(metavar="FILE")]
+    file: Annotated[Positional[str], arg(metavar="FILE")] = path_field()
     # Folder of the new run.
-    workdir: str
+    workdir: str = path_field()
     # Python file with the rest of the run's config, such as configs/cifar10.py. Default: what the exported run had, or
-    # else the defaults. The encoder's sizes come from the weights.
-    config: str | None = None
+    # else the defaults. The encoder's sizes and the normalisation of its input do not come from it.
+    config: str | None = path_field(None)
     # The file holds a ResNet without heads, such as torchvision's. Its classifier is dropped; both heads are drawn
-    # with the config's sizes and seed.
+    # with the config's dimensions and seed.
     fresh_heads: bool = False
+    # Mean of red, green and blue, from 0 to 1, that the weights were trained with. Default: that in the file; or else
+    # the authors', 0.5, if the file has their heads, and ImageNet's if not.
+    input_mean: tuple[float, float, float] | None = None
+    # Standard deviation of red, green and blue that the weights were trained with, with similar defaults.
+    input_std: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(Checked):
     """Which run to report on."""
 
     # Folder of a run of train.py.
-    run: Annotated[Positional[str], arg(metavar=RUN)]
+    run: Annotated[Positional[str], arg(metavar=RUN)] = path_field()
     # Where the run's images are now, as folder:PATH, if they have moved.
-    dataset: str | None = None
+    dataset: str | None = path_field(None, after=FOLDER)
     # Folder of prepared TFDS data sets. Default: the run's, then $TFDS_DATA_DIR, then ~/tensorflow_datasets.
-    data_dir: str | None = None
+    data_dir: str | None = path_field(None)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import tyro
 
+from empssl_jax.config.checked_fields import Checked, path_field
 from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.config.options import Config
 
@@ -52,8 +53,8 @@ def _find(name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class _ConfigOption:
-    config: str = DEFAULT
+class _ConfigOption(Checked):
+    config: str = path_field(DEFAULT)
 
 
 def parse_train_options(arguments: Sequence[str], prog: str | None = None) -> Config:

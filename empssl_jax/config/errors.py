@@ -34,6 +34,11 @@ def flag(option: str) -> str:
     return "--" + option.replace("_", "-")
 
 
+def words(value: object) -> list[str]:
+    """The value of an option as on the command line: one word, or one for each number."""
+    return [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+
+
 def one_line(value: object) -> str:
     """The value as messages show it: on one line, at most 200 characters. For an exception, its message."""
     try:

@@ -6,16 +6,16 @@ enough that their products fit into XLA's integers: a model or batch that is too
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from empssl_jax.config.checked_fields import Checked, float_field, int_field
-from empssl_jax.config.errors import UserError, flag, one_line, require
+from empssl_jax.config.checked_fields import Checked, channels_field, float_field, int_field, path_field
+from empssl_jax.config.errors import UserError, flag, one_line, require, words
 
+TRAIN = "train"  # the default training split
 FOLDER = "folder:"  # before the path of a folder of image files
 
 
@@ -25,10 +25,11 @@ class DataConfig(Checked):
 
     # A TFDS image data set by name; or folder:PATH, a folder of image files (JPEG, PNG, ...), see docs/data.md; or
     # digits, the 8x8 digits of scikit-learn.
-    dataset: str = "cifar10"
-    # Split to train on; its labels are not used. kNN and the linear classifier learn from the labelled images of this
-    # split, or of the split train if this one has no labels (such as stl10's unlabelled).
-    train_split: str = "train"
+    dataset: str = path_field("cifar10", after=FOLDER)
+    # Split to train on; its labels are not used. Default: train. kNN and the linear classifier learn from the labelled
+    # images of this split, or of the split train if this one has no labels (such as stl10's unlabelled). For a folder:
+    # a subfolder, or "." to take all of its subfolders as classes.
+    train_split: str | None = None
     # Split to measure kNN and the linear classifier on. Default: test, or else validation. Images without labels are
     # embedded but not measured.
     test_split: str | None = None
@@ -45,9 +46,7 @@ class DataConfig(Checked):
     @property
     def folder(self) -> Path | None:
         """The folder of image files that `dataset` names; None for other data sets."""
-        if not self.dataset.startswith(FOLDER):
-            return None
-        return Path(os.path.expanduser(self.dataset.removeprefix(FOLDER)))
+        return Path(self.dataset.removeprefix(FOLDER)) if self.dataset.startswith(FOLDER) else None
 
     def with_absolute_folder(self) -> "DataConfig":
         """The same with an absolute path of the folder, which holds whatever the current folder is."""
@@ -61,7 +60,7 @@ class DataConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         remedy = "give a split other than --train-split, or accuracies would be measured on training images"
-        require(self.test_split != self.train_split, "test_split", self.test_split, remedy)
+        require(self.test_split != (self.train_split or TRAIN), "test_split", self.test_split, remedy)
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,11 @@ class ModelConfig(Checked):
     # Type of activations and matrix products; auto is bfloat16 on GPU and TPU and float32 on CPU. Parameters,
     # statistics and the loss are always float32.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Mean of red, green and blue, as fractions of the highest pixel, that the encoder subtracts from its input. Weights
+    # that were trained elsewhere need the mean and standard deviation that they were trained with.
+    input_mean: tuple[float, float, float] = channels_field((0.5, 0.5, 0.5), 0.0, 1.0)
+    # Standard deviation of red, green and blue that the encoder then divides by.
+    input_std: tuple[float, float, float] = channels_field((0.5, 0.5, 0.5), 0.001, 1.0)
 
 
 @dataclass(frozen=True)
@@ -145,13 +149,15 @@ class EmbeddingConfig(Checked):
     # Patches averaged into an embedding; 0 skips embeddings and all measurements.
     valid_patches: int = int_field(128, 0, 1_000_000)
     # random: patches made as in training, as in the paper. grid: the crops of a regular grid without augmentation, of
-    # which fewer are enough, with higher accuracy (docs/recipe.md).
-    valid_crops: Literal["random", "grid"] = "random"
+    # which fewer are enough, with higher accuracy. whole: the whole image at once, in the scale of the patches; needs
+    # --valid-patches 1. grid+whole: both, side by side (docs/recipe.md).
+    valid_crops: Literal["random", "grid", "whole", "grid+whole"] = "random"
     # What is averaged over the patches. hidden: hidden features, as in the paper. stages: the mean of each ResNet
     # stage's map, all four concatenated, which is shorter and more accurate (docs/recipe.md).
     embedded_layer: Literal["hidden", "stages"] = "hidden"
-    # Cells along each side of the image. Each cell averages its own patches of the grid; the embedding concatenates
-    # the cells' means and keeps where things are. 1 averages all patches, as in the paper.
+    # Cells along each side of the image. Each cell averages its own patches of the grid, or its part of the whole
+    # image's maps; the embedding concatenates the cells' means and keeps where things are. 1 averages all, as in the
+    # paper.
     cells: int = int_field(1, 1, 10)
     # Images embedded at a time, over all devices.
     embedding_batch_size: int = int_field(250, 1, 100_000)
@@ -160,12 +166,25 @@ class EmbeddingConfig(Checked):
         super().__post_init__()
         if self.valid_crops == "random":
             require(self.cells == 1, "cells", self.cells, "random crops belong to no cell, so give --valid-crops grid")
+        if self.valid_crops == "whole":
+            require(self.valid_patches <= 1, "valid_patches", self.valid_patches, "the whole image is one, so give 1")
+        if not self.valid_crops.startswith("grid"):
             return
         side = self.grid_side
         remedy = "a grid has a square number of crops, for example 16"
         require(side**2 == self.valid_patches, "valid_patches", self.valid_patches, remedy)
         remedy = f"the cells divide the grid's {side} crops a side equally, so give a divisor of {side}"
         require(side % self.cells == 0, "cells", self.cells, remedy)
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether the embedding contains features of patches."""
+        return self.valid_crops != "whole"
+
+    @property
+    def has_whole_image(self) -> bool:
+        """Whether the embedding contains features of the whole image."""
+        return self.valid_crops in ("whole", "grid+whole")
 
     @property
     def grid_side(self) -> int:
@@ -197,9 +216,17 @@ class EvaluationConfig(EmbeddingConfig):
     report: bool = True
 
     @property
+    def embedding(self) -> EmbeddingConfig:
+        """The part about how images are embedded."""
+        fields = dataclasses.fields(EmbeddingConfig)
+        return EmbeddingConfig(**{field.name: getattr(self, field.name) for field in fields})
+
+    @property
     def embeddings(self) -> str:
         """How the measured embeddings are made, in words."""
-        parts = [f"{self.valid_patches} {self.valid_crops} patches", self.embedded_layer]
+        views = [f"{self.valid_patches} {self.valid_crops.split('+')[0]} patches"] * self.has_patches
+        views += ["the whole image"] * self.has_whole_image
+        parts = [" and ".join(views), self.embedded_layer]
         parts += [f"{self.cells}x{self.cells} cells"] * (self.cells > 1) + ["whitened for kNN"] * self.whiten
         return ", ".join(parts)
 
@@ -209,12 +236,12 @@ class RunConfig(Checked):
     """Where the run is stored and how it executes. Nothing here changes what is learned."""
 
     # Folder of the run: checkpoints, metrics, embeddings, results. Training resumes from what it holds.
-    workdir: str = "runs/cifar10"
+    workdir: str = path_field("runs/cifar10")
     # Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
-    data_dir: str | None = None
+    data_dir: str | None = path_field(None)
     # Folder for decoded images of folders and of large data sets, which need not fit into memory. Default:
     # empssl_jax/images in the user's cache folder.
-    cache_dir: str | None = None
+    cache_dir: str | None = path_field(None)
     # Save a checkpoint every so many steps, besides the end of each epoch.
     checkpoint_every: int | None = int_field(None, 1)
     # Newest checkpoints to keep, besides the one with the lowest loss.
@@ -299,6 +326,8 @@ def training_differences(ours: Config, theirs: Config) -> list[str]:
     for group in ("data", "patches", "model", "training"):
         for field in dataclasses.fields(getattr(ours, group)):
             mine, other = (getattr(getattr(config, group), field.name) for config in (ours, theirs))
+            if field.name == "train_split":  # earlier versions saved the default as its name
+                mine, other = mine or TRAIN, other or TRAIN
             if mine != other and field.name not in NO_PART_IN_TRAINING:
-                differences.append(f"{flag(field.name)} {mine} (was {other})")
+                differences.append(f"{flag(field.name)} {' '.join(words(mine))} (was {' '.join(words(other))})")
     return differences

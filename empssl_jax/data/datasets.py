@@ -10,6 +10,7 @@ from jaxtyping import Int, Int32, Shaped, UInt8
 
 from empssl_jax.config import Config, DataConfig
 from empssl_jax.config.errors import UserError, require
+from empssl_jax.config.options import TRAIN
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -90,10 +91,16 @@ def load_bank(
     They are the training images. If none of these has a label and they are from another split than train, they are the
     images of the split train instead.
     """
-    if (train.labels >= 0).any() or config.train_split == DataConfig.train_split:
+    if (train.labels >= 0).any() or config.train_split in (None, TRAIN):
         return train
-    labelled = dataclasses.replace(config, train_split=DataConfig.train_split)
-    return load_split(labelled, "train", data_dir, cache_dir)
+    name: str | None = TRAIN
+    if config.dataset.startswith("folder:"):
+        from empssl_jax.data.folder_images import other_train_folder, root_of
+
+        name = other_train_folder(config, root_of(config))
+        if name is None:
+            return train
+    return load_split(dataclasses.replace(config, train_split=name), "train", data_dir, cache_dir)
 
 
 def _load(
@@ -109,7 +116,7 @@ def _load(
         return ImageDataset(images.images, images.labels, class_names, images.ids), images.ids
     from empssl_jax.data.tfds_images import find_test_split, load_tfds
 
-    name = config.train_split if split == "train" else find_test_split(config, data_dir)
+    name = config.train_split or TRAIN if split == "train" else find_test_split(config, data_dir)
     images, class_names = load_tfds(config, name, data_dir, cache_dir)
     return ImageDataset(images.images, images.labels, class_names), images.ids
 
@@ -125,7 +132,7 @@ def first_of_each_class(
 
 def _load_digits(config: DataConfig, split: Split) -> ImageDataset:
     """scikit-learn's digits, enlarged to 32x32 by default: 1,437 for training and 360 for testing, stratified."""
-    require(config.train_split == "train", "train_split", config.train_split, "digits has only train and test")
+    require(config.train_split in (None, TRAIN), "train_split", config.train_split, "digits has only train and test")
     require(config.test_split in (None, "test"), "test_split", config.test_split, "digits has only train and test")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

@@ -25,7 +25,7 @@ from empssl_jax.runtime.compilation import user_cache
 from empssl_jax.runtime.file_locks import lock_file
 from empssl_jax.runtime.progress import image_progress
 
-VERSION = 1  # increased when the decoding or the format of the files changes
+VERSION = 2  # increased when the decoding or the format of the files changes
 CHUNK = 32  # images that a thread decodes at once
 NO_LABEL = -1
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that more space prevents

@@ -4,30 +4,19 @@ import contextlib
 import filecmp
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from empssl_jax.config import DataConfig
 from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.config.options import FOLDER, TRAIN
 from empssl_jax.data.decoded_images import NO_LABEL, Example, Images, Source, load_images
+from empssl_jax.data.image_files import SUFFIX_LIST, Files, ImageFile, list_images
+from empssl_jax.data.split_folders import WHOLE, check_classes, find_split_folders, other_train_folder
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-TEST_SPLITS = ("test", "validation", "val")
 READ_FILES, READ_BYTES = 100, 2**20  # for a fingerprint
 SHOWN = 20  # files that cannot be decoded; the index of the decoded images lists all of them
-
-
-class ImageFile(NamedTuple):
-    """A file in a folder."""
-
-    name: str  # its path relative to the folder, with slashes
-    path: Path
-    size: int  # in bytes; -1 if the file is not accessible
-    time: int  # of its last change, in nanoseconds; -1 if the file is not accessible
-
-
-Files = list[ImageFile]
 
 
 def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[Images, tuple[str, ...]]:
@@ -41,12 +30,12 @@ def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[
     Raises:
         UserError: there is no such folder, or it does not hold images for training and for testing.
     """
-    root = Path(os.path.expanduser(config.dataset.removeprefix("folder:")))
+    root = root_of(config)
     files = _splits(root, config)
     classes = _find_classes(root, config, files["train"])
+    if classes:
+        _check_classes(config, files["test"], classes)
     labels = _labels(files[split], classes)
-    if split == "test" and classes:
-        _check_classes(config, files["test"], labels, classes)
     images = load_images(_source(config, root, split, files[split], labels), config.image_size, cache_dir)
     _report_unreadable(config, split, images.unreadable, len(files[split]))
     return images, classes
@@ -60,8 +49,9 @@ def folder_fingerprints(config: DataConfig) -> dict[str, str]:
     Raises:
         UserError: see `load_folder`.
     """
-    root = config.folder
-    return {} if root is None else {split: _fingerprint(files) for split, files in _splits(root, config).items()}
+    if config.folder is None:
+        return {}
+    return {split: _fingerprint(files) for split, files in _splits(root_of(config), config).items()}
 
 
 def _fingerprint(files: Files) -> str:
@@ -74,87 +64,54 @@ def _fingerprint(files: Files) -> str:
     return digest.hexdigest()
 
 
-def list_images(root: Path, option: str = "dataset") -> Files:
-    """All image files under a folder, sorted by name. Follows links; skips hidden files and folders.
-
-    Args:
-        root: the folder.
-        option: the option that named the folder, for the error message.
-
-    Raises:
-        UserError: a folder cannot be listed.
-    """
-    try:
-        return sorted(look_at(root, path) for path in _walk(root, frozenset()))
-    except OSError as error:
+def root_of(config: DataConfig) -> Path:
+    """The folder of the data set; raises UserError if it does not exist."""
+    root = config.folder
+    if root is None or config.dataset == FOLDER or not os.path.isdir(root):
         raise UserError(
-            f"--{option}: {error.filename} cannot be listed ({error.strerror}): fix or remove it."
-        ) from error
-
-
-def look_at(root: Path, path: Path) -> ImageFile:
-    """The name, size and time of a file under a folder."""
-    name = path.relative_to(root).as_posix()
-    try:
-        status = path.stat()
-    except OSError:  # for example a broken link; decoding reports it
-        return ImageFile(name, path, -1, -1)
-    return ImageFile(name, path, status.st_size, status.st_mtime_ns)
+            f"--dataset {config.dataset!r} is not a folder: give folder:PATH, with the path of a folder of images."
+        )
+    return root
 
 
 def hold_out(files: Files) -> tuple[Files, Files]:
-    """Splits files into nine tenths and a tenth, at least one file: those whose names have the lowest SHA-256."""
-    by_digest = sorted(files, key=lambda file: hashlib.sha256(os.fsencode(file.name)).digest())
-    tenth = max(1, len(files) // 10)
-    return sorted(by_digest[tenth:]), sorted(by_digest[:tenth])
+    """Splits files into nine tenths and a tenth, at least one file: those whose names have the lowest SHA-256.
 
-
-def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
-    """The image files under a folder; a link back to a folder above is not followed."""
-    here = os.path.realpath(folder)
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(Path(entry.path), above | {here})
-            elif entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or entry.is_symlink()):  # no pipes
-                yield Path(entry.path)
+    The last file of a class is never held out, so the tenth may be smaller, and empty if each class has one file.
+    """
+    labels = dict(zip(files, _labels(files, _class_names(files)), strict=True))
+    held: set[ImageFile] = set()
+    left = Counter(labels.values())
+    for file in sorted(files, key=lambda file: hashlib.sha256(os.fsencode(file.name)).digest()):
+        if len(held) == max(1, len(files) // 10):
+            break
+        if labels[file] == NO_LABEL or left[labels[file]] > 1:
+            left[labels[file]] -= 1
+            held.add(file)
+    return sorted(set(files) - held), sorted(held)
 
 
 def _splits(root: Path, config: DataConfig) -> dict[str, Files]:
     """The files for training and for testing."""
-    if config.dataset == "folder:" or not os.path.isdir(root):
-        raise UserError(
-            f"--dataset {config.dataset!r} is not a folder: give folder:PATH, with the path of a folder of images."
-        )
-    wanted = (config.test_split,) if config.test_split is not None else TEST_SPLITS
-    test = next((name for name in wanted if os.path.isdir(root / name)), None)
-    if config.test_split is not None and test is None:
-        raise UserError(
-            f"--test-split is {config.test_split!r}: {root} has no such subfolder, so create it or choose another."
-        )
-    if os.path.isdir(root / config.train_split):
-        train_root = root / config.train_split
-    elif config.train_split != DataConfig.train_split or test is not None:
-        raise UserError(
-            f"--train-split is {config.train_split!r}: {root} has no such subfolder"
-            f"{f' beside {test}' if test is not None else ''}, so create it or choose another."
-        )
-    else:
-        train_root = root
-    files = list_images(train_root)
-    if test is None:
+    folders = find_split_folders(config, root)
+    files = list_images(root / folders.train)
+    if folders.train == WHOLE and config.train_split is None:
+        check_classes(config, sorted({name for file in files for name in file.name.split("/")[:-1]}))
+    if folders.test is None:
         if len(files) < 2:
-            what = "only one image" if files else f"no images ({', '.join(SUFFIXES)})"
+            what = "only one image" if files else f"no images ({SUFFIX_LIST})"
             raise UserError(f"--dataset {config.dataset!r} has {what}: give a folder with some to train and test on.")
-        return dict(zip(("train", "test"), hold_out(files), strict=True))
-    both = {"train": files, "test": list_images(root / test)}
-    for name, found in zip((config.train_split, test), both.values(), strict=True):
+        trained, held = hold_out(files)
+        if not held:
+            raise UserError(
+                f"--dataset {config.dataset!r} has one image in each class, and none is left to test on: add images, "
+                "or a folder of test images."
+            )
+        return {"train": trained, "test": held}
+    both = {"train": files, "test": list_images(root / folders.test)}
+    for name, found in zip(folders, both.values(), strict=True):
         if not found:
-            raise UserError(f"--dataset {config.dataset!r} has no images ({', '.join(SUFFIXES)}) in {name}/: add some.")
+            raise UserError(f"--dataset {config.dataset!r} has no images ({SUFFIX_LIST}) in {name}/: add some.")
     _check_overlap(config, both)
     return both
 
@@ -174,8 +131,8 @@ def _check_overlap(config: DataConfig, files: dict[str, Files]) -> None:
 def _find_classes(root: Path, config: DataConfig, train: Files) -> tuple[str, ...]:
     """The class names: the labelled split's subfolders that hold images, if there are at least two."""
     names = _class_names(train)
-    if len(names) < 2 and config.train_split != DataConfig.train_split and os.path.isdir(root / DataConfig.train_split):
-        names = _class_names(list_images(root / DataConfig.train_split))
+    if len(names) < 2 and (other := other_train_folder(config, root)) is not None:
+        names = _class_names(list_images(root / other))
     return names if len(names) > 1 else ()
 
 
@@ -189,9 +146,9 @@ def _labels(files: Files, classes: Sequence[str]) -> list[int]:
     return [numbers.get(file.name.split("/")[0], NO_LABEL) if "/" in file.name else NO_LABEL for file in files]
 
 
-def _check_classes(config: DataConfig, files: Files, labels: list[int], classes: Sequence[str]) -> None:
+def _check_classes(config: DataConfig, files: Files, classes: Sequence[str]) -> None:
     """Raises UserError if test images are in a folder that is not a class."""
-    for file, label in zip(files, labels, strict=True):
+    for file, label in zip(files, _labels(files, classes), strict=True):
         if label == NO_LABEL and "/" in file.name:
             raise UserError(
                 f"--dataset {config.dataset!r} has test images in a folder {one_line(file.name.split('/')[0])}, but "
@@ -203,7 +160,7 @@ def _source(config: DataConfig, root: Path, split: str, files: Files, labels: li
     def read(numbers: range) -> list[Example]:
         return [Example(files[i].path, labels[i], files[i].name) for i in numbers]
 
-    chosen = config.train_split if split == "train" else config.test_split
+    chosen = config.train_split or TRAIN if split == "train" else config.test_split
     digest = hashlib.sha256()
     for file, label in zip(files, labels, strict=True):
         digest.update(os.fsencode(f"{file.name}\0{file.size} {file.time} {label}\n"))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from empssl_jax.config import Config
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError, flag
+from empssl_jax.config.options import TRAIN
 from empssl_jax.evaluation import evaluate
 from empssl_jax.evaluation.evaluate import WriteReport
 from empssl_jax.evaluation.measured_images import measured_images
@@ -147,7 +148,8 @@ def _without_seed(config: Config) -> Config:
     """The config without the seed and without the options that do not change results; equal within a group."""
     training = dataclasses.replace(config.training, seed=0)
     evaluation = dataclasses.replace(config.evaluation, report=True)
-    return Config(config.data, config.patches, config.model, training, evaluation)
+    data = dataclasses.replace(config.data, train_split=config.data.train_split or TRAIN)
+    return Config(data, config.patches, config.model, training, evaluation)
 
 
 def _varying(configs: Sequence[Config]) -> dict[Config, dict[str, object]]:

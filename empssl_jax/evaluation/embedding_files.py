@@ -9,6 +9,7 @@ import numpy as np
 
 from empssl_jax.config.errors import UserError, one_line, require
 from empssl_jax.data.datasets import SPLITS
+from empssl_jax.evaluation.class_names import complete_names, match_classes
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.runtime.atomic_write import atomic_write
 
@@ -31,11 +32,35 @@ def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:
 def load_embeddings(path: Path) -> LabelledEmbeddings:
     """Reads a file that `save_embeddings` wrote; `names` are not read.
 
-    Nothing is unpickled, and no array is read before its header is validated. Classes without a name in the file are
-    named by their numbers.
+    Classes without a name in the file are named by their numbers.
 
     Raises:
         UserError: the file is missing or damaged, or does not contain embeddings and their labels.
+    """
+    split = _read_split(path)
+    return split._replace(class_names=complete_names(split, ()))
+
+
+def load_both_embeddings(folder: Path) -> Embeddings:
+    """Reads a folder's train.npz and test.npz, and numbers the classes of both by name, see `match_classes`.
+
+    Raises:
+        UserError: a file cannot be read, or the dimensions or the names of the classes do not fit together.
+    """
+    bank, test = (_read_split(folder / f"{split}.npz") for split in SPLITS)
+    dims = [split.embeddings.shape[1] for split in (bank, test)]
+    remedy = f"train.npz and test.npz have dimensions {dims}, give files of the same dimension"
+    require(len(set(dims)) == 1, "embeddings", str(folder), remedy)
+    for split, other, names in ((bank, test, SPLITS), (test, bank, SPLITS[::-1])):
+        if other.class_names and not split.class_names and split.labels.max() >= 0:
+            print(f"{names[0]}.npz has no class_names: its labels are the numbers of the classes in {names[1]}.npz")
+    return match_classes(bank, test)
+
+
+def _read_split(path: Path) -> LabelledEmbeddings:
+    """Reads a file; some or all classes may have no name.
+
+    Nothing is unpickled, and no array is read before its header is validated.
     """
     if not path.is_file():
         raise UserError(f"--embeddings: there is no {path}: {REMEDY}.")
@@ -63,17 +88,7 @@ def load_embeddings(path: Path) -> LabelledEmbeddings:
             raise UserError(
                 f"--embeddings: {path} contains values that are not finite or too large for float32: {REMEDY}."
             )
-    numbers = map(str, range(len(class_names), highest + 1))
-    return LabelledEmbeddings(embeddings, labels.astype(np.int32), (*class_names, *numbers))
-
-
-def load_both_embeddings(folder: Path) -> Embeddings:
-    """Reads a folder's train.npz and test.npz; raises UserError if one cannot be read or their dimensions differ."""
-    bank, test = (load_embeddings(folder / f"{split}.npz") for split in SPLITS)
-    dims = [split.embeddings.shape[1] for split in (bank, test)]
-    remedy = f"train.npz and test.npz have dimensions {dims}, give files of the same dimension"
-    require(len(set(dims)) == 1, "embeddings", str(folder), remedy)
-    return Embeddings(bank, test)
+    return LabelledEmbeddings(embeddings, labels.astype(np.int32), tuple(class_names))
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, dim: int, kinds: str) -> np.ndarray:

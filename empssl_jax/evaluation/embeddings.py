@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int32, Key, Shaped, UInt8
 
-from empssl_jax.config import Config, EvaluationConfig
+from empssl_jax.config import Config, EmbeddingConfig, ModelConfig, PatchConfig
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.datasets import Datasets, ImageDataset
+from empssl_jax.method.crops import crop_side
 from empssl_jax.method.encoder import EncoderState, encoder_graph
 from empssl_jax.method.patches import grid_patch, multi_patch
 from empssl_jax.method.random_keys import embedding_patches_key
 from empssl_jax.method.resnet import stage_dims
-from empssl_jax.runtime.devices import own_rows, replicated, rows_to_devices, split_images, to_host
+from empssl_jax.runtime.devices import own_rows, replicated, rows_to_devices, split_images, to_devices, to_host
 from empssl_jax.runtime.progress import image_progress
 
 
@@ -56,46 +57,62 @@ Embed = Callable[[EncoderState, UInt8[Array, "B H W 3"], Int[Array, " B"]], Floa
 MakePatch = Callable[[UInt8[Array, "B H W 3"], Int[Array, " B"], Int[Array, ""]], Float[Array, "B size size 3"]]
 
 
-@functools.cache
 def make_embed(config: Config, mesh: Mesh) -> Embed:
     """The compiled function (encoder_state, images, indices) -> embeddings, with the images split over the devices.
 
-    An embedding is the mean of `valid_patches` patches' features or, with cells, the concatenation of each cell's mean.
-    A loop encodes one patch of every image at a time, so memory does not grow with the number of patches.
+    An embedding concatenates the cells' mean features: means over `valid_patches` patches, over the maps of the whole
+    image, or both. A loop encodes one patch of every image at a time, so memory does not grow with their number.
+    Configs with equal patches, encoders and embeddings share one compiled function, whatever their seeds.
     """
-    graph, evaluation = encoder_graph(config.model), config.evaluation
-    num_patches, num_cells = evaluation.valid_patches, evaluation.cells**2
+    seed = to_devices(np.array(config.training.seed, np.int32), replicated(mesh))
+    return functools.partial(_compiled_embed(config.model, config.patches, config.evaluation.embedding, mesh), seed)
+
+
+@functools.cache
+def _compiled_embed(
+    model: ModelConfig, patches: PatchConfig, options: EmbeddingConfig, mesh: Mesh
+) -> Callable[..., Float[Array, "B E"]]:
+    graph, num_cells = encoder_graph(model), options.cells**2
 
     def embed(
-        encoder_state: EncoderState, images: UInt8[Array, "B H W 3"], indices: Int[Array, " B"]
+        seed: Int[Array, ""], encoder_state: EncoderState, images: UInt8[Array, "B H W 3"], indices: Int[Array, " B"]
     ) -> Float[Array, "B E"]:
         encoder = nnx.merge(graph, *encoder_state)
         encoder.eval()
-        encode = encoder.embed if evaluation.embedded_layer == "hidden" else encoder.embed_stages
-        make_patch = _patch_maker(config)
+        make_patch = _patch_maker(patches, options, embedding_patches_key(seed))
+
+        def encode(patches: Float[Array, "B h w 3"], cells: int) -> Float[Array, "B K F"]:
+            return encoder.embed_cells(patches, options.embedded_layer, cells).astype(jnp.float32)
 
         def add_patch(number: Int[Array, ""], sums: Float[Array, "B cells F"]) -> Float[Array, "B cells F"]:
-            features = encode(make_patch(images, indices, number)).astype(jnp.float32)
-            return sums.at[:, _cell(number, evaluation)].add(features)
+            features = encode(make_patch(images, indices, number), cells=1)[:, 0]
+            return sums.at[:, _cell(number, options)].add(features)
 
-        zeros = jnp.zeros((len(images), num_cells, embedding_dim(config) // num_cells), jnp.float32)
-        sums = jax.lax.fori_loop(0, num_patches, add_patch, zeros)
-        return sums.reshape(len(images), -1) / (num_patches // num_cells)
+        def mean_over_patches() -> Float[Array, "B cells F"]:
+            zeros = jnp.zeros((len(images), num_cells, _num_features(model, options)), jnp.float32)
+            return jax.lax.fori_loop(0, options.valid_patches, add_patch, zeros) / (options.valid_patches // num_cells)
+
+        views = [mean_over_patches()] if options.has_patches else []
+        views += [encode(_whole_image(images, patches), options.cells)] if options.has_whole_image else []
+        return jnp.concatenate(views, axis=1).reshape(len(images), -1)
 
     copied, split = replicated(mesh), split_images(mesh)
-    return jax.jit(embed, in_shardings=(copied, split, split), out_shardings=split)
+    return jax.jit(embed, in_shardings=(copied, copied, split, split), out_shardings=split)
 
 
 def embedding_dim(config: Config) -> int:
     """E, the dimension of embeddings."""
-    is_hidden = config.evaluation.embedded_layer == "hidden"
-    return config.evaluation.cells**2 * (config.model.hidden_dim if is_hidden else sum(stage_dims(config.model)))
+    options = config.evaluation
+    return (options.has_patches + options.has_whole_image) * options.cells**2 * _num_features(config.model, options)
 
 
-def _patch_maker(config: Config) -> MakePatch:
+def _num_features(model: ModelConfig, options: EmbeddingConfig) -> int:
+    return model.hidden_dim if options.embedded_layer == "hidden" else sum(stage_dims(model))
+
+
+def _patch_maker(patches: PatchConfig, options: EmbeddingConfig, key: Key[Array, ""]) -> MakePatch:
     """The function (images, indices, number) -> the patch with that number, of each image."""
-    crops, key = config.patches.crops, embedding_patches_key(config.training.seed)
-    grid_side = config.evaluation.grid_side
+    crops, grid_side = patches.crops, options.grid_side
 
     def random_patch(
         images: UInt8[Array, "B H W 3"], indices: Int[Array, " B"], number: Int[Array, ""]
@@ -108,16 +125,23 @@ def _patch_maker(config: Config) -> MakePatch:
         plain = {name: crops[name] for name in ("patch_area", "patch_size", "interpolation")}
         return grid_patch(images, number, grid_side, **plain)
 
-    return random_patch if config.evaluation.valid_crops == "random" else crop_of_grid
+    return random_patch if options.valid_crops == "random" else crop_of_grid
 
 
-def _cell(number: Int[Array, ""], config: EvaluationConfig) -> Int[Array, ""] | int:
+def _whole_image(images: UInt8[Array, "B H W 3"], config: PatchConfig) -> Float[Array, "B side side 3"]:
+    """The whole images, enlarged as much as the crops of patches are."""
+    crop = crop_side(images.shape[1], config.patch_area)
+    size = max(config.patch_size, round(images.shape[1] * config.patch_size / crop))
+    return grid_patch(images, 0, 1, patch_area=1.0, patch_size=size, interpolation=config.interpolation)
+
+
+def _cell(number: Int[Array, ""], options: EmbeddingConfig) -> Int[Array, ""] | int:
     """The cell that contains the grid's crop with this number; crops and cells are numbered row by row."""
-    if config.cells == 1:
+    if options.cells == 1:
         return 0
-    grid_side = config.grid_side
-    row, column = (i * config.cells // grid_side for i in (number // grid_side, number % grid_side))
-    return row * config.cells + column
+    grid_side = options.grid_side
+    row, column = (i * options.cells // grid_side for i in (number // grid_side, number % grid_side))
+    return row * options.cells + column
 
 
 def embed_datasets(config: Config, encoder_state: EncoderState, datasets: Datasets, mesh: Mesh) -> Embeddings:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.command_options import EvaluateOptions, MeasuredData
-from empssl_jax.config.errors import DivergenceError, require
+from empssl_jax.config.errors import DivergenceError, one_line, require
 from empssl_jax.data.datasets import Datasets, load_datasets, load_datasets_for_pictures
 from empssl_jax.evaluation.embedding_files import load_both_embeddings, save_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, embed_datasets, labelled
@@ -121,12 +121,21 @@ def embed_and_save(config: Config, encoder: EncoderState, datasets: Datasets, me
 
 
 def have_labels(embeddings: Embeddings) -> bool:
-    """Returns whether both splits have labels, which all measures need. If not, prints which ones have none."""
+    """Returns whether both splits have labels, which all measures need. If not, prints which ones have none.
+
+    Also prints how many test images can only be wrong, because no training image has their class.
+    """
     splits = {"train": embeddings.bank, "test": embeddings.test}
     unlabelled = [name for name, split in splits.items() if not len(labelled(split).labels)]
     if unlabelled:
         print(f"no {' and no '.join(unlabelled)} image has a label: kNN and linear are not measured")
-    return not unlabelled
+        return False
+    bank, test = embeddings.bank, labelled(embeddings.test)
+    wrong = test.labels[~np.isin(test.labels, bank.labels)]
+    if len(wrong):
+        example = f"{len(wrong)} of {len(test.labels)}, such as {one_line(test.class_names[wrong[0]])}"
+        print(f"test images whose class has no training images count as wrong: {example}")
+    return True
 
 
 def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> Accuracy:

@@ -1,17 +1,18 @@
 """Weighted k-nearest-neighbour classification of embeddings by cosine similarity."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from empssl_jax.config.errors import require
 from empssl_jax.method.losses import normalise
-from empssl_jax.runtime.devices import replicated, split_images, to_devices, to_host
+from empssl_jax.runtime.devices import DATA_AXIS, replicated, split_images, to_devices, to_host
 
 
 def knn_scores(
@@ -26,8 +27,8 @@ def knn_scores(
 ) -> Float[Array, "Q C"]:
     """Votes of each query's nearest neighbours for each class (Wu et al. 2018, section 3.4).
 
-    A neighbour with cosine similarity s has exp(s / temperature) votes. Memory grows with `queries_at_once`, not with
-    the number of queries.
+    A neighbour with cosine similarity s has exp(s / temperature) votes; a class without neighbours has exactly 0.
+    Memory grows with `queries_at_once`, not with the number of queries.
 
     Args:
         queries: embeddings to classify; their length does not matter.
@@ -35,7 +36,7 @@ def knn_scores(
         bank_labels: class of each embedding in the bank, from 0 to `num_classes` - 1.
         num_classes: C.
         num_neighbours: number of neighbours that vote, at most N.
-        temperature: positive.
+        temperature: at least 0.02, so that no vote overflows float32 or is rounded to 0.
         queries_at_once: number of queries compared with the bank at a time.
 
     Raises:
@@ -53,16 +54,17 @@ def sharded_knn_scores(
     **options: Any,
 ) -> Float[np.ndarray, "Q C"]:
     """`knn_scores` with the queries split over the devices of all processes. Each device holds a copy of the bank."""
-    copied, split = replicated(mesh), split_images(mesh)
     padded = np.pad(queries, ((0, -len(queries) % mesh.size), (0, 0)))
-    scores = jax.shard_map(
-        functools.partial(knn_scores, **options),
-        mesh=mesh,
-        in_specs=(split.spec, copied.spec, copied.spec),
-        out_specs=split.spec,
-    )
-    arrays = to_devices(padded, split), to_devices(bank, copied), to_devices(bank_labels, copied)
-    return to_host(jax.jit(scores)(*arrays))[: len(queries)]
+    arrays = to_devices(padded, split_images(mesh)), *to_devices((bank, bank_labels), replicated(mesh))
+    return to_host(_compiled_scores(mesh, **options)(*arrays))[: len(queries)]
+
+
+@functools.cache
+def _compiled_scores(mesh: Mesh, **options: Any) -> Callable[..., Float[Array, "Q C"]]:
+    """`knn_scores` with the given options. In the online probe, it is compiled once for all measurements."""
+    copied, split = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    scores = functools.partial(knn_scores, **options)
+    return jax.jit(jax.shard_map(scores, mesh=mesh, in_specs=(split, copied, copied), out_specs=split))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 6))
@@ -92,8 +94,11 @@ def check_num_neighbours(num_neighbours: int, num_images: int) -> None:
     require(num_neighbours <= num_images, "num_neighbours", num_neighbours, remedy)
 
 
-def top_k_accuracy(scores: Float[Array, "Q C"], labels: Int[Array, " Q"], k: int) -> float:
-    """Fraction of queries whose class has one of the k highest scores; in a tie, the lower class number wins."""
-    _, classes = jax.lax.top_k(scores, min(k, scores.shape[1]))
+def top_k_accuracy(votes: Float[Array, "Q C"], labels: Int[Array, " Q"], k: int) -> float:
+    """Fraction of queries whose class is among the k with the most votes; in a tie, the lower class number wins.
+
+    A class without a vote is not predicted, even if fewer than k classes have one.
+    """
+    most, classes = jax.lax.top_k(votes, min(k, votes.shape[1]))
     # The mean is computed in double precision: in float32, 9 of 10 is less than 0.9.
-    return float(np.mean(np.asarray(jnp.any(classes == labels[:, None], axis=1))))
+    return float(np.mean(np.asarray(jnp.any((classes == labels[:, None]) & (most > 0), axis=1))))

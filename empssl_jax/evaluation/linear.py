@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from empssl_jax.config import EvaluationConfig
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
@@ -62,7 +62,9 @@ def linear_accuracy(
         )
         for split in (train, test)
     ]
-    hits = _run(key, *examples, dim, train.num_classes, config, mesh)
+    rates = (np.float32(config.linear_learning_rate), np.float32(config.linear_weight_decay))
+    static = (dim, train.num_classes, config.linear_batch_size, config.linear_epochs, mesh)
+    hits = _run(key, *examples, *rates, *static)
     return LinearAccuracy(*(np.asarray(number, np.float64) / len(test.labels) for number in hits))
 
 
@@ -70,27 +72,29 @@ def _split_dimensions(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, DATA_AXIS))
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
 def _run(
     key: Key[Array, ""],
     train: _Examples,
     test: _Examples,
+    peak_rate: Float[Array, ""],
+    weight_decay: Float[Array, ""],
     dim: int,
     num_classes: int,
-    config: EvaluationConfig,
+    batch_size: int,
+    epochs: int,
     mesh: Mesh,
 ) -> tuple[Float[Array, " epochs"], Float[Array, " epochs"]]:
     """Number of correct test predictions after each epoch, top-1 and top-5."""
     size, padded_dim = train.embeddings.shape
-    batch_size = min(config.linear_batch_size, size)
+    batch_size = min(batch_size, size)
     steps = -(-size // batch_size)
 
     def learning_rate(step: Int[Array, ""]) -> Float[Array, ""]:
-        return config.linear_learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * (step // steps) / config.linear_epochs))
+        return peak_rate * 0.5 * (1 + jnp.cos(jnp.pi * (step // steps) / epochs))
 
-    optimizer = optax.chain(
-        optax.add_decayed_weights(config.linear_weight_decay), optax.sgd(learning_rate, momentum=MOMENTUM)
-    )
+    optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum=MOMENTUM))
+    has_images = jnp.zeros(num_classes, bool).at[train.labels].set(True)
     params = init(jax.random.fold_in(key, 0), dim, num_classes)
     kernel = jnp.pad(params["kernel"], ((0, 0), (0, padded_dim - dim)))
     params["kernel"] = jax.lax.with_sharding_constraint(kernel, _split_dimensions(mesh))
@@ -111,9 +115,9 @@ def _run(
         order = jax.random.permutation(jax.random.fold_in(key, number + 1), size)
         batches = jnp.pad(order, (0, steps * batch_size - size), constant_values=-1).reshape(steps, batch_size)
         carry, _ = jax.lax.scan(step, carry, batches)
-        return carry, _hits(_logits(carry[0], test.embeddings), test.labels)
+        return carry, _hits(_logits(carry[0], test.embeddings), test.labels, has_images)
 
-    _, hits = jax.lax.scan(epoch, (params, optimizer.init(params)), jnp.arange(config.linear_epochs))
+    _, hits = jax.lax.scan(epoch, (params, optimizer.init(params)), jnp.arange(epochs))
     return jax.lax.with_sharding_constraint(hits, replicated(mesh))
 
 
@@ -130,8 +134,14 @@ def _logits(params: Params, embeddings: Float[Array, "N E"]) -> Float[Array, "N 
     return embeddings @ params["kernel"].T + params["bias"][None, :]
 
 
-def _hits(logits: Float[Array, "N C"], labels: Int[Array, " N"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Number of labels with the highest logit, and with one of the five highest; NaN if a logit is not finite."""
-    _, classes = jax.lax.top_k(logits, min(5, logits.shape[1]))
-    hits = jnp.where(jnp.isfinite(logits).all(), classes == labels[:, None], jnp.nan)
+def _hits(
+    logits: Float[Array, "N C"], labels: Int[Array, " N"], has_images: Bool[Array, " C"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Number of labels with the highest logit, and with one of the five highest; NaN if a logit is not finite.
+
+    A class without training images is not predicted: no image has taught the classifier what it looks like.
+    """
+    highest, classes = jax.lax.top_k(jnp.where(has_images[None, :], logits, -jnp.inf), min(5, logits.shape[1]))
+    hits = (classes == labels[:, None]) & (highest > -jnp.inf)
+    hits = jnp.where(jnp.isfinite(logits).all(), hits, jnp.nan)
     return jnp.sum(hits[:, 0]), jnp.sum(jnp.max(hits, axis=1))

@@ -1,11 +1,11 @@
 """The baseline that a trained encoder is compared with: kNN on the embeddings of an untrained one."""
 
-import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.sharding import Mesh
 
 from empssl_jax.config import Config
@@ -15,9 +15,10 @@ from empssl_jax.evaluation.embeddings import embed_datasets
 from empssl_jax.evaluation.evaluate import have_labels, measure_knn
 from empssl_jax.method import batch_norm
 from empssl_jax.method.encoder import EncoderState
+from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.train_step import create_state, make_train_step
 from empssl_jax.run_folder.results import add_results, load_results, of_embeddings
-from empssl_jax.runtime.devices import replicated
+from empssl_jax.runtime.devices import replicated, to_devices
 
 STATISTICS_PASSES = 10  # steps that set BatchNorm's statistics
 
@@ -26,20 +27,21 @@ def measure_untrained(config: Config, datasets: Datasets, mesh: Mesh, workdir: P
     """Measures kNN with the initial parameters and writes it into results.json, unless it is already there.
 
     For a fair comparison, BatchNorm's running statistics are first computed from real batches of training patches, in
-    a few training steps with an optimizer that changes nothing. They are moving averages that start at mean 0 and
-    variance 1; the remaining weight of this start is removed afterwards.
+    a few training steps at a learning rate of 0. They are moving averages that start at mean 0 and variance 1; the
+    remaining weight of this start is removed afterwards.
     """
     name = "kNN before training"
     if name in load_results(workdir):
         return
     dataset = datasets.train
     steps_per_epoch = count_steps(dataset, config.training.batch_size)
-    no_update = optax.set_to_zero()
-    step = make_train_step(config, no_update, optax.constant_schedule(0.0), steps_per_epoch, mesh)
-    state = jax.jit(functools.partial(create_state, config, no_update), out_shardings=replicated(mesh))()
+    zero: Any = np.zeros([], np.float32)
+    still = Hyperparameters.of(config.training, steps_per_epoch)._replace(learning_rate=zero, warmup_rise=zero)
+    still = to_devices(still, replicated(mesh))
+    step, state = make_train_step(config, mesh), create_state(config.model, still, mesh)
     start = jax.tree.map(jnp.copy, state.encoder.batch_stats)  # a copy, because the train step donates the state
     for batch in device_batches(dataset, config.training, 0, STATISTICS_PASSES, mesh):
-        state, _ = step(state, batch)
+        state, _ = step(still, state, batch)
     weight = batch_norm.MOMENTUM**STATISTICS_PASSES  # of the start, after all steps
     batch_stats = jax.tree.map(
         lambda now, first: (now - weight * first) / (1 - weight), state.encoder.batch_stats, start

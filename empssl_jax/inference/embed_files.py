@@ -17,8 +17,9 @@ from jaxtyping import Float32, UInt8
 from empssl_jax.config import EmbeddingConfig
 from empssl_jax.config.command_options import EmbedOptions
 from empssl_jax.config.errors import UserError
+from empssl_jax.data.decoded_images import VERSION
 from empssl_jax.data.decoding import UnreadableError, decode
-from empssl_jax.data.folder_images import Files, list_images, look_at
+from empssl_jax.data.image_files import Files, list_images, look_at
 from empssl_jax.inference.image_encoder import ImageEncoder, load
 from empssl_jax.run_folder.digests import array_digests
 from empssl_jax.run_folder.workdir import locked
@@ -80,8 +81,10 @@ def _begin(folder: Path, encoder: ImageEncoder, embedding: EmbeddingConfig, file
     plan = {
         "encoder": array_digests(encoder.state),
         "image_size": encoder.image_size,
+        "decoding": VERSION,
         "seed": config.training.seed,
         "patch": repr(config.patches),
+        "input": [config.model.input_mean, config.model.input_std],
         "embedding": dataclasses.asdict(embedding),
         "files": [[file.name, file.size] for file in files],
     }

@@ -1,15 +1,17 @@
 """A trained encoder to use from Python: images in, embeddings out."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import PIL.Image
-from jaxtyping import Float32, Int, UInt8
+from jaxtyping import Float32, Int, Int32, UInt8
 
 from empssl_jax.config import Config
+from empssl_jax.config.checked_fields import expand
 from empssl_jax.config.command_options import CheckpointChoice
 from empssl_jax.config.errors import UserError, one_line, require
 from empssl_jax.data.decoding import to_pixels
@@ -19,7 +21,10 @@ from empssl_jax.method.encoder import EncoderState
 from empssl_jax.run_folder.saved_config import load_image_size
 from empssl_jax.runtime.devices import device_mesh
 
-Image = np.ndarray | PIL.Image.Image
+Image = np.ndarray | jax.Array | PIL.Image.Image
+ACCEPTED = "a list of uint8 arrays (H, W, 3) and PIL images, or a uint8 array (N, H, W, 3)"
+CHANNELS = 4  # at most, in an array of one image; more are the columns of a stack of gray images
+MAX_INDEX = 2**31 - 1
 
 
 class ImageEncoder:
@@ -38,7 +43,7 @@ class ImageEncoder:
 
     def embed(
         self,
-        images: UInt8[np.ndarray, "N H W 3"] | Sequence[Image],
+        images: UInt8[np.ndarray, "N H W 3"] | Iterable[Image] | Image,
         patches: int | None = None,
         *,
         indices: Int[np.ndarray, " N"] | None = None,
@@ -46,78 +51,116 @@ class ImageEncoder:
     ) -> Float32[np.ndarray, "N E"]:
         """Embeds images. Results are reproducible: image i gets the same random patches as image i of a data set.
 
-        If the size of an image differs from that of the training images, its largest central square is resized. For the
-        images of a data set, in the same order, the embeddings are bit-identical to those of eval.py. A batch has the
-        run's `embedding_batch_size`; fewer images are padded to a power of two. Each batch size is compiled once.
+        PIL images are rotated as their EXIF data says. If the size of an image differs from that of the training
+        images, its largest central square is resized. For the images of a data set, in the same order, the embeddings
+        are bit-identical to those of eval.py. A batch has the run's `embedding_batch_size`; fewer images are padded to
+        a power of two. Each batch size is compiled once.
 
         Args:
-            images: uint8, either one array (N, H, W, 3), or a list of arrays (H, W), (H, W, 3) or (H, W, 4) and PIL
-                images, of any sizes. Gray images are converted to RGB, transparency is dropped.
+            images: uint8, either one array (N, H, W, 3), or a list or generator of arrays (H, W), (H, W, 3) or
+                (H, W, 4) and PIL images, of any sizes; or one such image, which gives one embedding. Arrays may be
+                NumPy's or JAX's. Gray images are converted to RGB, transparency is dropped.
             patches: patches averaged into an embedding; by default the `valid_patches` of `config.evaluation`.
-            indices: index of each image that decides its random patches, instead of 0 to N-1.
+            indices: index of each image that decides its random patches, from 0 to 2**31 - 1, instead of 0 to N-1.
             progress: called with the number of images done since the last call, like tqdm's `update`.
 
         Raises:
-            UserError: an image is of another kind, `patches` is not valid, or the number of `indices` is not N.
+            UserError: an image is of another kind or damaged, or `patches` or `indices` are not valid.
         """
         evaluation = self.config.evaluation
         if patches is not None:
             evaluation = dataclasses.replace(evaluation, valid_patches=patches)
         require(evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches, such as 128")
-        indices = np.arange(len(images)) if indices is None else np.asarray(indices)
-        if len(indices) != len(images):
-            raise UserError(f"There are {len(indices)} indices for {len(images)} images: give one for each.")
-        if len(images) == 0:
+        listed = _listed(images)
+        positions = np.arange(len(listed), dtype=np.int32) if indices is None else _checked(indices, len(listed))
+        if len(listed) == 0:
             return np.zeros((0, embedding_dim(self.config)), np.float32)
         return embed_images(
             make_embed(dataclasses.replace(self.config, evaluation=evaluation), self._mesh),
             self.state,
-            lambda positions: np.stack([self._prepare(images[position], position) for position in positions]),
-            indices.astype(np.int32),
+            lambda numbers: np.stack([self._prepare(listed[number], number) for number in numbers]),
+            positions,
             evaluation.embedding_batch_size,
             self._mesh,
             progress,
         )
 
-    def _prepare(self, image: Image, position: int) -> UInt8[np.ndarray, "S S 3"]:
+    def _prepare(self, image: Any, number: int) -> UInt8[np.ndarray, "S S 3"]:
         try:
             return to_square(image, self.image_size)
-        except (TypeError, ValueError, AttributeError) as error:
-            kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        except (TypeError, ValueError) as error:
+            kind = f"{image.dtype} {image.shape}" if hasattr(image, "__array__") else type(image).__name__
             raise UserError(
-                f"Image {position} has type {kind} ({one_line(error)}): give uint8 arrays (H, W, 3) or PIL images."
+                f"Image {number} has type {kind} ({one_line(error)}): give uint8 arrays (H, W, 3) or PIL images."
             ) from error
+
+
+def _listed(images: object) -> Sequence[Image]:
+    """The images in a sequence; one image becomes a sequence of one."""
+    if isinstance(images, PIL.Image.Image):
+        return [images]
+    try:
+        if not hasattr(images, "__array__"):
+            if isinstance(images, str | bytes):
+                raise TypeError("a name is not an image")
+            return images if isinstance(images, Sequence) else list(images)  # type: ignore[call-overload]
+        array = np.asarray(images)
+        if array.ndim == 0:
+            raise TypeError("it has no rows and columns")
+    except TypeError as error:
+        raise UserError(f"images is {type(images).__name__} ({one_line(error)}): give {ACCEPTED}.") from error
+    is_one = array.ndim == 2 or (array.ndim == 3 and array.shape[2] <= CHANNELS)
+    return array[None] if is_one else array  # type: ignore[return-value]
+
+
+def _checked(indices: object, size: int) -> Int32[np.ndarray, " N"]:
+    """The indices of `size` images; raises UserError unless they are that many whole numbers from 0 to MAX_INDEX."""
+    try:
+        array = np.asarray(indices)
+    except ValueError:  # lists of several lengths
+        array = np.asarray(None)
+    if array.ndim == 1 and len(array) != size:
+        raise UserError(f"There are {len(array)} indices for {size} images: give one for each.")
+    is_valid = array.ndim == 1 and (
+        size == 0 or (array.dtype.kind in "iu" and 0 <= array.min() <= array.max() <= MAX_INDEX)
+    )
+    if not is_valid:
+        raise UserError(f"indices is {one_line(indices)}: give a list of whole numbers from 0 to {MAX_INDEX}.")
+    return array.astype(np.int32)
 
 
 def to_square(image: Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
     """An image as RGB: the largest square at its centre, resized to `side` pixels.
 
     Raises:
-        TypeError, ValueError, AttributeError: it is neither an array of 8-bit pixels nor a PIL image of 8 or 16 bits.
+        TypeError, ValueError: it is neither an array of 8-bit pixels nor a PIL image of 8 or 16 bits.
     """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise ValueError("pixels must be uint8 from 0 to 255")
-        if image.shape == (side, side, 3):
-            return image
-        if image.ndim not in (2, 3):
-            raise ValueError("it must have rows and columns")
-        image = PIL.Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
-    return to_pixels(image, side)
+    if isinstance(image, PIL.Image.Image):
+        return to_pixels(image, side)
+    if not hasattr(image, "__array__"):
+        raise TypeError("it is not an image")
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8:
+        raise ValueError("pixels must be uint8 from 0 to 255")
+    if pixels.shape == (side, side, 3):
+        return pixels
+    if pixels.ndim not in (2, 3):
+        raise ValueError("it must have rows and columns")
+    return to_pixels(PIL.Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels), side)
 
 
 def load(workdir: str | Path, step: CheckpointChoice = "latest", **evaluation: Any) -> ImageEncoder:
     """Loads the encoder of a run, which may still be training.
 
     Args:
-        workdir: folder of the run; nothing is written to it.
+        workdir: folder of the run, which may begin with ~; nothing is written to it.
         step: checkpoint to restore: its step, the newest ("latest"), or the one with the lowest loss ("best").
         evaluation: options of `EvaluationConfig` that decide how images are embedded, instead of the run's own.
 
     Raises:
         UserError: the run or the checkpoint does not exist or is damaged, or an option has a wrong value.
     """
-    folder = Path(workdir)
+    folder = Path(expand(str(workdir)))
     config, state, restored = restore_encoder(folder, step, "workdir")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **evaluation))
     return ImageEncoder(config, state, restored, load_image_size(folder))

@@ -14,14 +14,14 @@ from collections.abc import Iterable
 
 import jax
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Array, Float, Key
 
 from empssl_jax.config import ModelConfig
 from empssl_jax.config.errors import UserError
-from empssl_jax.method.encoder import EncoderState, encoder_template
+from empssl_jax.inference.weight_files import Weights
+from empssl_jax.inference.wrappers import Unwrapped
+from empssl_jax.method.encoder import EncoderState, encoder_template, init_encoder
 from empssl_jax.method.resnet import BACKBONES
-
-TorchWeights = dict[str, Shaped[np.ndarray, "..."]]
 
 STEM = {"stem": "conv1", "norm": "bn1"}
 PARTS = {f"conv{i}": f"conv{i}" for i in (1, 2, 3)} | {f"norm{i}": f"bn{i}" for i in (1, 2, 3)}
@@ -38,11 +38,13 @@ FOLDED = {
     "pre_feature.0.bias": "pre_feature.1.running_mean",
     "projection.0.bias": "projection.1.running_mean",
 }
-COUNTER = "num_batches_tracked"  # torch's BatchNorm stores it but does not use it
+COUNTER = "num_batches_tracked"
+COUNTERS = (COUNTER, "n_averaged")  # torch's BatchNorm and AveragedModel store them; no output depends on them
+RESNET, CLASSIFIER = "backbone.", "fc."
 LISTED = 10  # at most so many names in a message
 
 
-def to_torch(state: EncoderState, config: ModelConfig, step: int) -> TorchWeights:
+def to_torch(state: EncoderState, config: ModelConfig, step: int) -> Weights:
     """Converts an encoder to a PyTorch state dictionary of float32 arrays; BatchNorm's batch counters are `step`."""
     names = _names(state, config)
     arrays = map(np.asarray, jax.tree.leaves(state))
@@ -52,22 +54,53 @@ def to_torch(state: EncoderState, config: ModelConfig, step: int) -> TorchWeight
     return weights | {name: np.array(step, np.int64) for name in counters}
 
 
-def from_torch(weights: TorchWeights) -> tuple[ModelConfig, EncoderState]:
-    """Converts a PyTorch state dictionary to an encoder: its config, with precision float32, and its arrays.
-
-    Names may have the prefix `module.`, as in the authors' checkpoints.
+def from_torch(weights: Weights) -> tuple[ModelConfig, EncoderState]:
+    """Converts a PyTorch state dictionary to an encoder: its sizes, with precision float32, and its arrays.
 
     Raises:
-        UserError: names are missing or unexpected, an array has the wrong shape, or a value is not finite.
+        UserError: names are missing or unexpected, an array has the wrong shape, or a value is not valid.
     """
-    weights = {name.removeprefix("module."): array for name, array in weights.items() if not name.endswith(COUNTER)}
-    config = _config_of(weights)
+    backbone = _backbone(weights, alone=False)
+    stem, hidden, projection = (
+        weights[f"{name}.weight"] for name in ("backbone.conv1", "pre_feature.0", "projection.3")
+    )
+    if (stem.ndim, hidden.ndim, projection.ndim) != (4, 2, 2):
+        raise UserError(f"The kernels have shapes {stem.shape}, {hidden.shape}, {projection.shape}: give another file.")
+    config = _config(backbone, stem.shape, hidden_dim=hidden.shape[0], projection_dim=projection.shape[0])
     template = encoder_template(config)
     names = _names(template, config)
-    _check_arrays(weights, dict(zip(names, jax.tree.leaves(template), strict=True)))
-    folded = {mean: weights[mean] - weights[bias] for bias, mean in FOLDED.items()}
+    shapes = dict(zip(names, (_torch_shape(array.shape) for array in jax.tree.leaves(template)), strict=True))
+    _check_arrays(weights, shapes | {bias: shapes[mean] for bias, mean in FOLDED.items()})
+    with np.errstate(over="ignore"):  # _check_arrays refuses what becomes infinite
+        folded = {mean: weights[mean] - weights[bias] for bias, mean in FOLDED.items()}
+    _check_arrays(folded, {mean: shapes[mean] for mean in folded})
     arrays = [_from_torch_layout((weights | folded)[name]) for name in names]
     return config, jax.tree.unflatten(jax.tree.structure(template), arrays)
+
+
+def with_fresh_heads(unwrapped: Unwrapped, model: ModelConfig, key: Key[Array, ""]) -> tuple[Weights, list[str]]:
+    """Adds initial heads, with the dimensions of `model`, to a ResNet, which has its own sizes.
+
+    Returns a state dictionary for `from_torch`, and the names of the arrays that are dropped: those of the ResNet's
+    classifier and of everything outside the ResNet.
+
+    Raises:
+        UserError: names are missing or unexpected, an array has the wrong shape, or a value is not valid.
+    """
+    prefix = unwrapped.resnet
+    inside = [name for name in unwrapped.weights if name.startswith(prefix) and name not in unwrapped.outside]
+    resnet = {name.removeprefix(prefix): unwrapped.weights[name] for name in inside}
+    resnet = {name: array for name, array in resnet.items() if not name.startswith(CLASSIFIER)}
+    backbone = _backbone(resnet, alone=True)
+    stem = resnet["conv1.weight"]
+    if stem.ndim != 4:
+        raise UserError(f"conv1.weight has shape {stem.shape}, which no convolution has: give another file.")
+    config = _config(backbone, stem.shape, hidden_dim=model.hidden_dim, projection_dim=model.projection_dim)
+    fresh = to_torch(init_encoder(config, key), config, 0)
+    own = {name.removeprefix(RESNET): array.shape for name, array in fresh.items() if name.startswith(RESNET)}
+    _check_arrays(resnet, {name: shape for name, shape in own.items() if not name.endswith(COUNTERS)})
+    dropped = {name for name in unwrapped.weights if name not in inside or name.startswith(f"{prefix}{CLASSIFIER}")}
+    return fresh | {f"{RESNET}{name}": array for name, array in resnet.items()}, sorted(dropped)
 
 
 def _names(state: EncoderState, config: ModelConfig) -> list[str]:
@@ -89,47 +122,57 @@ def _names(state: EncoderState, config: ModelConfig) -> list[str]:
 
 
 @functools.cache
-def _expected_names(backbone: str) -> frozenset[str]:
+def _expected_names(backbone: str, alone: bool) -> frozenset[str]:
+    """The names of an encoder, or of its ResNet alone."""
     config = ModelConfig(backbone=backbone, width=1, hidden_dim=1, projection_dim=2, precision="float32")  # type: ignore[arg-type]
-    return frozenset([*_names(encoder_template(config), config), *FOLDED])
+    names = [*_names(encoder_template(config), config), *FOLDED]
+    return (
+        frozenset(name.removeprefix(RESNET) for name in names if name.startswith(RESNET)) if alone else frozenset(names)
+    )
 
 
-def _config_of(weights: TorchWeights) -> ModelConfig:
-    """The config of the encoder with these arrays, inferred from their names and a few of their shapes."""
-    expected = {backbone: _expected_names(backbone) for backbone in BACKBONES}
-    backbone = min(expected, key=lambda name: len(expected[name] ^ weights.keys()))
-    missing, unexpected = expected[backbone] - weights.keys(), weights.keys() - expected[backbone]
+def _backbone(weights: Weights, alone: bool) -> str:
+    """The backbone of an encoder with these arrays, or of a ResNet alone."""
+    expected = {backbone: _expected_names(backbone, alone) for backbone in BACKBONES}
+    names = {name for name in weights if not name.endswith(COUNTERS)}
+    backbone = min(expected, key=lambda backbone: len(expected[backbone] ^ names))
+    missing, unexpected = expected[backbone] - names, names - expected[backbone]
     if missing or unexpected:
+        what = f"a {backbone} alone" if alone else f"an EMP-SSL encoder with a {backbone}"
+        remedy = "give a ResNet with torchvision's names"
+        if not alone:
+            remedy = "give a file written by `export` or by the authors' code, or add --fresh-heads to a ResNet alone"
         raise UserError(
-            f"These are not the arrays of an EMP-SSL encoder with a {backbone}: {_listed('missing', missing)}; "
-            f"{_listed('unexpected', unexpected)}; give a file written by `export` or by the authors' code."
+            f"These are not the arrays of {what}: {listed('missing', missing)}; {listed('unexpected', unexpected)}; "
+            f"{remedy}."
         )
-    stem, hidden, projection = (
-        weights[f"{name}.weight"] for name in ("backbone.conv1", "pre_feature.0", "projection.3")
-    )
-    if (stem.ndim, hidden.ndim, projection.ndim) != (4, 2, 2):
-        raise UserError(f"The kernels have shapes {stem.shape}, {hidden.shape}, {projection.shape}: give another file.")
-    return ModelConfig(
-        backbone=backbone,  # type: ignore[arg-type]
-        stem="imagenet" if stem.shape[-1] == 7 else "cifar",
-        width=stem.shape[0],
-        hidden_dim=hidden.shape[0],
-        projection_dim=projection.shape[0],
-        precision="float32",
-    )
+    return backbone
 
 
-def _check_arrays(weights: TorchWeights, template: dict[str, jax.ShapeDtypeStruct]) -> None:
-    shapes = {name: _torch_shape(array.shape) for name, array in template.items()}
-    shapes |= {bias: shapes[mean] for bias, mean in FOLDED.items()}
+def _config(backbone: str, stem_shape: tuple[int, ...], **heads: int) -> ModelConfig:
+    try:
+        return ModelConfig(
+            backbone=backbone,  # type: ignore[arg-type]
+            stem="imagenet" if stem_shape[-1] == 7 else "cifar",
+            width=stem_shape[0],
+            precision="float32",
+            **heads,  # type: ignore[arg-type]
+        )
+    except UserError as error:
+        raise UserError(f"The file's encoder has a size that is not supported: {error}") from error
+
+
+def _check_arrays(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             raise UserError(f"{name} has shape {weights[name].shape} instead of {shape}: give another file.")
         if not np.isfinite(weights[name]).all():
             raise UserError(f"{name} is not finite: give a file from before training went wrong.")
+        if name.endswith("running_var") and (weights[name] < 0).any():
+            raise UserError(f"{name} has negative variances: give another file.")
 
 
-def _listed(what: str, names: Iterable[str]) -> str:
+def listed(what: str, names: Iterable[str]) -> str:
     """The number of names and the first few of them, for a message."""
     ordered = [repr(name)[1:-1][:60] for name in sorted(names)]
     more = f" and {len(ordered) - LISTED} more" if len(ordered) > LISTED else ""

@@ -1,31 +1,31 @@
 """Exports trained encoders to files for PyTorch, and imports such files as runs.
 
-A .safetensors file needs only this package; a .pt file needs PyTorch. Both contain a state dictionary (see
-torch_names.py) and metadata: strings that describe how to build the encoder and what its input is.
+The metadata of a file describe how to build the encoder and what its input is.
 """
 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-import safetensors
-import safetensors.numpy
 
-from empssl_jax.config import Config
+from empssl_jax.config import Config, ModelConfig
 from empssl_jax.config.command_options import RUN, ExportOptions, ImportOptions
 from empssl_jax.config.config_files import read_config_file
-from empssl_jax.config.errors import UserError, one_line, require
+from empssl_jax.config.errors import UserError, one_line, require, words
 from empssl_jax.inference.image_encoder import ImageEncoder, load
-from empssl_jax.inference.torch_names import TorchWeights, from_torch, to_torch
-from empssl_jax.method.encoder import default_precision, init_encoder
+from empssl_jax.inference.torch_names import from_torch, listed, to_torch, with_fresh_heads
+from empssl_jax.inference.weight_files import SUFFIXES, Metadata, import_torch, read_weights, write_weights
+from empssl_jax.inference.wrappers import unwrap
+from empssl_jax.method.encoder import EncoderState, default_precision
+from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.random_keys import parameters_key
-from empssl_jax.method.train_step import learning_rate_schedule, make_optimizer
+from empssl_jax.method.train_step import make_optimizer
 from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.run_folder.saved_config import (
     DEFAULT_IMAGE_SIZE,
+    MAX_IMAGE_SIZE,
     from_json,
     load_config,
     save_config,
@@ -33,10 +33,8 @@ from empssl_jax.run_folder.saved_config import (
     to_json,
 )
 from empssl_jax.run_folder.workdir import locked, storage_errors
-from empssl_jax.runtime.atomic_write import atomic_write
 
-SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt"}
-Metadata = dict[str, str]
+IMAGENET = {"input_mean": (0.485, 0.456, 0.406), "input_std": (0.229, 0.224, 0.225)}  # of torchvision's weights
 
 
 def export_weights(options: ExportOptions) -> Path:
@@ -47,108 +45,132 @@ def export_weights(options: ExportOptions) -> Path:
         OSError: the file cannot be written.
     """
     if options.format == "torch":
-        _torch()  # raises UserError before the work begins
+        import_torch()  # raises UserError before the work begins
     load_config(Path(options.run), RUN)  # likewise
     encoder = load(options.run, options.step)
     weights = to_torch(encoder.state, encoder.config.model, encoder.step)
     path = Path(options.output or Path(options.run) / f"weights{SUFFIXES[options.format]}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, weights, _metadata(encoder), options.format)
+    write_weights(path, weights, _metadata(encoder), options.format)
     print(f"exported step {encoder.step} of {options.run} to {path}")
     return path
 
 
 def import_weights(options: ImportOptions) -> None:
-    """Creates the folder of a run, with a config and one checkpoint at step 0.
+    """Creates the folder of a run, with a config and one checkpoint at step 0, and prints what it found and assumed.
 
     Raises:
-        UserError: the file cannot be read or does not hold an encoder, or the folder already holds a run.
+        UserError: the file cannot be read, does not hold an encoder or has wrong metadata, or the folder already holds
+            a run; nothing has been written.
         StorageError: the folder cannot be written to.
     """
-    weights, metadata = _read(Path(options.file))
-    config, workdir = _base_config(options, metadata), Path(options.workdir)
-    model, encoder = from_torch(_with_fresh_heads(weights, config) if options.fresh_heads else weights)
+    imported = read_run(options)
+    _write_run(imported)
+    print(f"imported {options.file} into {options.workdir} ({imported.notes[0]})", *imported.notes[1:], sep="\n")
+
+
+class ImportedRun(NamedTuple):
+    """A run made from a file."""
+
+    config: Config
+    encoder: EncoderState
+    image_size: int  # side in pixels
+    notes: list[str]  # what was found and assumed, the sizes first
+
+
+def read_run(options: ImportOptions) -> ImportedRun:
+    """Reads a file of weights and checks all that is in it, without writing anything; raises UserError."""
+    arrays, metadata = read_weights(Path(options.file))
+    config, unwrapped = _base_config(options, metadata), unwrap(arrays)
+    image_size = _image_size(options, metadata, config)
+    normalisation, source = _normalisation(options, metadata, has_heads="pre_feature.0.weight" in unwrapped.weights)
+    weights, notes = unwrapped.weights, [f"input_mean and input_std are {source}"]
+    if unwrapped.removed:
+        notes.append(f"prefixes removed from the names: {', '.join(unwrapped.removed)}")
+    if options.fresh_heads:
+        weights, dropped = with_fresh_heads(unwrapped, config.model, parameters_key(config.training.seed))
+        notes.append(f"arrays without a place in the encoder: {listed('dropped', dropped)}")
+    model, encoder = from_torch(weights)
     precision = default_precision() if config.model.precision == "auto" else config.model.precision
-    model = dataclasses.replace(model, precision=precision)
+    model = dataclasses.replace(model, precision=precision, **normalisation)
+    sizes = ", ".join(f"{name} {' '.join(words(value))}" for name, value in dataclasses.asdict(model).items())
     config = dataclasses.replace(config, model=model, run=dataclasses.replace(config.run, workdir=options.workdir))
-    optimizer = make_optimizer(config.training, learning_rate_schedule(config.training, 1))
+    return ImportedRun(config, encoder, image_size, [sizes, *notes])
+
+
+def _write_run(imported: ImportedRun) -> None:
+    config, encoder, image_size, _ = imported
+    workdir = Path(config.run.workdir)
+    optimizer = make_optimizer(Hyperparameters.of(config.training, steps_per_epoch=1))
     encoder = jax.tree.map(jax.numpy.asarray, encoder)
     with locked(workdir), storage_errors(workdir), Checkpoints(workdir) as checkpoints:
         held = checkpoints.latest_step()
-        require(held is None, "workdir", options.workdir, "that folder holds a run, so give another one")
+        require(held is None, "workdir", config.run.workdir, "that folder holds a run, so give another one")
         save_config(workdir, config)
-        save_images(workdir, int(metadata.get("image_size", config.data.image_size or DEFAULT_IMAGE_SIZE)))
+        save_images(workdir, image_size)
         checkpoints.save(0, encoder, optimizer.init(encoder.params), loss=math.inf)
         checkpoints.wait()
-    sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(model).items())
-    print(f"imported {options.file} into {options.workdir} ({sizes})")
 
 
 def _base_config(options: ImportOptions, metadata: Metadata) -> Config:
     """The config file's config, else the one in the metadata, else the defaults."""
     if options.config is not None:
         return read_config_file(options.config)
-    return from_json(metadata["config"], options.file) if "config" in metadata else Config()
+    return from_json(metadata["config"], f"`config` in {options.file}") if "config" in metadata else Config()
 
 
-def _with_fresh_heads(weights: TorchWeights, config: Config) -> TorchWeights:
-    """Adds freshly initialised heads to the arrays of a ResNet; drops its classifier."""
-    model = dataclasses.replace(config.model, precision="float32")
-    fresh = to_torch(init_encoder(model, parameters_key(config.training.seed)), model, 0)
-    heads = {name: array for name, array in fresh.items() if not name.startswith("backbone.")}
-    return heads | {f"backbone.{name}": array for name, array in weights.items() if not name.startswith("fc.")}
+def _image_size(options: ImportOptions, metadata: Metadata, config: Config) -> int:
+    """The side of the images in pixels: the one in the metadata, else the config's, else the default."""
+    if "image_size" not in metadata:
+        return config.data.image_size or DEFAULT_IMAGE_SIZE
+    text = metadata["image_size"]
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= MAX_IMAGE_SIZE):
+        raise UserError(
+            f"`image_size` in {options.file} is {one_line(text)}: give a file in which it is a whole number from 1 to "
+            f"{MAX_IMAGE_SIZE}, or is missing."
+        )
+    return int(text)
+
+
+def _normalisation(options: ImportOptions, metadata: Metadata, has_heads: bool) -> tuple[dict[str, Any], str]:
+    """The `input_mean` and `input_std` that the weights were trained with, and where they come from, in words."""
+    given = {name: getattr(options, name) for name in IMAGENET}
+    if None not in given.values():
+        return given, "as given"
+    for name, value in given.items():
+        require(value is None, name, value, "give --input-mean and --input-std together")
+    if metadata.keys() & IMAGENET:
+        found: dict[str, Any] = {name: _channels(metadata.get(name, "")) for name in IMAGENET}
+        try:
+            ModelConfig(**found)
+        except UserError as error:
+            raise UserError(f"The metadata of {options.file} have a wrong value: {error}") from error
+        return found, "those in the file"
+    if has_heads:
+        return {}, "those of the authors' code (--input-mean and --input-std give others)"
+    return IMAGENET, "those of torchvision's ImageNet weights (--input-mean and --input-std give others)"
+
+
+def _channels(text: str) -> tuple[float | str, ...]:
+    """The numbers in a text, or the text itself, which ModelConfig refuses."""
+    try:
+        return tuple(map(float, text.split()))
+    except ValueError:
+        return (text,)
 
 
 def _metadata(encoder: ImageEncoder) -> Metadata:
     """Describes the encoder for users of the file, as strings; also contains the run's config as JSON."""
     config = encoder.config
-    model = {name: str(value) for name, value in dataclasses.asdict(config.model).items() if name != "precision"}
+    model = {
+        name: " ".join(words(value)) for name, value in dataclasses.asdict(config.model).items() if name != "precision"
+    }
     size = config.patches.patch_size
+    mean, std = model["input_mean"], model["input_std"]
     return model | {
         "step": str(encoder.step),
         "image_size": str(encoder.image_size),
-        "input": f"RGB patches (N, 3, {size}, {size}), pixels / 127.5 - 1",
+        "input": f"RGB patches (N, 3, {size}, {size}), (pixels / 255 - mean) / std, mean {mean}, std {std}",
         "embedding": "relu(pre_feature(backbone(patch))), for an image the mean over its patches",
         "config": to_json(config),
     }
-
-
-def _write(path: Path, weights: TorchWeights, metadata: Metadata, kind: str) -> None:
-    with atomic_write(path) as file:
-        if kind == "safetensors":
-            file.write(safetensors.numpy.save(weights, metadata))
-        else:
-            torch = _torch()
-            tensors = {name: torch.tensor(array) for name, array in weights.items()}
-            torch.save({"state_dict": tensors, "metadata": metadata}, file)
-
-
-def _read(path: Path) -> tuple[TorchWeights, Metadata]:
-    """Reads the arrays of a file, as float32, and its metadata if it has any. Executes no code that the file holds."""
-    if not path.is_file():
-        raise UserError(f"There is no file {path}: give a file written by `export` or by the authors' code.")
-    is_torch = path.suffix != SUFFIXES["safetensors"]
-    torch: Any = _torch() if is_torch else None
-    try:
-        if not is_torch:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                names = file.keys()
-                return {name: file.get_tensor(name).astype(np.float32) for name in names}, file.metadata() or {}
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = content.get("state_dict", content)
-        return {name: tensor.float().numpy() for name, tensor in tensors.items()}, content.get("metadata", {})
-    except Exception as error:  # the libraries raise various exceptions on other files
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {one_line(error)}): give a .safetensors file, or a .pt or "
-            ".pth file that contains a state dictionary and nothing else."
-        ) from error
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            'Files for torch.load need PyTorch: pip install "empssl_jax[torch]", or use a .safetensors file.'
-        ) from error
-    return torch

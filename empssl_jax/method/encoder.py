@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from empssl_jax.config import ModelConfig
 from empssl_jax.method.batch_norm import BatchNorm
-from empssl_jax.method.resnet import ZEROS, ResNet
+from empssl_jax.method.resnet import ZEROS, ResNet, cell_means
 
 CIFAR_STEM = "['backbone']['stem']"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -54,6 +54,8 @@ class Encoder(nnx.Module):
     def __call__(self, patches: Float[Array, "N H W 3"]) -> tuple[Float[Array, "N E"], Float[Array, "N D"]]:
         """Embeddings and projections of N patches with values in [-1, 1], in float32; neither is normalised.
 
+        The ResNet normalises the patches by the config's `input_mean` and `input_std`.
+
         In training mode (`encoder.train()`), BatchNorm uses the batch's statistics and updates the running ones.
         After `encoder.eval()`, it uses the running ones.
         """
@@ -65,9 +67,17 @@ class Encoder(nnx.Module):
         """Embeddings alone, in the encoder's dtype."""
         return nnx.relu(self.hidden_norm(self.hidden(self.backbone(patches))))
 
-    def embed_stages(self, patches: Float[Array, "N H W 3"]) -> Float[Array, "N S"]:
-        """The mean of each ResNet stage's map, all stages concatenated, in the encoder's dtype."""
-        return jnp.concatenate(self.backbone.stage_means(patches), axis=1)
+    def embed_cells(
+        self, images: Float[Array, "N H W 3"], layer: Literal["hidden", "stages"], cells: int
+    ) -> Float[Array, "N K E"]:
+        """Embeddings of K equal cells of images of any size, `cells` along each side, in the encoder's dtype.
+
+        They are hidden features or, with "stages", the cell's mean of each stage's map, all stages concatenated.
+        """
+        means = [cell_means(x, cells) for x in self.backbone.stage_maps(images)]
+        if layer == "stages":
+            return jnp.concatenate(means, axis=-1)
+        return nnx.relu(self.hidden_norm(self.hidden(means[-1])))
 
 
 def default_precision() -> Literal["float32", "bfloat16"]:
@@ -94,8 +104,8 @@ def init_encoder(config: ModelConfig, key: Key[Array, ""]) -> EncoderState:
     draws = jnp.split(uniform, np.cumsum(sizes)[:-1])
     torchvision = [config.stem == "imagenet" or jax.tree_util.keystr(path) != CIFAR_STEM for path in paths]
     layers = zip(nodes, draws, torchvision, strict=True)
-    nodes = [_init_layer(*layer) if is_layer(layer[0]) else layer[0] for layer in layers]
-    return EncoderState(jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_layer), nodes), batch_stats)
+    initial = [_init_layer(*layer) if is_layer(layer[0]) else layer[0] for layer in layers]
+    return EncoderState(jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_layer), initial), batch_stats)
 
 
 def is_layer(node: object) -> bool:

@@ -4,10 +4,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from empssl_jax.config import TrainingConfig
 from empssl_jax.method.xla_cpu import norm_pair
+
+Scalar = float | Float[Array | np.ndarray, ""]
 
 
 class ClippedTrustRatioState(NamedTuple):
@@ -18,9 +22,9 @@ class ClippedTrustRatioState(NamedTuple):
 
 def lars(
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: float,
-    momentum: float = TrainingConfig.momentum,
-    trust_coefficient: float = TrainingConfig.trust_coefficient,
+    weight_decay: Scalar,
+    momentum: Scalar = TrainingConfig.momentum,
+    trust_coefficient: Scalar = TrainingConfig.trust_coefficient,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
     """LARS as in EMP-SSL's reference implementations.
@@ -48,7 +52,7 @@ def lars(
 
 
 def _clipped_trust_ratio(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: float, trust_coefficient: float, eps: float
+    learning_rate: optax.ScalarOrSchedule, weight_decay: Scalar, trust_coefficient: Scalar, eps: float
 ) -> optax.GradientTransformation:
     """Turns g into (g + wd w) * min(ratio / lr, 1), where ratio = trust_coefficient |w| / (|g| + wd |w| + eps).
 

@@ -25,7 +25,7 @@ def normalise(vectors: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     return vectors * jnp.where(jnp.isfinite(squared_norm), scale, jnp.nan)
 
 
-def coding_rate(projections: Float[Array, "P B D"], eps: float) -> Float[Array, ""]:
+def coding_rate(projections: Float[Array, "P B D"], eps: float | Float[Array, ""]) -> Float[Array, ""]:
     """Coding rate of the B projections with the same patch number, in nats; mean over the P patch numbers.
 
     R(Z) = 1/2 logdet(I + D / (B eps) Z^T Z) for a B x D matrix Z (equation 1, with the paper's eps^2 written eps).
@@ -65,7 +65,10 @@ def similarity(projections: Float[Array, "P B D"]) -> Float[Array, ""]:
 
 
 def emp_ssl_loss(
-    projections: Float[Array, "P B D"], invariance_coefficient: float, eps: float, axis_name: str | None = None
+    projections: Float[Array, "P B D"],
+    invariance_coefficient: float | Float[Array, ""],
+    eps: float | Float[Array, ""],
+    axis_name: str | None = None,
 ) -> Loss:
     """The loss that EMP-SSL minimises (equation 3): -coding_rate - invariance_coefficient * similarity.
 

@@ -4,21 +4,21 @@ import jax
 from jaxtyping import Array, Int, Key
 
 
-def parameters_key(seed: int) -> Key[Array, ""]:
+def parameters_key(seed: int | Int[Array, ""]) -> Key[Array, ""]:
     """The key that draws the initial parameters."""
     return jax.random.fold_in(jax.random.key(seed), 0)
 
 
-def training_patches_key(seed: int, epoch: int | Int[Array, ""]) -> Key[Array, ""]:
+def training_patches_key(seed: int | Int[Array, ""], epoch: int | Int[Array, ""]) -> Key[Array, ""]:
     """The key that draws the patches of one epoch, together with each image's index."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
 
 
-def embedding_patches_key(seed: int) -> Key[Array, ""]:
+def embedding_patches_key(seed: int | Int[Array, ""]) -> Key[Array, ""]:
     """The key that draws the patches averaged into embeddings, together with each image's index."""
     return jax.random.fold_in(jax.random.key(seed), 2)
 
 
-def classifier_key(seed: int) -> Key[Array, ""]:
+def classifier_key(seed: int | Int[Array, ""]) -> Key[Array, ""]:
     """The key that draws the linear classifier's weights and the order of its batches."""
     return jax.random.fold_in(jax.random.key(seed), 3)

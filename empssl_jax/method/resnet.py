@@ -1,11 +1,13 @@
 """ResNets with torchvision's layout, without the classifier."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -120,6 +122,7 @@ class ResNet(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, axis_name: str | None, remat: bool):
         self.backbone, self.remat = config.backbone, remat
+        self.input_mean, self.input_std = config.input_mean, config.input_std
         self.has_pooling = config.stem == "imagenet"
         size, stride = (7, 2) if config.stem == "imagenet" else (3, 1)
         self.stem = Convolution(3, config.width, size, stride, dtype)
@@ -135,19 +138,40 @@ class ResNet(nnx.Module):
         self.features_out = features_in
 
     def __call__(self, x: Float[Array, "N H W 3"]) -> Float[Array, "N F"]:
-        return self.stage_means(x)[-1]
+        return jnp.mean(self.stage_maps(x)[-1], axis=(1, 2))
 
-    def stage_means(self, x: Float[Array, "N H W 3"]) -> list[Float[Array, "N _"]]:
-        """The global average of each stage's last map."""
+    def normalise_channels(self, x: Float[Array, "N H W 3"]) -> Float[Array, "N H W 3"]:
+        """(pixel - mean) / standard deviation, where pixels are from 0 to 1 and the input is 2 pixel - 1.
+
+        By default this returns x. It is not folded into the stem, which pads with 0: the mean, not a pixel of 0.5.
+        """
+        mean, std = (np.array(channels, ndmin=4) for channels in (self.input_mean, self.input_std))
+        return (x - np.float32(2 * mean - 1)) / np.float32(2 * std)
+
+    def stage_maps(self, x: Float[Array, "N H W 3"]) -> list[Float[Array, "N _ _ _"]]:
+        """Each stage's last map."""
+        x = self.normalise_channels(x)
         x = nnx.relu(self.norm(self.stem(x)))
         if self.has_pooling:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         kind = BACKBONES[self.backbone]
         call: Callable = kind.block.__call__
         apply = nnx.remat(call) if self.remat else call
-        blocks, means = iter(self.blocks), []
+        blocks, maps = iter(self.blocks), []
         for stage_size in kind.stage_sizes:
             for block in itertools.islice(blocks, stage_size):
                 x = apply(block, x)
-            means.append(jnp.mean(x, axis=(1, 2)))
-        return means
+            maps.append(x)
+        return maps
+
+
+def cell_means(x: Float[Array, "N H W C"], cells: int) -> Float[Array, "N K C"]:
+    """The averages of a map over K equal cells, `cells` along each side, row by row.
+
+    Where a position belongs to several cells, each cell counts its share of it.
+    """
+    for axis in (1, 2):
+        x = jnp.repeat(x, cells // math.gcd(cells, x.shape[axis]), axis)
+    size, height, width, channels = x.shape
+    x = x.reshape(size, cells, height // cells, cells, width // cells, channels)
+    return jnp.mean(x, axis=(2, 4)).reshape(size, cells**2, channels)

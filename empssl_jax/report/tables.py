@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from empssl_jax.config import Config
-from empssl_jax.config.errors import flag
+from empssl_jax.config.errors import flag, words
 from empssl_jax.report.charts import spread
 from empssl_jax.report.run import Run
 
@@ -99,12 +99,12 @@ def options(config: Config) -> list[tuple[str, Any, bool]]:
 
 def command(config: Config) -> str:
     """The command that repeats the run in another folder, without a config file."""
-    words = ["python", "train.py", "--workdir", "runs/again"]
+    line = ["python", "train.py", "--workdir", "runs/again"]
     for name, value, differs in options(config):
         if name == "--workdir":
             continue
         if differs and isinstance(value, bool):
-            words.append(name if value else name.replace("--", "--no-", 1))
+            line.append(name if value else name.replace("--", "--no-", 1))
         elif differs:
-            words += [name, str(value)]
-    return shlex.join(words)
+            line += [name, *words(value)]
+    return shlex.join(line)

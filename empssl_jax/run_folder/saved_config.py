@@ -12,6 +12,7 @@ from empssl_jax.runtime.atomic_write import atomic_write
 CONFIG_FILE = "config.json"
 IMAGES_FILE = "images.json"
 DEFAULT_IMAGE_SIZE = 32  # of runs that do not record it
+MAX_IMAGE_SIZE = 2**16
 
 
 def to_json(config: Config) -> str:
@@ -25,12 +26,17 @@ def from_json(text: str | bytes, source: object) -> Config:
     try:
         groups = json.loads(text)
         types = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-        return Config(**{name: types[name](**values) for name, values in groups.items()})  # type: ignore[operator]
+        return Config(**{name: types[name](**_tuples(values)) for name, values in groups.items()})  # type: ignore[operator]
     except UserError as error:
         raise UserError(f"{source} has a wrong value: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = one_line(error)
         raise UserError(f"{source} is not a config of this version of empssl_jax ({reason}): train again.") from error
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with tuples instead of lists, since JSON has only lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def save_config(workdir: Path, config: Config) -> None:
@@ -83,7 +89,7 @@ def _load_images(workdir: Path) -> tuple[int, dict[str, str]]:
     try:
         images: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {"size": DEFAULT_IMAGE_SIZE}
         size = images["size"]
-        if type(size) is not int or not 1 <= size <= 2**16:
+        if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
             raise ValueError(f"size {size!r}")
         return size, dict(images.get("fingerprints", {}))
     except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:

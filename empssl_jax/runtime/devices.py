@@ -1,10 +1,12 @@
 """The mesh of all devices, how arrays are split over it, and how they get to and from the devices."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, PyTree, Shaped
 
 DATA_AXIS = "data"  # the mesh axis that splits the images of a batch over devices
 
@@ -38,9 +40,9 @@ def rows_to_devices(
     return jax.make_array_from_process_local_data(split_images(mesh), own, (num_rows, *own.shape[1:]))
 
 
-def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Copies an array to the devices. Every process has all of it, and sends what its own devices hold."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+def to_devices(arrays: PyTree[Shaped[np.ndarray, "..."]], sharding: NamedSharding) -> Any:
+    """Copies arrays to the devices. Every process has all of them, and sends what its own devices hold."""
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), arrays)
 
 
 def to_host(array: jax.Array) -> np.ndarray:

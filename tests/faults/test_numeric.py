@@ -15,6 +15,7 @@ from empssl_jax.config.errors import DivergenceError
 from empssl_jax.data.batches import shuffled_batches
 from empssl_jax.data.datasets import load_datasets
 from empssl_jax.method import train_step
+from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.train_step import create_state
 from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.runtime.devices import device_mesh, replicated
@@ -47,12 +48,12 @@ def in_a_parameter(patch, config, value):
     def make_train_step(*args):
         step = original(*args)
 
-        def damaged_step(state, batch):
+        def damaged_step(hyperparameters, state, batch):
             if int(state.step) == STEP:
                 damaged = state.encoder.params | {"hidden": dict(state.encoder.params["hidden"])}
                 damaged["hidden"]["kernel"] = damaged["hidden"]["kernel"].at[1, 2].set(value)
                 state = state._replace(encoder=state.encoder._replace(params=damaged))
-            return step(state, batch)
+            return step(hyperparameters, state, batch)
 
         return damaged_step
 
@@ -68,8 +69,8 @@ def in_a_gradient(patch, config, value):
         return jax.tree.unflatten(structure, leaves), count + 1
 
     damage = optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
-    original = training.make_optimizer
-    patch.setattr(training, "make_optimizer", lambda *args: optax.chain(damage, original(*args)))
+    original = train_step.make_optimizer
+    patch.setattr(train_step, "make_optimizer", lambda *args: optax.chain(damage, original(*args)))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
@@ -86,8 +87,7 @@ def test_the_run_stops_at_the_step_and_keeps_a_good_checkpoint(damage, value, tm
     assert not (tmp_path / "embeddings").exists()
     with Checkpoints(tmp_path) as store:
         assert store.latest_step() == 6
-        optimizer = training.make_optimizer(config.training, lambda step: 0.1)
-        template = jax.eval_shape(lambda: create_state(config, optimizer))
+        template = create_state.eval_shape(config.model, Hyperparameters.of(config.training, 5), device_mesh(1))
         _, *state = store.restore(template.encoder, template.optimizer, replicated(device_mesh()), "latest")
     assert all(np.isfinite(array).all() for array in jax.tree.leaves(state))
 
@@ -95,3 +95,16 @@ def test_the_run_stops_at_the_step_and_keeps_a_good_checkpoint(damage, value, tm
 @pytest.fixture(autouse=True)
 def repository(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture(autouse=True)
+def programs_of_their_own():
+    """Neither the compiled programs of other tests for the damaged runs, nor the damaged ones for other tests."""
+    forget_programs()
+    yield
+    forget_programs()
+
+
+def forget_programs():
+    jax.clear_caches()
+    train_step._compiled_step.cache_clear()

@@ -1,22 +1,28 @@
 """Hypothesis strategies for every kind of input from a user, mostly invalid."""
 
 import dataclasses
+import functools
 import io
 import json
 import math
 import sys
 import typing
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import PIL.Image
+import safetensors.numpy
 from hypothesis import strategies as st
 
-from empssl_jax.config import Config, checked_fields
+from empssl_jax.config import Config, ModelConfig, checked_fields
 from empssl_jax.config.errors import flag
 from empssl_jax.config.options import SMALLEST_EPS
+from empssl_jax.inference.torch_names import to_torch
+from empssl_jax.method.encoder import init_encoder
 from empssl_jax.run_folder import saved_config
 
 GROUPS: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(Config)}
@@ -145,6 +151,41 @@ NO_STEPS = [b'{"step": "3"}', b'{"step": null}', b'{"step": NaN}', b'{"step": tr
 NO_STEPS += [b'{"step": -1}', b"[1]", b'{"step": 3, "lo', b'{"loss": 1.0}', b"\0\0\0", b"\xff\xfe", b"[" * 10**5]
 NO_STEPS += [b'{"step": ' + b"9" * 5000 + b"}", b"", b"3"]
 METRICS = st.lists(STEPS | st.sampled_from(NO_STEPS).map(lambda line: (None, line)), max_size=8)
+
+
+@functools.cache
+def weight_file() -> tuple[dict[str, Any], bytes]:
+    """Header and data of a .safetensors file with a tiny ResNet, all zeros."""
+    made = ModelConfig(width=1, hidden_dim=1, projection_dim=2, precision="float32")
+    content = safetensors.numpy.save(to_torch(init_encoder(made, jax.random.key(0)), made, 0))
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]), bytes(len(content) - 8 - size)
+
+
+METADATA_TEXTS = st.sampled_from(["32", "-3", "224x224", "0.5 0.5 0.5", "1 2", "nan nan nan", "{}"]) | st.text()
+METADATA = st.dictionaries(
+    st.sampled_from(["image_size", "config", "input_mean", "input_std", "x"]),
+    METADATA_TEXTS | CONFIG_JSON.map(lambda content: content.decode("utf-8", "replace")) | JSON_VALUES,
+)
+HEADER_FIELDS = {"dtype": st.sampled_from(["F32", "I32", "BF16", "BOOL", "F8_E4M3", "x"]) | JSON_VALUES}
+HEADER_FIELDS |= {"shape": st.lists(SIZES) | JSON_VALUES, "data_offsets": st.lists(SIZES) | JSON_VALUES}
+
+
+@st.composite
+def weight_files(draw: st.DrawFn) -> bytes:
+    """A .safetensors file with any metadata, up to two changed entries, names after a prefix, or damage.
+
+    Compressed by zlib, since Hypothesis prints no input as long as the file.
+    """
+    header, data = weight_file()
+    header = dict(header)
+    for name in draw(st.lists(st.sampled_from(sorted(header)), max_size=2)):
+        header[name] = {**header[name], **draw(st.fixed_dictionaries({}, optional=HEADER_FIELDS))}
+    prefix = draw(st.sampled_from(["", "module.", "a.b.", "layer1.0.", "backbone."]) | st.text(max_size=3))
+    header = {prefix + name: entry for name, entry in header.items()} | {"__metadata__": draw(METADATA)}
+    content = as_json(header)
+    content = len(content).to_bytes(8, "little") + content + data
+    return zlib.compress(draw(damaged(st.just(content))) if draw(st.booleans()) else content)
 
 
 def encoded(mode: str, kind: str) -> bytes:

@@ -13,6 +13,7 @@ import io
 import re
 import tempfile
 import traceback
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +26,19 @@ import tyro
 from hypothesis import strategies as st
 
 from empssl_jax.config import Config
+from empssl_jax.config.command_options import ImportOptions
 from empssl_jax.config.config_files import parse_train_options, read_config_file
 from empssl_jax.config.errors import UserError
 from empssl_jax.data import decoding
 from empssl_jax.data.batches import Batch
 from empssl_jax.evaluation import embedding_files, embeddings
 from empssl_jax.evaluation.evaluate import measure_knn, measure_linear
+from empssl_jax.inference import weights
 from empssl_jax.method import losses
-from empssl_jax.method.train_step import create_state, learning_rate_schedule, make_optimizer, make_train_step
+from empssl_jax.method.hyperparameters import Hyperparameters, learning_rate
+from empssl_jax.method.train_step import create_state, make_train_step
 from empssl_jax.run_folder import saved_config, step_files
+from empssl_jax.run_folder.digests import first_not_finite
 from empssl_jax.run_folder.results import add_results, load_results
 from empssl_jax.runtime.devices import device_mesh
 from tests.stress import bad_input
@@ -120,22 +125,33 @@ def decode(content: bytes, folder: Path) -> None:
     assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)
 
 
-def prepare(made: Config, side: int, steps_per_epoch: int = 2) -> tuple[Config, Any, Any, Batch]:
-    """The config with "auto" as float32, its optimizer, its train step on one device, and a batch of noise images."""
+def import_file(example: tuple[bytes, bool], folder: Path) -> None:
+    """A file of weights is refused or gives finite arrays, a valid config and a valid image size."""
+    content, fresh_heads = example
+    path = folder / "weights.safetensors"
+    path.write_bytes(zlib.decompress(content))
+    imported = weights.read_run(ImportOptions(str(path), str(folder / "run"), None, fresh_heads))
+    assert not (folder / "run").exists()
+    assert first_not_finite(imported.encoder) is None
+    assert saved_config.from_json(saved_config.to_json(imported.config), "config.json") == imported.config
+    assert 1 <= imported.image_size <= saved_config.MAX_IMAGE_SIZE
+
+
+def prepare(made: Config, side: int, steps_per_epoch: int = 2) -> tuple[Config, Hyperparameters, Any, Batch]:
+    """The config with "auto" as float32, its hyperparameters, its step on one device, and a batch of noise images."""
     precision = "float32" if made.model.precision == "auto" else made.model.precision
     made = dataclasses.replace(made, model=dataclasses.replace(made.model, precision=precision))
-    schedule, size = learning_rate_schedule(made.training, steps_per_epoch), made.training.batch_size
-    optimizer = make_optimizer(made.training, schedule)
-    train_step = make_train_step(made, optimizer, schedule, steps_per_epoch, device_mesh(1))
+    hyperparameters, size = Hyperparameters.of(made.training, steps_per_epoch), made.training.batch_size
+    train_step = make_train_step(made, device_mesh(1))
     images = np.random.RandomState(0).randint(0, 256, (size, side, side, 3)).astype(np.uint8)
-    return made, optimizer, train_step, Batch(images, np.arange(size, dtype=np.int32))
+    return made, hyperparameters, train_step, Batch(images, np.arange(size, dtype=np.int32))
 
 
 def trace(example: tuple[Config, int], folder: Path) -> None:
     """The train step can be traced and keeps the shapes and types of its state; embeddings can be traced too."""
-    made, optimizer, train_step, batch = prepare(*example)
-    state = jax.eval_shape(lambda: create_state(made, optimizer))
-    after, _ = jax.eval_shape(train_step, state, batch)
+    made, hyperparameters, train_step, batch = prepare(*example)
+    state = create_state.eval_shape(made.model, hyperparameters, device_mesh(1))
+    after, _ = jax.eval_shape(train_step, hyperparameters, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     embedded = jax.eval_shape(embeddings.make_embed(made, device_mesh(1)), state.encoder, *batch)
     assert embedded.shape == (made.training.batch_size, embeddings.embedding_dim(made))
@@ -143,8 +159,8 @@ def trace(example: tuple[Config, int], folder: Path) -> None:
 
 def step(example: tuple[Config, int], folder: Path) -> None:
     """A train step has a finite loss, similarity at most 1 and a coding rate within its bounds."""
-    made, optimizer, train_step, batch = prepare(*example)
-    _, measured = train_step(create_state(made, optimizer), batch)
+    made, hyperparameters, train_step, batch = prepare(*example)
+    _, measured = train_step(hyperparameters, create_state(made.model, hyperparameters, device_mesh(1)), batch)
     values = {name: float(value) for name, value in measured.items()}
     assert np.isfinite(list(values.values())).all(), values
     training = made.training
@@ -157,7 +173,7 @@ def step(example: tuple[Config, int], folder: Path) -> None:
 def schedule(example: tuple[Config, int], folder: Path) -> None:
     """The learning rate of every step is finite, and between 0 and the peak."""
     made, steps_per_epoch = example
-    rates = jax.vmap(learning_rate_schedule(made.training, steps_per_epoch))(jnp.arange(15))
+    rates = jax.vmap(learning_rate, (0, None))(jnp.arange(15), Hyperparameters.of(made.training, steps_per_epoch))
     rates = rates[: steps_per_epoch * made.training.max_epochs]
     assert np.isfinite(rates).all()
     assert 0 <= min(rates) <= max(rates) <= made.training.learning_rate * (1 + 1e-6)
@@ -195,6 +211,7 @@ KINDS = {
     "embeddings": Kind(bad_input.EMBEDDINGS, load_embeddings),
     "results.json": Kind(bad_input.RESULTS, add_to_results),
     "metrics.jsonl": Kind(bad_input.METRICS, resume_metrics),
+    "weights": Kind(st.tuples(bad_input.weight_files(), st.booleans()), import_file, 0.1),
     "pictures": Kind(bad_input.PICTURES, decode),
     "schedules": Kind(st.tuples(bad_input.tiny_configs(), st.integers(1, 5)), schedule, 0.1),
     "evaluations": Kind(st.tuples(bad_input.SCALES, bad_input.tiny_configs()), measure, 0.03),
