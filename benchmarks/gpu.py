@@ -66,7 +66,7 @@ def our_rows(visit: Visit, reserve: float = 0.0) -> dict[str, Row]:
         "profile": Row(partial(gpu_rows.profile, visit), 25),
         "default": Row(accuracy("default", "random"), 100),
         "recommended": Row(accuracy("default"), 30),
-        "whole": Row(accuracy("default", "whole"), 30),
+        "grid": Row(accuracy("default", "grid"), 30),
         "float32": Row(accuracy("float32"), 90),
         "half_batch": Row(accuracy("half_batch"), 80),
         "seed_2": Row(accuracy("seed_2", "random"), 70),

@@ -77,12 +77,12 @@ class Visit:
         return study.changed(read_config_file("cifar10"), changes)
 
     def evaluation(self, name: str) -> EvaluationConfig:
-        """How to embed and measure: as published ("random"), as recommended, or the latter with the whole image."""
+        """How to embed and measure: as published ("random"), as recommended, or so without the whole image ("grid")."""
         if name == "random":
             return self.recipe.evaluation
         best = read_config_file("cifar10_best").evaluation
         changes = TINY_EVALUATION | {"valid_patches": best.valid_patches} if self.tiny else {}
-        changes |= {"valid_crops": "grid+whole"} if name == "whole" else {}
+        changes |= {"valid_crops": "grid"} if name == "grid" else {}
         return dataclasses.replace(best, **changes)
 
     @functools.cache  # noqa: B019 - one visit per process

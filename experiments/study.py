@@ -43,7 +43,7 @@ from empssl_jax.runtime.memory import keep_freed_memory
 from experiments.records import RESULTS, append_line, checkpoint_embeddings, read_lines
 
 RECOMMENDED = EvaluationConfig(
-    valid_crops="grid", valid_patches=16, embedded_layer="stages", cells=2, whiten=True, report=False
+    valid_crops="grid+whole", valid_patches=16, embedded_layer="stages", cells=2, whiten=True, report=False
 )
 FULL = Config(data=DataConfig(train_split="train[:45000]", test_split="train[45000:]"), evaluation=RECOMMENDED)
 LONG = dataclasses.replace(
@@ -117,8 +117,8 @@ EVALUATION: dict[str, Changes] = {
     "whole, stages, 2x2 cells": WHOLE | STAGES | {"cells": 2},
     "whole, stages, 2x2 cells, whitened": WHOLE | STAGES | {"cells": 2, "whiten": True},
     "whole, stages, 4x4 cells, whitened": WHOLE | STAGES | {"cells": 4, "whiten": True},
+    "grid of 16, stages, 2x2 cells, whitened": GRID | STAGES | {"cells": 2, "whiten": True},
     "grid of 16 and whole, stages, 2x2 cells": BOTH | STAGES | {"cells": 2},
-    "grid of 16 and whole, stages, 2x2 cells, whitened": BOTH | STAGES | {"cells": 2, "whiten": True},
 }
 
 
