@@ -6,7 +6,7 @@ Tested against the same golden numbers as the package. Needs the extra `bench`.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import PIL.Image
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+
+CodingRate = Callable[[Tensor, float], Tensor]  # of (P, B, D) unit vectors, and eps
 
 
 class GaussianBlur:
@@ -120,15 +122,24 @@ def coding_rate(projections: Tensor, eps: float = 0.2) -> Tensor:
     return torch.stack(rates).mean()
 
 
+def helped_coding_rate(projections: Tensor, eps: float = 0.2) -> Tensor:
+    """The same from the B x B matrices of all patches at once: det(I + a Z^T Z) = det(I + a Z Z^T)."""
+    _, num_images, dim = projections.shape
+    identity = torch.eye(num_images, device=projections.device)
+    return torch.logdet(identity + dim / (num_images * eps) * projections @ projections.mT).mean() / 2
+
+
 def similarity(projections: Tensor) -> Tensor:
     """Mean cosine similarity of (P, B, D) projections to the mean projection of their image."""
     mean = projections.mean(dim=0, keepdim=True)
     return F.cosine_similarity(projections, mean, dim=-1).mean()
 
 
-def emp_ssl_loss(projections: Tensor, invariance_coefficient: float = 200.0, eps: float = 0.2) -> Tensor:
+def emp_ssl_loss(
+    projections: Tensor, invariance_coefficient: float = 200.0, eps: float = 0.2, rate: CodingRate = coding_rate
+) -> Tensor:
     """The EMP-SSL loss of (P, B, D) unit vectors."""
-    return -coding_rate(projections, eps) - invariance_coefficient * similarity(projections)
+    return -rate(projections, eps) - invariance_coefficient * similarity(projections)
 
 
 class LARS:
@@ -169,11 +180,18 @@ def to_device(patches: Tensor, device: torch.device) -> Tensor:
     return patches.contiguous(memory_format=torch.channels_last)
 
 
-def train_step(model: nn.Module, optimizer: LARS, scheduler: LRScheduler, patches: Tensor, num_patches: int) -> Tensor:
+def train_step(
+    model: nn.Module,
+    optimizer: LARS,
+    scheduler: LRScheduler,
+    patches: Tensor,
+    num_patches: int,
+    rate: CodingRate = coding_rate,
+) -> Tensor:
     """One update on (P B, 3, H, W) patches; returns the loss on the device."""
     with torch.autocast(patches.device.type, torch.bfloat16, enabled=patches.is_cuda):
         _, projections = model(patches)
-    loss = emp_ssl_loss(projections.float().unflatten(0, (num_patches, -1)))
+    loss = emp_ssl_loss(projections.float().unflatten(0, (num_patches, -1)), rate=rate)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -9,6 +9,7 @@ images become patches inside empssl_jax's compiled programs and in the baseline'
 train step starts from ready patches.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -22,14 +23,11 @@ from typing import Literal
 import jax
 import tyro
 
-from benchmarks import limits, measure, ours, sizes
+from benchmarks import limits, measure, sizes
 from benchmarks.measure import HAS_TORCH, RESULTS, Row, Work
 from benchmarks.sizes import Sizes
 from empssl_jax.config.errors import require
 from empssl_jax.runtime.user_errors import user_errors_exit
-
-if HAS_TORCH:
-    from benchmarks import theirs
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,16 @@ class Benchmark:
     target: str = ""
     is_long: bool = False  # takes minutes on two cores
 
-    def works(self, size: Sizes) -> tuple[Work, Work | None]:
-        """The work of both sides; the second is None without torch."""
+    def work(self, side: Literal["ours", "theirs"], size: Sizes) -> Work:
+        """The work of one side, whose module is imported here: theirs needs torch."""
         arguments = (size,) if self.argument is None else (size, getattr(size, self.argument))
-        baseline = getattr(theirs, self.function)(*arguments) if HAS_TORCH else None
-        return getattr(ours, self.function)(*arguments), baseline
+        return getattr(importlib.import_module(f"benchmarks.{side}"), self.function)(*arguments)
+
+    def row(self, seconds: tuple[list[float], list[float]], size: Sizes) -> Row:
+        """The row of the table, from the seconds of our runs and of theirs."""
+        amount = self.amount(size) if self.amount else None
+        unit = "patches/s" if self.amount else "s"
+        return measure.make_row(self.title, seconds, amount=amount, unit=unit, target=self.target)
 
 
 BENCHMARKS = {
@@ -103,10 +106,9 @@ def run(benchmark: Benchmark, size: Sizes) -> Row:
     """Measures a row."""
     repeats = size.long_repeats if benchmark.is_long else size.repeats
     # A warm-up of a long row takes minutes and would remove only seconds of compilation.
-    seconds = measure.compare(*benchmark.works(size), repeats, warm_up=not benchmark.is_long)
-    amount = benchmark.amount(size) if benchmark.amount else None
-    unit = "patches/s" if benchmark.amount else "s"
-    return measure.make_row(benchmark.title, seconds, amount=amount, unit=unit, target=benchmark.target)
+    baseline = benchmark.work("theirs", size) if HAS_TORCH else None
+    seconds = measure.compare(benchmark.work("ours", size), baseline, repeats, warm_up=not benchmark.is_long)
+    return benchmark.row(seconds, size)
 
 
 def start_up(size_name: str) -> Iterator[Row]:

@@ -132,14 +132,14 @@ def train_step(sizes: Sizes, patch_size: int) -> Work:
     return _until_done(work)
 
 
-def embedding(sizes: Sizes) -> Work:
-    """Bag-of-features embeddings of images in host memory."""
+def embedding(sizes: Sizes, batch_size: int = 250) -> Work:
+    """Bag-of-features embeddings of images in host memory, `batch_size` images at a time."""
     config = make_config(sizes, sizes.patch_size)
     mesh = device_mesh(1)
     embed = embeddings.make_embed(config, mesh)
     state = init_encoder(config.model, jax.random.key(0))
     dataset = ImageDataset(random_images(sizes.embedded_images), random_labels(sizes.embedded_images), CLASSES)
-    return lambda: embeddings.embed_dataset(embed, state, dataset, 250, mesh, "images")
+    return lambda: embeddings.embed_dataset(embed, state, dataset, batch_size, mesh, "images")
 
 
 def knn_scores(sizes: Sizes) -> Work:

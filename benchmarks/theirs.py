@@ -9,6 +9,8 @@ import torch
 from benchmarks import baseline_torch as baseline
 from benchmarks.measure import Work
 from benchmarks.sizes import Sizes, random_images, random_labels, random_vectors
+from empssl_jax.config import Config
+from empssl_jax.data.datasets import SPLITS, load_datasets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -80,6 +82,14 @@ def train_step(sizes: Sizes, patch_size: int) -> Work:
     return _until_done(lambda: baseline.train_step(model, optimizer, scheduler, patches, sizes.patches))
 
 
+def helped_train_step(sizes: Sizes) -> Work:
+    """The same with what is easily added: torch.compile, and determinants of B x B matrices of all patches at once."""
+    model, patches = _model().train(), _patches(sizes, sizes.patch_size)
+    optimizer, scheduler = baseline.make_optimizer(model, 500)
+    compiled, rate = torch.compile(model), baseline.helped_coding_rate
+    return _until_done(lambda: baseline.train_step(compiled, optimizer, scheduler, patches, sizes.patches, rate))
+
+
 def embedding(sizes: Sizes) -> Work:
     """Bag-of-features embeddings of images, with patches from one worker per core."""
     model, loader = _model(), _loader(sizes, sizes.embedded_images, sizes.embedded_patches)
@@ -114,3 +124,27 @@ def linear_probe(sizes: Sizes) -> Work:
     labels = torch.from_numpy(random_labels(sizes.linear_images)).to(DEVICE)
     split = (vectors, labels)
     return _until_done(lambda: baseline.linear_probe(split, split, 10, sizes.linear_epochs))
+
+
+def end_to_end(config: Config) -> dict[str, float]:
+    """Trains, embeds the images and measures kNN and the linear classifier; returns both accuracies from 0 to 1."""
+    workers = len(os.sched_getaffinity(0))
+    model = baseline.Encoder(config.model.width, config.model.hidden_dim, config.model.projection_dim)
+    model = model.to(DEVICE, memory_format=torch.channels_last)
+    datasets = load_datasets(config)
+
+    def loader(split: str, num_patches: int, batch_size: int, train: bool) -> baseline.DataLoader:
+        images, labels = getattr(datasets, split)[:2]
+        dataset = baseline.PatchDataset(images, labels, num_patches, config.patches.patch_size)
+        return baseline.loader(dataset, batch_size, workers, train)
+
+    patches = config.patches.train_patches
+    batches = loader("train", patches, config.training.batch_size, True)
+    for step, loss in enumerate(baseline.train(model, batches, config.training.max_epochs, patches, DEVICE)):
+        if step % 50 == 0:
+            print(f"step {step}: loss {loss:.2f}", flush=True)
+    options = config.evaluation
+    train, test = (baseline.embed(model, loader(split, options.valid_patches, 50, False), DEVICE) for split in SPLITS)
+    scores = baseline.knn_scores(test[0], train[0], train[1], 10, options.num_neighbours, options.temperature)
+    knn = (scores.argmax(dim=1) == test[1]).float().mean().item()
+    return {"kNN": knn, "linear": baseline.linear_probe(train, test, 10, options.linear_epochs)}

@@ -1,15 +1,18 @@
-"""CIFAR-10 as docs/recipe.md recommends: trained as published; embeddings of all stages, in 2x2 cells, whitened.
+"""CIFAR-10 as docs/recipe.md recommends: trained as published; embeddings of all stages of a grid's crops and of the
+whole image, in 2x2 cells, whitened.
 
     python train.py --config configs/cifar10_best.py
     python eval.py --workdir runs/cifar10_best
 
-For a GPU or TPU, where it has not been run yet. Its changes were chosen on training images with an encoder of a quarter
-of the width (docs/recipe.md). configs/cifar10.py is the paper's recipe; training is the same in both.
+For a GPU or TPU, where it has not been run on the original images yet. Its changes were chosen on training images with
+narrower encoders (docs/recipe.md). configs/cifar10.py is the paper's recipe; training is the same in both.
 """
 
 from empssl_jax.config import Config, EvaluationConfig, RunConfig
 
 config = Config(
-    evaluation=EvaluationConfig(valid_crops="grid", valid_patches=16, embedded_layer="stages", cells=2, whiten=True),
+    evaluation=EvaluationConfig(
+        valid_crops="grid+whole", valid_patches=16, embedded_layer="stages", cells=2, whiten=True
+    ),
     run=RunConfig(workdir="runs/cifar10_best"),
 )

@@ -17,6 +17,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from empssl_jax.config import Config, EmbeddingConfig
 from empssl_jax.config.checked_fields import Checked, expand, path_field
 from empssl_jax.config.command_options import (
+    RUN,
     EmbedOptions,
     EvaluateOptions,
     ExportOptions,
@@ -26,7 +27,7 @@ from empssl_jax.config.command_options import (
 from empssl_jax.config.config_files import first_options, parse_train_options
 from empssl_jax.config.errors import UserError, one_line, require
 from empssl_jax.run_folder.saved_config import CONFIG_FILE, load_config
-from empssl_jax.runtime.user_errors import user_errors_exit
+from empssl_jax.runtime.user_errors import escape_unprintable_characters, user_errors_exit
 
 HELP = ("-h", "--help")
 
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "empssl") -> None:
         arguments: the command and its options; by default those of this process.
         prog: the program's name, shown by --help.
     """
+    escape_unprintable_characters()
     name, *options = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     with user_errors_exit():
         if name in HELP:
@@ -157,15 +159,22 @@ class _Workdirs:
     workdir: tuple[str, ...] = (EvaluateOptions.workdir,)
 
 
-def parse_evaluate_options(arguments: Sequence[str], prog: str = "empssl eval") -> EvaluateOptions:
-    """The options of `eval` for one run. Options that are not given default to the values of the run in --workdir."""
+def parse_evaluate_options(
+    arguments: Sequence[str], prog: str = "empssl eval", is_alone: bool = True
+) -> EvaluateOptions:
+    """The options of `eval` for one run. Options that are not given default to the values of the run in --workdir.
+
+    Raises:
+        UserError: there is no valid run in --workdir. Unless the run `is_alone`, this is left to its evaluation.
+    """
     source, _ = first_options(_Workdir, arguments)
-    config = _run_defaults(source.workdir, arguments) if source.embeddings is None else Config()
+    needs_run = is_alone and source.embeddings is None and not asks_for_help(arguments)
+    config = _run_defaults(source.workdir, needs_run, _argument(prog)) if source.embeddings is None else Config()
     run = config.run
     default = EvaluateOptions(data_dir=run.data_dir, cache_dir=run.cache_dir, evaluation=config.evaluation)
     description = (
         "Measures the embeddings of a trained encoder by kNN and a linear classifier. Defaults are those of the run."
-        f"\n\nExample: {prog} {'runs/a runs/b' if prog.endswith('compare') else '--workdir runs/cifar10'}"
+        f"\n\nExample: {prog} {'runs/a runs/b' if _argument(prog) == RUN else '--workdir runs/cifar10'}"
     )
     return tyro.cli(EvaluateOptions, args=list(arguments), default=default, description=description, prog=prog)
 
@@ -186,14 +195,19 @@ def parse_evaluations(arguments: Sequence[str], prog: str = "empssl eval") -> li
     if skipped := sorted(set(folders) - set(runs)):
         print(f"skipping folders that are not runs: {', '.join(skipped)}")
     if not runs:
-        raise UserError(f"--workdir names {len(folders)} folders, and none has a {CONFIG_FILE}: give runs.")
-    return [parse_evaluate_options([*rest, "--workdir", folder], prog) for folder in runs]
+        raise UserError(f"{_argument(prog)} names {len(folders)} folders, and none has a {CONFIG_FILE}: give runs.")
+    return [parse_evaluate_options([*rest, "--workdir", folder], prog, is_alone=False) for folder in runs]
+
+
+def _argument(prog: str) -> str:
+    """What names a run to `eval` and to `compare`."""
+    return RUN if prog.endswith("compare") else "--workdir"
 
 
 def parse_embed_options(arguments: Sequence[str], prog: str | None = None) -> EmbedOptions:
     """The options of `embed`. Options that are not given default to the values of the run's evaluation."""
     source, _ = first_options(_Workdir, arguments)
-    evaluation = _run_defaults(source.workdir, arguments).evaluation
+    evaluation = _run_defaults(source.workdir, not asks_for_help(arguments)).evaluation
     default = EmbedOptions(
         images=tyro.MISSING,
         embedding_batch_size=evaluation.embedding_batch_size,
@@ -229,7 +243,7 @@ def parse_export_options(arguments: Sequence[str], prog: str = "empssl export") 
         UserError: options of the embedding are given for a file that holds weights only.
     """
     source, _ = first_options(_ExportedRun, arguments)  # all options, since the run is what none of them takes
-    run = _run_defaults(expand(source.run), arguments) if source.run else Config()
+    run = _run_defaults(expand(source.run), not asks_for_help(arguments), RUN) if source.run else Config()
     default = ExportOptions(run=tyro.MISSING, embedding=run.evaluation.embedding)
     description = (
         "Writes the encoder of a run to a file: its weights for PyTorch, or the whole computation from images to "
@@ -243,14 +257,14 @@ def parse_export_options(arguments: Sequence[str], prog: str = "empssl export") 
     return options
 
 
-def _run_defaults(workdir: str, arguments: Sequence[str]) -> Config:
-    """The config of a run. If it cannot be loaded: the default config with --help, else UserError."""
+def _run_defaults(workdir: str, needs_run: bool, argument: str = "--workdir") -> Config:
+    """The config of a run. If it cannot be loaded: UserError if the run is needed, else the default config."""
     try:
-        return load_config(Path(workdir))
-    except UserError:
-        if asks_for_help(arguments):
-            return Config()
-        raise
+        return load_config(Path(workdir), argument)
+    except (UserError, OSError):
+        if needs_run:
+            raise
+        return Config()
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:

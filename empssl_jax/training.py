@@ -14,6 +14,7 @@ from empssl_jax.config import Config, RunConfig, training_differences
 from empssl_jax.config.errors import UserError, require
 from empssl_jax.data.batches import Batch, count_steps, device_batches
 from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
+from empssl_jax.data.folder_images import folder_fingerprints
 from empssl_jax.evaluation.evaluate import check_neighbours, embed_and_save, have_labels, measure_knn
 from empssl_jax.evaluation.online_probe import online_probe
 from empssl_jax.evaluation.untrained_baseline import measure_untrained
@@ -42,6 +43,7 @@ def train(config: Config) -> None:
         DivergenceError: the loss, an update or a parameter is NaN or infinite.
         StorageError: the folder can no longer be written to.
     """
+    config = dataclasses.replace(config, data=config.data.with_absolute_folder())
     if config.model.precision == "auto":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=default_precision()))
     mesh, workdir = device_mesh(), Path(config.run.workdir)
@@ -80,12 +82,12 @@ def _complete_run(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, 
     """Saves the config, measures the untrained baseline, trains, then embeds, measures and reports, as configured."""
     if is_first_process():
         saved_config.save_config(workdir, config)
-        saved_config.save_image_size(workdir, datasets.train.images.shape[1])
+        saved_config.save_images(workdir, datasets.train.images.shape[1], folder_fingerprints(config.data))
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         measure_untrained(config, datasets, mesh, workdir)
     encoder = _fit(config, datasets, steps, mesh, workdir)
     if config.evaluation.valid_patches > 0:
-        embeddings = embed_and_save(config, encoder, datasets, mesh, workdir)
+        embeddings = embed_and_save(config, encoder, datasets, mesh, workdir / "embeddings")
         if have_labels(embeddings):
             knn = {"kNN": measure_knn(embeddings, config.evaluation, mesh)}
             print(format_table(add_results(workdir, of_embeddings(config.evaluation.embeddings, knn))))
@@ -114,11 +116,24 @@ def _check_workdir(workdir: Path, config: Config) -> int:
     load_results(workdir)  # raises an error for a damaged file before the training
     with Checkpoints(workdir) as store:
         newest = store.latest_step()
-    differences = [] if newest is None else training_differences(config, saved_config.load_config(workdir))
+    differences = [] if newest is None else _differences(workdir, config)
     if differences:
         listed = ", ".join(differences)
         raise UserError(f"--workdir {workdir} holds another run: {listed}; give the former values or another folder.")
     return newest or 0
+
+
+def _differences(workdir: Path, config: Config) -> list[str]:
+    """What differs from the run in the folder and changes what is learned. Where a folder of images is does not."""
+    saved = saved_config.load_config(workdir)
+    data, recorded = saved.data.with_absolute_folder(), saved_config.load_fingerprints(workdir)
+    changed = []
+    if recorded and None not in (data.folder, config.data.folder):
+        if folder_fingerprints(config.data).get("train") == recorded.get("train"):
+            data = dataclasses.replace(data, dataset=config.data.dataset)
+        elif data.dataset == config.data.dataset:
+            changed = [f"the training images in {data.folder} have changed"]
+    return [*changed, *training_differences(config, dataclasses.replace(saved, data=data))]
 
 
 def _fit(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: Path) -> EncoderState:

@@ -20,7 +20,7 @@ from tensorflow_datasets import features
 
 from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, RunConfig, TrainingConfig
-from empssl_jax.config.command_options import EvaluateOptions
+from empssl_jax.config.command_options import EvaluateOptions, MeasuredData
 from empssl_jax.config.errors import DivergenceError, UserError
 from empssl_jax.data.datasets import load_split
 from empssl_jax.evaluation import embedding_files, embeddings
@@ -133,7 +133,23 @@ def evaluate(folder, **options):
     return evaluation.evaluate(EvaluateOptions(embeddings=str(folder), evaluation=config), write_report=lambda *_: None)
 
 
-@pytest.mark.parametrize("content", [b'{"kNN": 3}', b"[3]", b'{"kNN": {"top1": "0.5", "top5": 1}}', b"\xff", None])
+def test_a_data_set_for_given_embeddings_is_refused(embeddings_folder):
+    options = EvaluateOptions(embeddings=str(embeddings_folder), data=MeasuredData(dataset="digits"))
+    with pytest.raises(UserError, match=r"^--embeddings is .*: they are measured as they are, so leave out --dataset"):
+        evaluation.evaluate(options, write_report=lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"kNN": 3}',
+        b'{"kNN": {"top1": 0, "top5": 1, "dataset": []}}',
+        b"[3]",
+        b'{"kNN": {"top1": "0.5", "top5": 1}}',
+        b"\xff",
+        None,
+    ],
+)
 def test_results_that_cannot_be_added_to_are_refused_before_the_work(embeddings_folder, monkeypatch, content):
     path = embeddings_folder / "results.json"
     path.mkdir() if content is None else path.write_bytes(content)

@@ -44,7 +44,8 @@ def test_golden_losses(golden):
     for case in range(5):
         z = torch.tensor(numbers[f"{case}_projections"], dtype=torch.float64)
         z = torch.nn.functional.normalize(z, dim=-1)
-        assert float(-baseline.coding_rate(z)) == pytest.approx(float(numbers[f"{case}_coding_rate_loss"]), rel=1e-4)
+        for rate in (baseline.coding_rate, baseline.helped_coding_rate):
+            assert float(-rate(z)) == pytest.approx(float(numbers[f"{case}_coding_rate_loss"]), rel=1e-4)
         assert float(-baseline.similarity(z)) == pytest.approx(float(numbers[f"{case}_invariance_loss"]), rel=1e-4)
 
 

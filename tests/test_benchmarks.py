@@ -1,14 +1,13 @@
 """Tables for given times, and FLOP counts compared with published ones."""
 
 import gzip
-import xml.etree.ElementTree
 
 import pytest
 from jax.profiler import ProfileData
 
 from benchmarks import limits, measure, profile_table, scaling
 from empssl_jax.config import EvaluationConfig, ModelConfig
-from experiments import frontier, study
+from experiments import study
 
 
 def test_a_ratio_above_one_means_that_ours_is_better():
@@ -79,17 +78,6 @@ def test_every_row_of_the_study_is_a_config_of_its_own(size):
     measures = [study.RECOMMENDED, *(EvaluationConfig(**changes) for changes in study.EVALUATION.values())]
     for configs in (runs, measures):
         assert all(config not in configs[:number] for number, config in enumerate(configs))
-
-
-def test_the_frontier_marks_points_that_no_faster_point_reaches():
-    lines = [
-        {"point": "slow", "minutes": 30.0, "top1": 0.6, "top5": 0.9},
-        {"point": "worse", "minutes": 20.0, "top1": 0.4, "top5": 0.8},
-        {"point": "fast", "minutes": 10.0, "top1": 0.5, "top5": 0.8},
-    ]
-    rows = [row.split(" | ")[:3] for row in frontier.table(lines).splitlines()[2:]]
-    assert rows == [["| fast", "10.0", "**50.0 %**"], ["| worse", "20.0", "40.0 %"], ["| slow", "30.0", "**60.0 %**"]]
-    assert xml.etree.ElementTree.fromstring(frontier.picture(lines)).tag.endswith("svg")
 
 
 def test_the_profile_table_sums_kernels_by_kind(tmp_path):

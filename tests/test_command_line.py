@@ -1,5 +1,6 @@
 """The command `empssl`: its subcommands, their help, and what they import."""
 
+import io
 import itertools
 import json
 import subprocess
@@ -82,6 +83,41 @@ def test_compare_needs_a_run(capsys):
         command_line.main(["compare", "--whiten"])
     assert ended.value.code == 2
     assert "names no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["report", "export", "compare"])
+def test_a_run_without_an_option_is_named_without_one(command, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.main([command, str(tmp_path / "none")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: RUN {tmp_path}/none has no config.json: give the folder of a run.\n"
+
+
+def test_an_unknown_config_is_refused_with_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["train", "--config", "nope"])
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: --config nope cannot be used (there is no such file): give a file, or one of cifar10,"
+    )
+    assert said.endswith(", digits, imagenet100, tiny_imagenet.\n")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", rb"\xe9, \u4e2d, \udcff"),
+        ("latin-1", b"\xe9, \\u4e2d, \\udcff"),
+        ("utf-8", "\xe9, \u4e2d, \\udcff".encode()),
+    ],
+)
+def test_names_that_the_terminal_cannot_show_are_escaped(encoding, shown, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit):
+        command_line.main(["compare", "\xe9", "\u4e2d", "\udcff"])
+    out.flush()
+    assert out.buffer.getvalue() == b"skipping folders that are not runs: " + shown + b"\n"
 
 
 def test_compare_takes_runs_before_options(monkeypatch):

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from empssl_jax.command_line import parse_evaluations
-from empssl_jax.config import Config, EvaluationConfig, TrainingConfig
+from empssl_jax.config import Config, EvaluationConfig, ModelConfig, TrainingConfig
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.evaluation import comparison
 from empssl_jax.evaluation import evaluate as evaluation
 from empssl_jax.run_folder import saved_config
-from empssl_jax.run_folder.results import add_results, of_embeddings
+from empssl_jax.run_folder.results import add_results, of_embeddings, on_dataset
 
 KNN = {0: (0.30, 0.80), 1: (0.34, 0.84), 2: (0.44, 0.88)}  # top-1 and top-5 by seed
 
@@ -110,6 +110,52 @@ def test_one_run_is_evaluated_without_a_comparison(tmp_path, no_evaluation):
     expected = dataclasses.replace(EvaluateOptions(), workdir=folder, evaluation=EvaluationConfig())
     assert no_evaluation == [expected]
     assert not (tmp_path / "comparison.md").exists()
+
+
+def test_another_data_set_has_a_row_of_its_own(tmp_path, no_evaluation):
+    folders = [write_run(tmp_path / f"s{seed}", seed, *accuracy) for seed, accuracy in KNN.items()]
+    for folder, top1 in zip(folders[:2], (0.1, 0.3), strict=True):
+        there = on_dataset("cifar100", {"kNN": {"top1": top1, "top5": 0.5}, "linear": {"top1": top1, "top5": 0.5}})
+        add_results(Path(folder), there)
+    compare(*folders)
+    _, _, own, other, *_ = (tmp_path / "comparison.md").read_text().splitlines()
+    assert cells(own)[:4] == ["all", "3", "0, 1, 2", f"36.00 ± {52**0.5:.2f} %"]
+    # 10 and 30 have the mean 20 and the deviations -10 and 10, whose squares add up to 200. 200 / 1 = 200.
+    assert cells(other)[:4] == ["all, measured on cifar100", "2", "0, 1", f"20.00 ± {200**0.5:.2f} %"]
+    compare(*folders, options=["--dataset", "cifar100"])
+    assert [options.workdir for options in no_evaluation] == folders[2:]
+
+
+def test_runs_of_the_same_images_share_a_row_wherever_these_are(tmp_path, no_evaluation):
+    folders = [write_run(tmp_path / f"s{seed}", seed, *accuracy) for seed, accuracy in KNN.items()]
+    for folder, place, fingerprint in zip(folders, "xyz", "aab", strict=True):
+        config = saved_config.load_config(Path(folder))
+        data = dataclasses.replace(config.data, dataset=f"folder:/{place}")
+        saved_config.save_config(Path(folder), dataclasses.replace(config, data=data))
+        saved_config.save_images(Path(folder), 32, {"train": fingerprint, "test": "t"})
+    compare(*folders)
+    _, _, *rows = (tmp_path / "comparison.md").read_text().split("\n\n")[0].splitlines()
+    assert [cells(row)[:3] for row in rows] == [
+        ["--dataset folder:/x", "2", "0, 1"],
+        ["--dataset folder:/z", "1", "2"],
+    ]
+
+
+def test_the_others_are_compared_if_a_run_cannot_be_measured(tmp_path, capsys):
+    folders = [write_run(tmp_path / f"s{seed}", seed, *accuracy) for seed, accuracy in KNN.items()]
+    model = ModelConfig(width=2, hidden_dim=4, projection_dim=4, precision="float32")
+    saved_config.save_config(tmp_path / "s1", Config(model=model))
+    (tmp_path / "s1" / "results.json").unlink()  # a run without results and without a checkpoint
+    (tmp_path / "s2" / "config.json").write_text("{")
+    with pytest.raises(UserError) as error:
+        compare(*folders)
+    table = (tmp_path / "comparison.md").read_text()
+    assert [cells(row)[:4] for row in table.splitlines()[2:3]] == [["all", "1", "0", "30.00 %"]]
+    assert table in capsys.readouterr().out
+    said = str(error.value)
+    assert said.startswith("2 of 3 runs could not be measured: ")
+    assert f"{folders[1]} ({tmp_path}/s1/checkpoints holds no checkpoint: train first" in said
+    assert f"{folders[2]} ({folders[2]}/config.json is not a config" in said
 
 
 def test_folders_that_are_not_runs_are_refused(tmp_path):

@@ -7,7 +7,7 @@ import sys
 
 import jax.numpy as jnp
 
-from empssl_jax.runtime import profiling
+from empssl_jax.runtime import compilation, profiling
 
 PROGRAM = """
 from empssl_jax.runtime.compilation import keep_compiled_programs
@@ -78,6 +78,28 @@ def test_a_folder_that_the_user_chose_is_used(tmp_path):
     run(XDG_CACHE_HOME=str(tmp_path / "not"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "chosen"))
     assert list((tmp_path / "chosen").iterdir())
     assert not (tmp_path / "not").exists()
+
+
+def test_an_unusable_cache_folder_is_reported_once_and_done_without():
+    said = run(XDG_CACHE_HOME="/dev/null")
+    assert said.startswith("warning: there is no cache folder (/dev/null/empssl_jax: Not a directory): ")
+    assert said.count("\n") == 1
+
+
+def test_a_user_without_a_home_folder_has_no_cache_folder(monkeypatch, capsys):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(compilation.Path, "home", home)
+    compilation.user_cache.cache_clear()
+    try:
+        assert compilation.user_cache() is None
+        assert compilation.user_cache() is None
+    finally:
+        compilation.user_cache.cache_clear()
+    said = capsys.readouterr().err
+    assert said.count("warning: there is no cache folder (this user has no home folder)") == said.count("\n") == 1
 
 
 def test_a_traced_step_is_the_same_step_and_leaves_a_trace(tmp_path, capsys):

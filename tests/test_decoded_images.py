@@ -1,7 +1,10 @@
 """Decoded images are equal in memory and on disk, memory-mapped, and decoded again only when their files change."""
 
+import errno
+import fcntl
 import io
 import multiprocessing
+import os
 import tracemalloc
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from empssl_jax.config.errors import UserError
 from empssl_jax.data import decoded_images as image_store
 from empssl_jax.data.decoded_images import Example, Source, load_images
+from empssl_jax.run_folder.workdir import locked
 
 
 def pixels(number: int, side: int = 8) -> np.ndarray:
@@ -173,12 +177,37 @@ def test_a_full_disk_is_reported_and_left_as_it_was(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(image_store, "atomic_write", lambda path: Full())
-    with pytest.raises(UserError, match=r"^--cache-dir .* cannot be written to \(No space left on device\): .* GB"):
+    remedy = "free 0.1 GB for the decoded images of pictures train, or give another folder"
+    with pytest.raises(UserError, match=rf"^--cache-dir .* cannot be written to \(No space left on device\): {remedy}"):
         load_images(source_of(CONTENTS), None, str(tmp_path))
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
 
 
 def test_a_cache_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"^--cache-dir .*/file cannot be written to \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"^--cache-dir .*/file cannot be written to \(Not a directory\): give an"):
         load_images(source_of(CONTENTS), None, str(tmp_path / "file"))
+
+
+def test_without_a_cache_folder_images_stay_in_memory(tmp_path, monkeypatch, capsys):
+    expected = load_images(source_of(CONTENTS), None, str(tmp_path))
+    monkeypatch.setattr(image_store, "user_cache", lambda: None)
+    images = load_images(source_of(CONTENTS), None, None)
+    np.testing.assert_array_equal(images.images, expected.images)
+    np.testing.assert_array_equal(images.labels, expected.labels)
+    assert not isinstance(images.images.base, np.memmap)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_with_a_warning(stored, tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    images = load_images(source_of(CONTENTS), None, str(tmp_path / "other"))
+    np.testing.assert_array_equal(images.images, stored.images)
+    with locked(tmp_path / "run"):
+        pass
+    warned = [line for line in capsys.readouterr().err.splitlines() if "cannot be locked: let only one" in line]
+    assert [line.startswith("warning: ") for line in warned] == [True, True]
+    assert str(tmp_path / "run") in warned[1]

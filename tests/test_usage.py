@@ -1,5 +1,6 @@
 """Every block of docs/usage.md does what the page says, on a tiny run of digits instead of CIFAR-10."""
 
+import json
 import os
 import re
 import subprocess
@@ -57,7 +58,7 @@ def run_block(folder):
 
 
 def test_the_page_has_blocks_of_python_and_of_the_shell():
-    languages = ["python", "python", "python", "sh", "python", "sh", "python", "sh", "sh", "python"]
+    languages = ["python", "python", "python", "sh", "sh", "python", "sh", "python", "sh", "sh", "python"]
     assert [language for language, _ in BLOCKS] == languages
 
 
@@ -94,6 +95,16 @@ def classifies(namespace, output):
     votes = queries @ namespace["classifier"].coef_.T + namespace["classifier"].intercept_
     assert namespace["accuracy"] == pytest.approx(np.mean(np.argmax(votes, axis=1) == test["labels"]), abs=0.03)
     assert f"classifier {namespace['accuracy']:.1%}" in output
+
+
+def measures_elsewhere(namespace, output):
+    names = json.loads(Path("runs/cifar10/results.json").read_text())
+    assert "digits, --images-per-class 30, --test-images-per-class 10: kNN" in names
+    with np.load("runs/cifar10/embeddings/test.npz") as arrays:
+        assert len(arrays["labels"]) == 40
+    (folder,) = (path for path in Path("runs/cifar10/embeddings").iterdir() if path.is_dir())
+    with np.load(folder / "test.npz") as arrays:
+        np.testing.assert_array_equal(np.bincount(arrays["labels"]), np.full(10, 10))
 
 
 def embeds_files(namespace, output):
@@ -144,6 +155,7 @@ CHECKS = [
     embeds,
     whitens,
     classifies,
+    measures_elsewhere,
     embeds_files,
     finds_itself_first,
     exports,

@@ -2,14 +2,37 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from empssl_jax.config.checked_fields import Checked, int_field, path_field
-from empssl_jax.config.options import DistributedConfig, EmbeddingConfig, EvaluationConfig, RunConfig
+from empssl_jax.config.options import FOLDER, DistributedConfig, EmbeddingConfig, EvaluationConfig, RunConfig
 
+RUN = "RUN"  # how help and errors name the folder of a run that is given without an option
 CheckpointChoice = int | Literal["latest", "best"]
+
+
+@dataclass(frozen=True)
+class MeasuredData(Checked):
+    """The images to measure on. Without any of these options, they are the run's."""
+
+    # Another data set: a TFDS image data set by name, folder:PATH, or digits. Its results and embeddings are kept
+    # beside the run's own. A folder with the images that the run was trained on is the run's own, wherever it is. The
+    # options below then default to those of the run, otherwise to those of `empssl train`.
+    dataset: str | None = path_field(None, after=FOLDER)
+    # Split that kNN and the linear classifier learn from.
+    train_split: str | None = None
+    # Split that kNN and the linear classifier are measured on.
+    test_split: str | None = None
+    # Side in pixels of the decoded images. Default: that of the images that the run was trained on.
+    image_size: int | None = None
+    # Refuse a folder with files that cannot be decoded.
+    strict_images: bool = False
+    # Learn from only the first so many images of each class, ordered by id.
+    images_per_class: int | None = None
+    # Measure on only the first so many images of each class, ordered by id.
+    test_images_per_class: int | None = None
 
 
 @dataclass(frozen=True)
@@ -26,6 +49,7 @@ class EvaluateOptions(Checked):
     data_dir: str | None = path_field(None)
     # Folder for decoded images. Default: the run's, then empssl_jax/images in the user's cache folder.
     cache_dir: str | None = path_field(None)
+    data: OmitArgPrefixes[MeasuredData] = dataclasses.field(default_factory=MeasuredData)
     evaluation: OmitArgPrefixes[EvaluationConfig] = dataclasses.field(default_factory=EvaluationConfig)
     distributed: OmitArgPrefixes[DistributedConfig] = dataclasses.field(default_factory=DistributedConfig)
 
@@ -53,7 +77,7 @@ class ExportOptions(Checked):
     """What to export, and where to."""
 
     # Folder of a run.
-    run: Positional[str] = path_field()
+    run: Annotated[Positional[str], arg(metavar=RUN)] = path_field()
     # The weights, as a .safetensors file or for torch.load, which needs PyTorch; or onnx, a program that embeds images
     # without this package.
     format: Literal["safetensors", "torch", "onnx"] = "safetensors"
@@ -70,7 +94,7 @@ class ImportOptions(Checked):
     """Which weights to import, and where to."""
 
     # A .safetensors file, or one of torch.save (.pt, .pth), which needs PyTorch.
-    file: Positional[str] = path_field()
+    file: Annotated[Positional[str], arg(metavar="FILE")] = path_field()
     # Folder of the new run.
     workdir: str = path_field()
     # Python file with the rest of the run's config, such as configs/cifar10.py. Default: what the exported run had, or
@@ -91,6 +115,8 @@ class ReportOptions(Checked):
     """Which run to report on."""
 
     # Folder of a run of train.py.
-    run: Positional[str] = path_field()
+    run: Annotated[Positional[str], arg(metavar=RUN)] = path_field()
+    # Where the run's images are now, as folder:PATH, if they have moved.
+    dataset: str | None = path_field(None, after=FOLDER)
     # Folder of prepared TFDS data sets. Default: the run's, then $TFDS_DATA_DIR, then ~/tensorflow_datasets.
     data_dir: str | None = path_field(None)

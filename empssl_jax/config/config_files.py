@@ -28,8 +28,12 @@ def read_config_file(name: str) -> Config:
     Raises:
         UserError: the file cannot be read or run, or defines no such Config.
     """
+    path = _find(name)
+    if not path.exists():
+        names = ", ".join(sorted({file.stem for folder in SHIPPED for file in folder.glob("[a-z]*.py")}))
+        raise UserError(f"--config {name} cannot be used (there is no such file): give a file, or one of {names}.")
     try:
-        config = runpy.run_path(str(_find(name))).get("config")
+        config = runpy.run_path(str(path)).get("config")
     except UserError as error:
         raise UserError(f"--config {name} has a wrong value: {error}") from error
     except (Exception, SystemExit) as error:  # whatever the user's file raises

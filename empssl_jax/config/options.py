@@ -7,6 +7,7 @@ enough that their products fit into XLA's integers: a model or batch that is too
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
@@ -15,6 +16,7 @@ from empssl_jax.config.checked_fields import Checked, channels_field, float_fiel
 from empssl_jax.config.errors import UserError, flag, one_line, require, words
 
 TRAIN = "train"  # the default training split
+FOLDER = "folder:"  # before the path of a folder of image files
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class DataConfig(Checked):
 
     # A TFDS image data set by name; or folder:PATH, a folder of image files (JPEG, PNG, ...), see docs/data.md; or
     # digits, the 8x8 digits of scikit-learn.
-    dataset: str = path_field("cifar10", after="folder:")
+    dataset: str = path_field("cifar10", after=FOLDER)
     # Split to train on; its labels are not used. Default: train. kNN and the linear classifier learn from the labelled
     # images of this split, or of the split train if this one has no labels (such as stl10's unlabelled). For a folder:
     # a subfolder, or "." to take all of its subfolders as classes.
@@ -40,6 +42,20 @@ class DataConfig(Checked):
     images_per_class: int | None = int_field(None, 1)
     # Keep only the first so many test images of each class, ordered by id.
     test_images_per_class: int | None = int_field(None, 1)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of image files that `dataset` names; None for other data sets."""
+        return Path(self.dataset.removeprefix(FOLDER)) if self.dataset.startswith(FOLDER) else None
+
+    def with_absolute_folder(self) -> "DataConfig":
+        """The same with an absolute path of the folder, which holds whatever the current folder is."""
+        if self.dataset == FOLDER or self.folder is None:
+            return self
+        try:
+            return dataclasses.replace(self, dataset=f"{FOLDER}{self.folder.absolute()}")
+        except UserError:  # the current folder's name is too long, or cannot be saved in a config
+            return self
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,7 @@
 """Data sets as decoded images and labels: TFDS data sets, folders of image files, and scikit-learn's digits."""
 
 import dataclasses
+import sys
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ import PIL.Image
 from jaxtyping import Int, Int32, Shaped, UInt8
 
 from empssl_jax.config import Config, DataConfig
-from empssl_jax.config.errors import require
+from empssl_jax.config.errors import UserError, require
 from empssl_jax.config.options import TRAIN
 
 Split = Literal["train", "test"]
@@ -47,6 +48,15 @@ def load_datasets(config: Config) -> Datasets:
     folders = config.run.data_dir, config.run.cache_dir
     train, test = (load_split(config.data, split, *folders) for split in SPLITS)
     return Datasets(train, load_bank(config.data, train, *folders), test)
+
+
+def load_datasets_for_pictures(config: Config) -> Datasets | None:
+    """The images of a run, or None after a warning if they are not available."""
+    try:
+        return load_datasets(config)
+    except UserError as error:
+        print(f"warning: the report has no pictures because the images are not available: {error}", file=sys.stderr)
+        return None
 
 
 def load_split(config: DataConfig, split: Split, data_dir: str | None, cache_dir: str | None = None) -> ImageDataset:

@@ -4,7 +4,7 @@ The file is in the cache folder, with an index beside it. The operating system r
 data set may be larger than the memory.
 """
 
-import fcntl
+import errno
 import hashlib
 import json
 import math
@@ -22,11 +22,13 @@ from empssl_jax.config.errors import UserError
 from empssl_jax.data.decoding import UnreadableError, decode
 from empssl_jax.runtime.atomic_write import atomic_write
 from empssl_jax.runtime.compilation import user_cache
+from empssl_jax.runtime.file_locks import lock_file
 from empssl_jax.runtime.progress import image_progress
 
 VERSION = 2  # increased when the decoding or the format of the files changes
 CHUNK = 32  # images that a thread decodes at once
 NO_LABEL = -1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that more space prevents
 
 
 class Example(NamedTuple):
@@ -66,7 +68,8 @@ def load_images(source: Source, side: int | None, cache_dir: str | None) -> Imag
         source: the encoded images.
         side: resize images to squares of this side in pixels; None keeps their size, and they must be squares of one
             size.
-        cache_dir: folder of decoded images; None for the user's cache folder.
+        cache_dir: folder of decoded images; None for the user's cache folder. If there is none either, images stay in
+            memory.
 
     Raises:
         UserError: the images are not squares of one size, none can be decoded, one cannot and the source is strict, or
@@ -74,26 +77,27 @@ def load_images(source: Source, side: int | None, cache_dir: str | None) -> Imag
     """
     folder = _entry(source, side, cache_dir)
     fingerprint = hashlib.sha256(f"{VERSION} {side} {source.fingerprint}".encode()).hexdigest()
-    if (stored := _open(folder, fingerprint)) is not None:
+    if folder is not None and (stored := _open(folder, fingerprint)) is not None:
         return stored
     decoded = _Decoded(source, side)
     first = next(iter(decoded), None)
     if first is None:
         example = "".join(f", for example {name} ({reason})" for name, reason in list(decoded.unreadable.items())[:1])
         raise UserError(f"None of the {source.size} images of {source.name} can be decoded{example}: check the files.")
-    if first.nbytes * source.size <= source.memory:
+    if folder is None or first.nbytes * source.size <= source.memory:
         return decoded.images(np.stack([first, *decoded]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process that is writing the same file
+            lock_file(lock, wait=True)  # another process may be writing the same file
             stored = _open(folder, fingerprint)
             return stored if stored is not None else _write(folder, fingerprint, first, decoded)
     except OSError as error:
-        gigabytes = first.nbytes * source.size / 1e9
+        tenths = math.ceil(first.nbytes * source.size / 1e8)
+        space = f"free {tenths / 10} GB for the decoded images of {source.name}, or " * (error.errno in FULL)
+        reason = error.strerror or error
         raise UserError(
-            f"--cache-dir {folder.parent} cannot be written to ({error.strerror or error}): the decoded images of "
-            f"{source.name} need {gigabytes:.1f} GB there, so free disk space or give another folder."
+            f"--cache-dir {folder.parent} cannot be written to ({reason}): {space}give another folder."
         ) from error
 
 
@@ -158,9 +162,14 @@ def _check_shapes(shapes: set[tuple[int, ...]], source: Source) -> None:
         )
 
 
-def _entry(source: Source, side: int | None, cache_dir: str | None) -> Path:
-    """The folder of a split's decoded images; each image size has its own."""
-    root = Path(cache_dir) if cache_dir is not None else user_cache() / "images"
+def _entry(source: Source, side: int | None, cache_dir: str | None) -> Path | None:
+    """The folder of a split's decoded images, None if there is no cache folder; each image size has its own."""
+    if cache_dir is not None:
+        root = Path(cache_dir)
+    elif (cache := user_cache()) is not None:
+        root = cache / "images"
+    else:
+        return None
     name = re.sub(r"[^\w.-]+", "-", source.name)[-80:].strip("-.")
     return root / f"{name}-{hashlib.sha256(f'{source.location} {side}'.encode()).hexdigest()[:12]}"
 

@@ -1,5 +1,6 @@
 """Folders of image files, with or without a subfolder for each class, with or without a folder of test images."""
 
+import contextlib
 import filecmp
 import hashlib
 import os
@@ -9,11 +10,12 @@ from pathlib import Path
 
 from empssl_jax.config import DataConfig
 from empssl_jax.config.errors import UserError, one_line
-from empssl_jax.config.options import TRAIN
+from empssl_jax.config.options import FOLDER, TRAIN
 from empssl_jax.data.decoded_images import NO_LABEL, Example, Images, Source, load_images
 from empssl_jax.data.image_files import SUFFIX_LIST, Files, ImageFile, list_images
 from empssl_jax.data.split_folders import WHOLE, check_classes, find_split_folders, other_train_folder
 
+READ_FILES, READ_BYTES = 100, 2**20  # for a fingerprint
 SHOWN = 20  # files that cannot be decoded; the index of the decoded images lists all of them
 
 
@@ -39,10 +41,33 @@ def load_folder(config: DataConfig, split: str, cache_dir: str | None) -> tuple[
     return images, classes
 
 
+def folder_fingerprints(config: DataConfig) -> dict[str, str]:
+    """A digest of each split's images, by split, wherever the folder is; empty for data sets that are not folders.
+
+    It covers the names and sizes of all files and, of up to a hundred of them, the first megabyte.
+
+    Raises:
+        UserError: see `load_folder`.
+    """
+    if config.folder is None:
+        return {}
+    return {split: _fingerprint(files) for split, files in _splits(root_of(config), config).items()}
+
+
+def _fingerprint(files: Files) -> str:
+    digest = hashlib.sha256()
+    for number, file in enumerate(files):
+        digest.update(os.fsencode(f"{file.name}\0{file.size}\n"))
+        if number % -(-len(files) // READ_FILES) == 0:
+            with contextlib.suppress(OSError), file.path.open("rb") as content:  # decoding reports the error
+                digest.update(content.read(READ_BYTES))
+    return digest.hexdigest()
+
+
 def root_of(config: DataConfig) -> Path:
     """The folder of the data set; raises UserError if it does not exist."""
-    root = Path(config.dataset.removeprefix("folder:"))
-    if config.dataset == "folder:" or not os.path.isdir(root):
+    root = config.folder
+    if root is None or config.dataset == FOLDER or not os.path.isdir(root):
         raise UserError(
             f"--dataset {config.dataset!r} is not a folder: give folder:PATH, with the path of a folder of images."
         )

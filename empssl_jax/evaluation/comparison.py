@@ -2,21 +2,24 @@
 
 import dataclasses
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from empssl_jax.config import Config
 from empssl_jax.config.command_options import EvaluateOptions
-from empssl_jax.config.errors import flag
+from empssl_jax.config.errors import UserError, flag
 from empssl_jax.config.options import TRAIN
 from empssl_jax.evaluation import evaluate
 from empssl_jax.evaluation.evaluate import WriteReport
-from empssl_jax.run_folder.results import Accuracy, load_results
-from empssl_jax.run_folder.saved_config import load_config
+from empssl_jax.evaluation.measured_images import measured_images
+from empssl_jax.run_folder.results import Accuracy, by_dataset, load_results
+from empssl_jax.run_folder.saved_config import load_config, load_fingerprints
 from empssl_jax.runtime.atomic_write import atomic_write
 from empssl_jax.runtime.distributed import is_first_process
 
+BySeed = dict[int, dict[str, Accuracy]]  # the results of runs that differ only in their seed
 COMPARISON_FILE = "comparison.md"
 GROUPING = (
     "Runs that differ only in --seed, or in options that do not change results, share a row: mean ± standard deviation "
@@ -41,27 +44,48 @@ def evaluate_all(options: Sequence[EvaluateOptions], write_report: WriteReport) 
     Args:
         options: those of each run.
         write_report: called at the end of each evaluation whose options ask for a report.
+
+    Raises:
+        UserError: a run could not be measured. The table then has the others.
     """
     if len(options) == 1:
         evaluate.evaluate(options[0], write_report)
         return
-    runs = []
+    runs, failed = [], {}
     for run_options in options:
-        folder = Path(run_options.workdir)
-        config, results = load_config(folder), _results(run_options)
-        if _is_complete(run_options, config, results):
-            print(f"{folder} is already evaluated")
-        else:
-            evaluate.evaluate(run_options, write_report)
-            results = _results(run_options)
-        runs.append(Measured(folder, dataclasses.replace(config, evaluation=run_options.evaluation), results))
-    table = markdown(runs)
-    path = Path(options[0].workdir).parent / COMPARISON_FILE
-    print(f"\n{table}")
-    if is_first_process():
-        with atomic_write(path) as file:
-            file.write(table.encode())
-        print(f"wrote {path}")
+        try:
+            runs.append(_measured(run_options, write_report))
+        except (UserError, OSError) as error:  # the other runs are measured all the same
+            failed[run_options.workdir] = str(error).removesuffix(".")
+            print(f"error: {failed[run_options.workdir]}", file=sys.stderr)
+    if runs:
+        _write(Path(options[0].workdir).parent / COMPARISON_FILE, markdown(_of_the_same_images(runs)))
+    if failed:
+        reasons = "; ".join(f"{folder} ({reason})" for folder, reason in failed.items())
+        raise UserError(f"{len(failed)} of {len(options)} runs could not be measured: {reasons}.")
+
+
+def _measured(options: EvaluateOptions, write_report: WriteReport) -> Measured:
+    """A run and its accuracies, which are measured now unless they are complete."""
+    folder = Path(options.workdir)
+    config, results = load_config(folder), _results(options)
+    if _is_complete(options, config, results):
+        print(f"{folder} is already evaluated")
+    else:
+        evaluate.evaluate(options, write_report)
+        results = _results(options)
+    return Measured(folder, dataclasses.replace(config, evaluation=options.evaluation), results)
+
+
+def _write(path: Path, table: str) -> None:
+    """Writes the table, and prints it even if the disk is full."""
+    try:
+        if is_first_process():
+            with atomic_write(path) as file:
+                file.write(table.encode())
+    finally:
+        print(f"\n{table}")
+    print(f"wrote {path}")
 
 
 def _results(options: EvaluateOptions) -> dict[str, Accuracy]:
@@ -74,29 +98,45 @@ def _results(options: EvaluateOptions) -> dict[str, Accuracy]:
 def _is_complete(options: EvaluateOptions, config: Config, results: dict[str, Accuracy]) -> bool:
     """Whether the results contain every requested measure, with the run's own options and its newest checkpoint."""
     as_trained = options.evaluation == config.evaluation and options.step == EvaluateOptions.step
-    return as_trained and "kNN" in results and ("linear" in results or config.evaluation.linear_epochs == 0)
+    images = measured_images(options.data, config.data, Path(options.workdir))
+    there = by_dataset(results).get(images.name, {})
+    return as_trained and "kNN" in there and ("linear" in there or config.evaluation.linear_epochs == 0)
+
+
+def _of_the_same_images(runs: Sequence[Measured]) -> list[Measured]:
+    """The runs, those on the same folder of images with the path of the first of them, wherever it was for each."""
+    places: dict[str, str] = {}
+    found = []
+    for folder, config, results in runs:
+        if fingerprints := load_fingerprints(folder):
+            place = places.setdefault(str(sorted(fingerprints.items())), config.data.dataset)
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=place))
+        found.append(Measured(folder, config, results))
+    return found
 
 
 def markdown(runs: Sequence[Measured]) -> str:
-    """The table, in Markdown: a row for each group of runs that differ only in their seed."""
-    groups: dict[Config, list[Measured]] = {}
+    """The table, in Markdown: a row for each data set and each group of runs that differ only in their seed."""
+    groups: dict[tuple[Config, str | None], BySeed] = {}
     for run in runs:
-        groups.setdefault(_without_seed(run.config), []).append(run)
-    measures = list(dict.fromkeys(name for run in runs for name in run.results))
-    varying = _varying(list(groups))
+        for dataset, results in by_dataset(run.results).items():
+            by_seed = groups.setdefault((_without_seed(run.config), dataset), {})
+            by_seed[run.config.training.seed] = results  # repeating a seed adds no sample
+    measures = list(dict.fromkeys(name for group in groups.values() for results in group.values() for name in results))
+    varying = _varying([config for config, _ in groups])
     columns = [f"{name} {k}" for name in measures for k in ("top-1", "top-5")]
     lines = [_row(["runs", "n", "seeds", *columns]), _row(["---"] * (3 + len(columns)))]
-    for config, group in groups.items():
-        by_seed = {run.config.training.seed: run for run in group}  # repeating a seed adds no sample
+    for (config, dataset), by_seed in sorted(groups.items(), key=lambda row: list(varying).index(row[0][0])):
         name = ", ".join(f"{option} {value}" for option, value in varying[config].items()) or "all"
+        name += "" if dataset is None else f", measured on {dataset}"
         cells = [_mean_and_spread(list(by_seed.values()), m, k) for m in measures for k in ("top1", "top5")]
         lines.append(_row([name, str(len(by_seed)), ", ".join(map(str, sorted(by_seed))), *cells]))
     return "\n".join([*lines, "", GROUPING, ""])
 
 
-def _mean_and_spread(runs: list[Measured], measure: str, k: str) -> str:
+def _mean_and_spread(runs: list[dict[str, Accuracy]], measure: str, k: str) -> str:
     """Mean ± standard deviation in percent, with the number of runs if some of the row's runs lack the measure."""
-    values = [100 * run.results[measure][k] for run in runs if measure in run.results]
+    values = [100 * results[measure][k] for results in runs if measure in results]
     if not values:
         return "-"
     fewer = f" (n = {len(values)})" if len(values) < len(runs) else ""

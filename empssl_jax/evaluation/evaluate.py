@@ -9,24 +9,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from empssl_jax.config import Config, EvaluationConfig
-from empssl_jax.config.command_options import EvaluateOptions
+from empssl_jax.config.command_options import EvaluateOptions, MeasuredData
 from empssl_jax.config.errors import DivergenceError, one_line, require
-from empssl_jax.data.datasets import Datasets, load_datasets
+from empssl_jax.data.datasets import Datasets, load_datasets, load_datasets_for_pictures
 from empssl_jax.evaluation.embedding_files import load_both_embeddings, save_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, embed_datasets, labelled
 from empssl_jax.evaluation.knn import check_num_neighbours, sharded_knn_scores, top_k_accuracy
 from empssl_jax.evaluation.linear import linear_accuracy
+from empssl_jax.evaluation.measured_images import measured_images
 from empssl_jax.evaluation.trained_encoder import restore_encoder
 from empssl_jax.evaluation.whitening import whitened
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.method.random_keys import classifier_key
-from empssl_jax.run_folder.results import Accuracy, add_results, format_table, load_results, of_embeddings
+from empssl_jax.run_folder.results import Accuracy, add_results, format_table, load_results, of_embeddings, on_dataset
 from empssl_jax.run_folder.saved_config import load_config
 from empssl_jax.run_folder.workdir import locked, storage_errors
 from empssl_jax.runtime.devices import device_mesh
 from empssl_jax.runtime.distributed import is_first_process
 
-WriteReport = Callable[[Path, Config, Datasets], None]  # the run's folder, config and images
+WriteReport = Callable[[Path, Config, Datasets | None], None]  # the run's folder, config and images, if available
 
 
 def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, Accuracy]:
@@ -42,40 +43,65 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
     mesh = device_mesh()
     if options.embeddings is not None:
         folder = Path(options.embeddings)
+        remedy = "they are measured as they are, so leave out --dataset and its options, or --embeddings"
+        require(options.data == MeasuredData(), "embeddings", options.embeddings, remedy)
         load_results(folder)  # raises an error for a damaged file before the work begins
-        return _measure(folder, load_both_embeddings(folder), options.evaluation, Config().training.seed, mesh, None)
+        return _measure(folder, load_both_embeddings(folder), Config(evaluation=options.evaluation), mesh)
     folder = Path(options.workdir)
-    config = load_config(folder)
+    trained = load_config(folder)
     require(options.evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches, such as 128")
-    run = dataclasses.replace(config.run, data_dir=options.data_dir, cache_dir=options.cache_dir)
-    config = dataclasses.replace(config, evaluation=options.evaluation, run=run)
+    run = dataclasses.replace(trained.run, data_dir=options.data_dir, cache_dir=options.cache_dir)
+    measured = measured_images(options.data, trained.data, folder)
+    config = dataclasses.replace(trained, data=measured.data, evaluation=options.evaluation, run=run)
     with locked(folder), storage_errors(folder):
         load_results(folder)  # raises an error for a damaged file before the work begins
         encoder = restore_encoder(folder, options.step)
-        print(f"evaluating step {encoder.step} of {folder}: {config.evaluation.embeddings}")
+        there = "" if measured.name is None else f" on {measured.name}"
+        print(f"evaluating step {encoder.step} of {folder}{there}: {config.evaluation.embeddings}")
         datasets = load_datasets(config)
         check_neighbours(config, datasets)
-        embeddings = embed_and_save(config, encoder.state, datasets, mesh, folder)
-        made = config.evaluation.embeddings
-        results = _measure(folder, embeddings, config.evaluation, config.training.seed, mesh, made)
+        embeddings = embed_and_save(config, encoder.state, datasets, mesh, measured.embeddings_folder(folder))
+        results = _measure(folder, embeddings, config, mesh, config.evaluation.embeddings, measured.name)
         if options.evaluation.report:
-            write_report(folder, config, datasets)
+            own = dataclasses.replace(trained, run=run)  # the report is about the data set of the run
+            is_own = measured.name is None
+            write_report(folder, config if is_own else own, datasets if is_own else load_datasets_for_pictures(own))
         return results
 
 
 def _measure(
-    folder: Path, embeddings: Embeddings, config: EvaluationConfig, seed: int, mesh: Mesh, made: str | None
+    folder: Path,
+    embeddings: Embeddings,
+    config: Config,
+    mesh: Mesh,
+    made: str | None = None,
+    dataset: str | None = None,
 ) -> dict[str, Accuracy]:
-    """Measures embeddings; `made` describes how they were made and is saved with the results, None if unknown."""
+    """Measures embeddings and writes the results into the folder, even if a part of them fails.
+
+    Args:
+        folder: where results.json is.
+        embeddings: what is measured.
+        config: the options of the measures, and their seed.
+        mesh: the devices.
+        made: how the embeddings were made, which is saved with the results; None if unknown.
+        dataset: the data set, None for the run's own.
+    """
     if not have_labels(embeddings):
         return {}
-    results = of_embeddings(made, {"kNN": measure_knn(embeddings, config, mesh)})
+
+    def named(accuracies: dict[str, Accuracy]) -> dict[str, Accuracy]:
+        return on_dataset(dataset, of_embeddings(made, accuracies))
+
+    results = named({"kNN": measure_knn(embeddings, config.evaluation, mesh)})
     try:
-        if config.linear_epochs > 0:
-            results |= of_embeddings(made, measure_linear(embeddings, config, seed, mesh))
+        if config.evaluation.linear_epochs > 0:
+            results |= named(measure_linear(embeddings, config.evaluation, config.training.seed, mesh))
     finally:  # kNN is kept even if the linear classifier diverges, and shown even if the disk is full
-        print(format_table(load_results(folder) | results))
-        add_results(folder, results)
+        try:
+            add_results(folder, results)
+        finally:
+            print(format_table(load_results(folder) | results))
     return results
 
 
@@ -85,12 +111,12 @@ def check_neighbours(config: Config, datasets: Datasets) -> None:
         check_num_neighbours(config.evaluation.num_neighbours, num_labelled)
 
 
-def embed_and_save(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh, workdir: Path) -> Embeddings:
-    """Embeds the bank and the test images, and writes the run's embeddings/{train,test}.npz."""
+def embed_and_save(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh, folder: Path) -> Embeddings:
+    """Embeds the bank and the test images, and writes train.npz and test.npz into the folder."""
     embeddings = embed_datasets(config, encoder, datasets, mesh)
     if is_first_process():
-        save_embeddings(workdir / "embeddings" / "train.npz", embeddings.bank)
-        save_embeddings(workdir / "embeddings" / "test.npz", embeddings.test)
+        save_embeddings(folder / "train.npz", embeddings.bank)
+        save_embeddings(folder / "test.npz", embeddings.test)
     return embeddings
 
 

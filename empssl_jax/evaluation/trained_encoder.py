@@ -19,13 +19,18 @@ class TrainedEncoder(NamedTuple):
     step: int  # of the checkpoint
 
 
-def restore_encoder(folder: Path, choice: CheckpointChoice) -> TrainedEncoder:
+def restore_encoder(folder: Path, choice: CheckpointChoice, argument: str = "--workdir") -> TrainedEncoder:
     """Restores the encoder of a run, which may still be training; nothing is written to its folder.
+
+    Args:
+        folder: folder of the run.
+        choice: checkpoint to restore: its step, the newest ("latest"), or the one with the lowest loss ("best").
+        argument: what named the folder, for the error message.
 
     Raises:
         UserError: the run or the checkpoint does not exist, or is damaged.
     """
-    config = load_config(folder)
+    config = load_config(folder, argument)
     with Checkpoints(folder, read_only=True) as checkpoints:
         template, sharding = encoder_template(config.model), replicated(device_mesh())
         step, state = checkpoints.restore_encoder(template, sharding, choice)

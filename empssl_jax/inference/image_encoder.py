@@ -161,6 +161,6 @@ def load(workdir: str | Path, step: CheckpointChoice = "latest", **evaluation: A
         UserError: the run or the checkpoint does not exist or is damaged, or an option has a wrong value.
     """
     folder = Path(expand(str(workdir)))
-    config, state, restored = restore_encoder(folder, step)
+    config, state, restored = restore_encoder(folder, step, "workdir")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **evaluation))
     return ImageEncoder(config, state, restored, load_image_size(folder))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from empssl_jax.config import Config, ModelConfig
-from empssl_jax.config.command_options import ExportOptions, ImportOptions
+from empssl_jax.config.command_options import RUN, ExportOptions, ImportOptions
 from empssl_jax.config.config_files import read_config_file
 from empssl_jax.config.errors import UserError, one_line, require, words
 from empssl_jax.inference.image_encoder import ImageEncoder, load
@@ -27,8 +27,9 @@ from empssl_jax.run_folder.saved_config import (
     DEFAULT_IMAGE_SIZE,
     MAX_IMAGE_SIZE,
     from_json,
+    load_config,
     save_config,
-    save_image_size,
+    save_images,
     to_json,
 )
 from empssl_jax.run_folder.workdir import locked, storage_errors
@@ -45,6 +46,7 @@ def export_weights(options: ExportOptions) -> Path:
     """
     if options.format == "torch":
         import_torch()  # raises UserError before the work begins
+    load_config(Path(options.run), RUN)  # likewise
     encoder = load(options.run, options.step)
     weights = to_torch(encoder.state, encoder.config.model, encoder.step)
     path = Path(options.output or Path(options.run) / f"weights{SUFFIXES[options.format]}")
@@ -105,7 +107,7 @@ def _write_run(imported: ImportedRun) -> None:
         held = checkpoints.latest_step()
         require(held is None, "workdir", config.run.workdir, "that folder holds a run, so give another one")
         save_config(workdir, config)
-        save_image_size(workdir, image_size)
+        save_images(workdir, image_size)
         checkpoints.save(0, encoder, optimizer.init(encoder.params), loss=math.inf)
         checkpoints.wait()
 

@@ -66,7 +66,8 @@ def _write_projector(folder: Path, run: Run, findings: Findings) -> None:
     np.savetxt(folder / "projector" / "tensors.tsv", vectors, fmt="%.5g", delimiter="\t")
     names = [" ".join(name.split()) for name in run.class_names]
     rows = [f"{names[test.labels[i]]}\t{names[findings.predicted[i]]}\t{i}" for i in shown]
-    (folder / "projector" / "metadata.tsv").write_text("\n".join(["class\tkNN\timage", *rows]) + "\n")
+    table = "\n".join(["class\tkNN\timage", *rows]) + "\n"
+    (folder / "projector" / "metadata.tsv").write_text(table, encoding="utf-8")
     config = PROJECTOR_CONFIG
     if run.datasets is not None:
         thumbnails = sprite([run.datasets.test.images[i] for i in shown])

@@ -6,9 +6,10 @@ import warnings
 from pathlib import Path
 
 from empssl_jax.config import Config
-from empssl_jax.config.command_options import ReportOptions
+from empssl_jax.config.command_options import RUN, ReportOptions
 from empssl_jax.config.errors import UserError, one_line
-from empssl_jax.data.datasets import Datasets, load_datasets
+from empssl_jax.data.datasets import Datasets, load_datasets_for_pictures
+from empssl_jax.evaluation.measured_images import at_place
 from empssl_jax.report.findings import examine
 from empssl_jax.report.page import render
 from empssl_jax.report.pictures import training_patches
@@ -58,14 +59,18 @@ def try_to_report(workdir: Path, config: Config, datasets: Datasets | None) -> N
 
 
 def report_run(options: ReportOptions) -> None:
-    """Writes the report of a run. If the data set is not available, prints a warning and leaves the pictures out."""
+    """Writes the report of a run. If the data set is not available, prints a warning and leaves the pictures out.
+
+    Raises:
+        UserError: there is no such run, its files are damaged, or --dataset names other images than the run's.
+    """
     folder = Path(options.run)
-    config = load_config(folder)
+    config = load_config(folder, RUN)
     if options.data_dir is not None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, data_dir=options.data_dir))
-    datasets: Datasets | None = None
-    try:
-        datasets = load_datasets(config)
-    except UserError as error:
-        print(f"warning: the report has no pictures because the images are not available: {error}", file=sys.stderr)
-    print(f"wrote {write_report(folder, config, datasets)}")
+    if options.dataset is not None:
+        data = at_place(config.data, options.dataset, folder)
+        if data is None:
+            raise UserError(f"--dataset {options.dataset!r} holds other images than {folder} has: give the run's own.")
+        config = dataclasses.replace(config, data=data)
+    print(f"wrote {write_report(folder, config, load_datasets_for_pictures(config))}")

@@ -207,7 +207,7 @@ class Checkpoints:
         """The steps to try, in order."""
         steps = self.steps()[::-1]
         if not steps:
-            raise UserError(f"{self._folder} holds no checkpoint: train first, or give the --workdir of a trained run.")
+            raise UserError(f"{self._folder} holds no checkpoint: train first, or give the folder of a trained run.")
         if choice == "latest":
             return steps
         if choice == "best":

@@ -9,7 +9,9 @@ from empssl_jax.runtime.atomic_write import atomic_write
 from empssl_jax.runtime.distributed import is_first_process
 
 RESULTS_FILE = "results.json"
-Accuracy = dict[str, Any]  # "top1" and "top5" as fractions; for runs also "embeddings": how these were made, in words
+# "top1" and "top5" as fractions; for runs also "embeddings": how these were made, in words, and "dataset": the name of
+# the data set, if it is not the run's own.
+Accuracy = dict[str, Any]
 
 
 def format_table(results: dict[str, Accuracy]) -> str:
@@ -42,6 +44,22 @@ def of_embeddings(made: str | None, results: dict[str, Accuracy]) -> dict[str, A
     return {name: accuracy | ({} if made is None else {"embeddings": made}) for name, accuracy in results.items()}
 
 
+def on_dataset(name: str | None, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
+    """The results on a data set with this name, as results.json has them; unchanged if it is None (the run's own)."""
+    if name is None:
+        return results
+    return {f"{name}: {measure}": accuracy | {"dataset": name} for measure, accuracy in results.items()}
+
+
+def by_dataset(results: dict[str, Accuracy]) -> dict[str | None, dict[str, Accuracy]]:
+    """The accuracies by the name of the measure, for each data set; None for the run's own, which is always there."""
+    parts: dict[str | None, dict[str, Accuracy]] = {None: {}}
+    for name, accuracy in results.items():
+        dataset = accuracy.get("dataset")
+        parts.setdefault(dataset, {})[name.removeprefix(f"{dataset}: ")] = accuracy
+    return parts
+
+
 def load_results(folder: Path) -> dict[str, Accuracy]:
     """The results in results.json, empty if there is no such file; raises UserError if it is invalid."""
     path = folder / RESULTS_FILE
@@ -49,6 +67,7 @@ def load_results(folder: Path) -> dict[str, Accuracy]:
         results = dict(json.loads(path.read_bytes())) if path.exists() else {}
         if results:
             format_table(results)
+            by_dataset(results)
         return results
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"

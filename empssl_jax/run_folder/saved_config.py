@@ -1,4 +1,4 @@
-"""A run's config and the size of its images, as JSON files in its folder."""
+"""A run's config, and the size and fingerprints of its images, as JSON files in its folder."""
 
 import dataclasses
 import json
@@ -45,28 +45,53 @@ def save_config(workdir: Path, config: Config) -> None:
         file.write(to_json(config).encode())
 
 
-def load_config(workdir: Path) -> Config:
-    """The config of a run; raises UserError if the folder holds no valid config."""
+def load_config(workdir: Path, argument: str = "--workdir") -> Config:
+    """The config of a run.
+
+    Args:
+        workdir: folder of the run.
+        argument: what named the folder, for the error message.
+
+    Raises:
+        UserError: the folder holds no valid config.
+    """
     path = workdir / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"--workdir {workdir} has no {CONFIG_FILE}: give the folder of a run.")
+        raise UserError(f"{argument} {workdir} has no {CONFIG_FILE}: give the folder of a run.")
     return from_json(path.read_bytes(), path)
 
 
-def save_image_size(workdir: Path, size: int) -> None:
-    """Saves the side of the training images in pixels, which the config may leave to the data set."""
+def save_images(workdir: Path, size: int, fingerprints: dict[str, str] | None = None) -> None:
+    """Saves what the config does not say of a run's images.
+
+    Args:
+        workdir: folder of the run.
+        size: side of the training images in pixels, which the config may leave to the data set.
+        fingerprints: see `folder_fingerprints`; none for other data sets.
+    """
     with atomic_write(workdir / IMAGES_FILE) as file:
-        file.write(json.dumps({"size": size}).encode())
+        file.write(json.dumps({"size": size, "fingerprints": fingerprints or {}}).encode())
 
 
 def load_image_size(workdir: Path) -> int:
     """The side of a run's training images in pixels; raises UserError if the file is invalid."""
+    return _load_images(workdir)[0]
+
+
+def load_fingerprints(workdir: Path) -> dict[str, str]:
+    """The fingerprints of a run's images by split, empty if unknown; raises UserError if the file is invalid."""
+    return _load_images(workdir)[1]
+
+
+def _load_images(workdir: Path) -> tuple[int, dict[str, str]]:
+    """The size and the fingerprints of a run's images."""
     path = workdir / IMAGES_FILE
     try:
-        size = json.loads(path.read_bytes())["size"] if path.exists() else DEFAULT_IMAGE_SIZE
+        images: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {"size": DEFAULT_IMAGE_SIZE}
+        size = images["size"]
         if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
             raise ValueError(f"size {size!r}")
-        return size
+        return size, dict(images.get("fingerprints", {}))
     except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
         raise UserError(
             f"{path} cannot be read ({one_line(error)}): delete it to use {DEFAULT_IMAGE_SIZE} pixels."

@@ -2,17 +2,15 @@
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from empssl_jax.config.errors import InUseError, StorageError, UserError
 from empssl_jax.runtime.distributed import is_first_process
+from empssl_jax.runtime.file_locks import lock_file
 
 LOCK_FILE = "lock"
 
@@ -21,8 +19,8 @@ LOCK_FILE = "lock"
 def locked(workdir: Path, option: str = "workdir") -> Iterator[None]:
     """Creates the folder, which `option` names, and locks it against other jobs.
 
-    The operating system releases the lock when the process ends, even if it is killed. Only the first process of a job
-    takes the lock.
+    Only the first process of a job takes the lock, which ends with the process. See `lock_file` for file systems
+    without locks.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -33,7 +31,7 @@ def locked(workdir: Path, option: str = "workdir") -> Iterator[None]:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / LOCK_FILE).open("a+")
+        file = (workdir / LOCK_FILE).open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(
             f"--{option} {workdir} cannot be written to ({error.strerror}): give another folder."
@@ -45,17 +43,13 @@ def locked(workdir: Path, option: str = "workdir") -> Iterator[None]:
 
 def _lock(file: IO[str], workdir: Path, option: str) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file, wait=False)
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "another process"
         raise InUseError(
             f"--{option} {workdir} is in use by {owner}: wait for it, stop it, or give another folder."
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        print(f"warning: {workdir} cannot be locked: let only one process at a time use it", file=sys.stderr)
     file.truncate(0)
     now = datetime.datetime.now().astimezone()
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S %Z}\n")

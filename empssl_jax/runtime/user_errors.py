@@ -1,6 +1,7 @@
-"""Shows users one sentence and an exit code for an error, not a stack trace."""
+"""Shows users one sentence and an exit code for an error, not a stack trace, in characters that can be printed."""
 
 import contextlib
+import io
 import logging
 import re
 import sys
@@ -34,6 +35,16 @@ def user_errors_exit() -> Iterator[None]:
         raise SystemExit(UserError.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def escape_unprintable_characters() -> None:
+    """Makes this process print characters that its terminal or log cannot hold as escapes, such as \\xe9.
+
+    File names may contain any characters, also bytes that are not UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _silence_background_threads() -> None:

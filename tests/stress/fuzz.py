@@ -211,7 +211,7 @@ KINDS = {
     "embeddings": Kind(bad_input.EMBEDDINGS, load_embeddings),
     "results.json": Kind(bad_input.RESULTS, add_to_results),
     "metrics.jsonl": Kind(bad_input.METRICS, resume_metrics),
-    "weights": Kind(st.tuples(bad_input.weight_files(), st.booleans()), import_file, 0.1),
+    "weights": Kind(st.tuples(bad_input.weight_files(*bad_input.weight_file()), st.booleans()), import_file, 0.1),
     "pictures": Kind(bad_input.PICTURES, decode),
     "schedules": Kind(st.tuples(bad_input.tiny_configs(), st.integers(1, 5)), schedule, 0.1),
     "evaluations": Kind(st.tuples(bad_input.SCALES, bad_input.tiny_configs()), measure, 0.03),

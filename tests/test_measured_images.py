@@ -1,0 +1,182 @@
+"""A run is measured on its own images, wherever they are, and on other data sets, whose results are kept apart."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import empssl_jax
+from empssl_jax import training
+from empssl_jax.command_line import parse_evaluate_options
+from empssl_jax.config import Config, DataConfig
+from empssl_jax.config.command_options import MeasuredData, ReportOptions
+from empssl_jax.config.errors import UserError
+from empssl_jax.data.folder_images import folder_fingerprints
+from empssl_jax.evaluation.evaluate import evaluate
+from empssl_jax.evaluation.measured_images import measured_images
+from empssl_jax.report.write_report import report_run
+from empssl_jax.run_folder.results import load_results
+from empssl_jax.run_folder.saved_config import save_config, save_images
+
+
+def write_pictures(root):
+    """Noise in uncompressed files of one size: 12 to learn from and copies of 6 to test on, one in the wrong class."""
+    random = np.random.RandomState(0)
+    for number in range(12):
+        pixels = PIL.Image.fromarray(random.randint(0, 256, (32, 32, 3)).astype(np.uint8))
+        paths = [root / "train" / "ab"[number % 2] / f"{number:02}.bmp"]
+        if number < 6:
+            paths.append(root / "test" / "ab"[(number % 2) ^ (number == 5)] / f"copy {number:02}.bmp")
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels.save(path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    root = tmp_path / "pictures"
+    write_pictures(root)
+    return root
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+def measure(run, *options):
+    """Evaluates like the command; returns the results and what the report was called with."""
+    reported = []
+    arguments = ["--workdir", str(run), "--cache-dir", str(run.parent / "cache"), "--num-neighbours", "1", *options]
+    evaluate(parse_evaluate_options(arguments), lambda *about: reported.append(about))
+    return load_results(run), reported
+
+
+def test_another_data_set_is_embedded_as_from_python_and_kept_apart(run, pictures):
+    own = {path: path.read_bytes() for path in (run / "config.json", *(run / "embeddings").iterdir())}
+    before = load_results(run)
+    plain = {"valid_crops": "grid", "valid_patches": 4}  # without random numbers, copies have equal embeddings
+    options = ["--valid-crops", "grid", "--valid-patches", "4", "--report"]
+    results, reported = measure(run, "--dataset", f"folder:{pictures}", *options)
+    (folder,) = (path for path in (run / "embeddings").iterdir() if path.is_dir())
+    encoder, stored = empssl_jax.load(run, **plain), {}
+    for split in ("train", "test"):
+        with np.load(folder / f"{split}.npz") as arrays:
+            stored[split] = dict(arrays)
+        files = [pictures / split / name for name in stored[split]["names"]]
+        assert files == sorted((pictures / split).rglob("*.bmp"))
+        np.testing.assert_array_equal(
+            stored[split]["embeddings"], encoder.embed([PIL.Image.open(file) for file in files])
+        )
+        assert ["ab"[label] for label in stored[split]["labels"]] == [file.parent.name for file in files]
+    # The nearest image of a copy is its original. Five of the six have its class.
+    name = f"folder:{pictures}"
+    accuracy = {"top1": pytest.approx(5 / 6), "top5": 1.0, "embeddings": "4 grid patches, hidden", "dataset": name}
+    assert results == before | {f"{name}: kNN": accuracy}
+    assert {path: path.read_bytes() for path in own} == own
+    ((_, config, datasets),) = reported  # the report stays one about the run's own data set
+    assert config.data.dataset == "digits"
+    assert len(datasets.train.images) == 80
+
+
+def test_other_options_of_the_run_s_data_set_do_not_replace_its_results(run):
+    before = load_results(run)
+    results, _ = measure(run, "--test-images-per-class", "2")
+    name = "digits, --images-per-class 8, --test-images-per-class 2: kNN"
+    assert set(results) - set(before) == {name}
+    assert {name: value for name, value in results.items() if name in before} == before
+    with np.load(run / "embeddings" / "test.npz") as arrays:
+        assert len(arrays["labels"]) == 10
+
+
+def images_of(run, trained, **options):
+    return measured_images(MeasuredData(**options), trained, run)
+
+
+def test_which_data_set_is_meant_and_what_it_is_called(tmp_path):
+    save_images(tmp_path, 48)
+    trained = DataConfig(dataset="stl10", train_split="unlabelled", images_per_class=None)
+    assert images_of(tmp_path, trained) == (trained, None)
+    assert images_of(tmp_path, trained, dataset="stl10", image_size=48, strict_images=True).name is None
+    assert images_of(tmp_path, trained, dataset="cifar100") == (DataConfig("cifar100", image_size=48), "cifar100")
+    assert images_of(tmp_path, trained, dataset="cifar100", image_size=48).name == "cifar100"
+    other = images_of(tmp_path, trained, dataset="eurosat/rgb", train_split="train[:80%]", test_split="train[80%:]")
+    assert other.name == "eurosat/rgb, --train-split train[:80%], --test-split train[80%:]"
+    assert images_of(tmp_path, trained, train_split="train").name == "stl10"
+    assert images_of(tmp_path, trained, image_size=96).name == "stl10, --train-split unlabelled, --image-size 96"
+    with pytest.raises(UserError, match=r"^--image-size is 0: give a whole number from 1"):
+        images_of(tmp_path, trained, dataset="cifar100", image_size=0)
+
+
+def test_folders_of_embeddings_differ_as_the_data_sets_do(tmp_path):
+    save_images(tmp_path, 32)
+    names = ["cifar100", "a/b", "a-b", "a b", "folder:/" + "x" * 200, "folder:/" + "y" + "x" * 200]
+    folders = [images_of(tmp_path, DataConfig(), dataset=name).embeddings_folder(tmp_path) for name in names]
+    assert len({*folders}) == len(names)
+    assert folders[0] == tmp_path / "embeddings" / "cifar100"
+    assert {folder.parent for folder in folders} == {tmp_path / "embeddings"}
+    assert images_of(tmp_path, DataConfig()).embeddings_folder(tmp_path) == tmp_path / "embeddings"
+
+
+@pytest.fixture
+def trained_on(pictures, tmp_path):
+    """The folder and config of a run on the pictures, as training saves it; it has no checkpoint."""
+    config = Config(data=DataConfig(dataset=f"folder:{pictures}", images_per_class=5))
+    (tmp_path / "r").mkdir()
+    save_config(tmp_path / "r", config)
+    save_images(tmp_path / "r", 32, folder_fingerprints(config.data))
+    return tmp_path / "r", config
+
+
+def moved(config, root):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=f"folder:{root}"))
+
+
+def change_a_pixel(root, split):
+    path = root / split / "a" / ("copy " * (split == "test") + "00.bmp")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_moved_folder_is_recognised_by_its_images(trained_on, pictures, tmp_path, monkeypatch):
+    run, config = trained_on
+    there = pictures.rename(tmp_path / "elsewhere")
+    assert images_of(run, config.data, dataset=f"folder:{there}") == (moved(config, there).data, None)
+    assert training._differences(run, moved(config, there)) == []
+    monkeypatch.chdir(tmp_path)
+    assert images_of(run, config.data, dataset="folder:elsewhere") == (moved(config, there).data, None)
+    change_a_pixel(there, "test")  # which training does not see
+    assert training._differences(run, moved(config, there)) == []
+    assert images_of(run, config.data, dataset=f"folder:{there}").name == f"folder:{there}"
+    change_a_pixel(there, "train")
+    change = f"--dataset folder:{there} (was folder:{pictures})"
+    assert training._differences(run, moved(config, there)) == [change]
+    with pytest.raises(UserError, match=r"^--dataset '.*' holds other images than .* has: give the run's own"):
+        report_run(ReportOptions(run=str(run), dataset=f"folder:{there}"))
+
+
+def test_changed_images_at_the_same_place_are_another_run(trained_on, pictures):
+    run, config = trained_on
+    assert training._differences(run, config) == []
+    change_a_pixel(pictures, "train")
+    assert training._differences(run, config) == [f"the training images in {pictures} have changed"]
+
+
+def test_runs_that_recorded_no_fingerprint_are_compared_by_path(trained_on, pictures, tmp_path):
+    run, config = trained_on
+    (run / "images.json").write_text(json.dumps({"size": 32}))
+    change_a_pixel(pictures, "train")
+    assert training._differences(run, config) == []
+    there = pictures.rename(tmp_path / "elsewhere")
+    assert training._differences(run, moved(config, there)) == [f"--dataset folder:{there} (was folder:{pictures})"]
+
+
+def test_a_relative_folder_is_saved_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert DataConfig(dataset="folder:a/b").with_absolute_folder().dataset == f"folder:{tmp_path}/a/b"
+    for name in ("digits", "folder:", "folder:/a"):
+        assert DataConfig(dataset=name).with_absolute_folder().dataset == name
