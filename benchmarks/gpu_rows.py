@@ -24,7 +24,7 @@ from empssl_jax import training
 from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.config_files import read_config_file
 from empssl_jax.data.datasets import Datasets, load_datasets
-from empssl_jax.evaluation.evaluate import measure_knn, measure_linear
+from empssl_jax.evaluation.evaluate import measure_knn, measure_linear, measure_logistic
 from empssl_jax.run_folder.step_files import TIMING_FILE, read_steps
 from empssl_jax.runtime.devices import device_mesh
 from experiments import study
@@ -144,8 +144,9 @@ def accuracy(visit: Visit, name: str, embedding: str = "recommended") -> Values:
     embedded = time.perf_counter()
     results = {"kNN": measure_knn(embeddings, evaluation, mesh)}
     results |= measure_linear(embeddings, evaluation, visit.recipe.training.seed, mesh)
+    results |= {"logistic": measure_logistic(embeddings, mesh)} if evaluation.logistic else {}
     return {
-        **{kind: 100 * results[kind]["top1"] for kind in ("kNN", "linear")},
+        **{kind: 100 * results[kind]["top1"] for kind in ("kNN", "linear", "logistic") if kind in results},
         "training_seconds": steps[-1]["seconds"],
         "first_step_seconds": steps[0]["seconds"],
         "embedding_seconds": embedded - start,

@@ -100,7 +100,8 @@ def _is_complete(options: EvaluateOptions, config: Config, results: dict[str, Ac
     as_trained = options.evaluation == config.evaluation and options.step == EvaluateOptions.step
     images = measured_images(options.data, config.data, Path(options.workdir))
     there = by_dataset(results).get(images.name, {})
-    return as_trained and "kNN" in there and ("linear" in there or config.evaluation.linear_epochs == 0)
+    wanted = {"kNN": True, "linear": config.evaluation.linear_epochs > 0, "logistic": config.evaluation.logistic}
+    return as_trained and all(name in there for name, is_wanted in wanted.items() if is_wanted)
 
 
 def _of_the_same_images(runs: Sequence[Measured]) -> list[Measured]:

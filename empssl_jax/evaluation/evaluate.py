@@ -16,6 +16,7 @@ from empssl_jax.evaluation.embedding_files import load_both_embeddings, save_emb
 from empssl_jax.evaluation.embeddings import Embeddings, embed_datasets, labelled
 from empssl_jax.evaluation.knn import check_num_neighbours, sharded_knn_scores, top_k_accuracy
 from empssl_jax.evaluation.linear import linear_accuracy
+from empssl_jax.evaluation.logistic import logistic_accuracy
 from empssl_jax.evaluation.measured_images import measured_images
 from empssl_jax.evaluation.trained_encoder import restore_encoder
 from empssl_jax.evaluation.whitening import whitened
@@ -97,6 +98,8 @@ def _measure(
     try:
         if config.evaluation.linear_epochs > 0:
             results |= named(measure_linear(embeddings, config.evaluation, config.training.seed, mesh))
+        if config.evaluation.logistic:
+            results |= named({"logistic": measure_logistic(embeddings, mesh)})
     finally:  # kNN is kept even if the linear classifier diverges, and shown even if the disk is full
         try:
             add_results(folder, results)
@@ -153,6 +156,11 @@ def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) ->
         temperature=config.temperature,
     )
     return {f"top{k}": top_k_accuracy(jnp.asarray(scores), jnp.asarray(test.labels), k) for k in (1, 5)}
+
+
+def measure_logistic(embeddings: Embeddings, mesh: Mesh) -> Accuracy:
+    """Accuracy of logistic regression on the labelled test embeddings."""
+    return logistic_accuracy(labelled(embeddings.bank), labelled(embeddings.test), mesh)
 
 
 def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int, mesh: Mesh) -> dict[str, Accuracy]:

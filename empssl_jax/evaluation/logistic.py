@@ -1,0 +1,115 @@
+"""Multinomial logistic regression on frozen embeddings, with the L2 penalty that held-out training images prefer."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from empssl_jax.evaluation.embeddings import LabelledEmbeddings
+from empssl_jax.evaluation.knn import top_k_accuracy
+from empssl_jax.run_folder.results import Accuracy
+from empssl_jax.runtime.devices import replicated, split_images, to_devices
+
+# From strong to weak: the search for each solution begins at the one before.
+PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+HELD_OUT = 10  # one training image out of so many helps to choose the penalty
+MAX_STEPS = 100
+TOLERANCE = 1e-3  # the gradient's norm at the solution, as a fraction of its norm where all parameters are 0
+
+Params = dict[str, Float[Array | np.ndarray, "..."]]  # "kernel" (E, C) and "bias" (C,)
+Carry = tuple[Params, optax.OptState, Float[Array, ""], Int[Array, ""]]  # with the gradient's norm and number of steps
+
+
+class Examples(NamedTuple):
+    """Embeddings with weights, 0 for those that take no part."""
+
+    embeddings: Float[Array, "N E"]
+    labels: Int[Array, " N"]
+    weights: Float[Array, " N"]
+
+
+def logistic_accuracy(train: LabelledEmbeddings, test: LabelledEmbeddings, mesh: Mesh) -> Accuracy:
+    """Accuracy of logistic regression on standardised embeddings, and the chosen L2 penalty.
+
+    Every tenth training image is held out. From the strongest penalty on, the next one is tried until the accuracy on
+    the held-out images falls; then the classifier is fitted to all training images. L-BFGS solves the convex problem,
+    so nothing is drawn at random.
+
+    Args:
+        train: embeddings to learn from; they are split over the devices.
+        test: embeddings to measure the accuracy on.
+        mesh: the devices.
+    """
+    mean, deviation = np.mean(train.embeddings, axis=0), np.std(train.embeddings, axis=0)
+    scale = np.where(deviation > 0, deviation, 1.0)
+    bank, queries = ((split.embeddings - mean) / scale for split in (train, test))
+    everything = np.ones(len(bank), bool)
+    held_out = np.arange(len(bank)) % HELD_OUT == HELD_OUT - 1 if len(bank) >= HELD_OUT else everything
+    kept = ~held_out if len(bank) >= HELD_OUT else everything
+
+    def accuracy(params: Params, embeddings: np.ndarray, labels: np.ndarray, k: int) -> float:
+        logits = embeddings @ params["kernel"] + params["bias"]
+        logits[:, np.setdiff1d(np.arange(train.num_classes), train.labels)] = -np.inf  # no image has taught these
+        return top_k_accuracy(jax.nn.softmax(jnp.asarray(logits), axis=1), jnp.asarray(labels), k)
+
+    dim = bank.shape[1]
+    best, penalty, start = -1.0, PENALTIES[0], _zeros(dim, train.num_classes)
+    examples = to_examples(bank, train.labels, kept, mesh)
+    for candidate in PENALTIES:
+        params = fit(start, examples, candidate, mesh)
+        held_out_accuracy = accuracy(params, bank[held_out], train.labels[held_out], 1)
+        if held_out_accuracy < best:
+            break
+        best, penalty, start = held_out_accuracy, candidate, params
+    params = fit(start, to_examples(bank, train.labels, everything, mesh), penalty, mesh)
+    return {f"top{k}": accuracy(params, queries, test.labels, k) for k in (1, 5)} | {"penalty": penalty}
+
+
+def _zeros(dim: int, num_classes: int) -> Params:
+    return {"kernel": np.zeros((dim, num_classes), np.float32), "bias": np.zeros(num_classes, np.float32)}
+
+
+def to_examples(
+    embeddings: Float[np.ndarray, "N E"], labels: Int[np.ndarray, " N"], weights: np.ndarray, mesh: Mesh
+) -> Examples:
+    """The examples, split over the devices, and padded to equal shares by examples of weight 0."""
+    padding = -len(labels) % mesh.size
+    arrays = np.pad(embeddings, ((0, padding), (0, 0))), np.pad(labels, (0, padding)), np.pad(weights, (0, padding))
+    dtypes = (np.float32, np.int32, np.float32)
+    return Examples(*(to_devices(a.astype(d), split_images(mesh)) for a, d in zip(arrays, dtypes, strict=True)))
+
+
+def fit(start: Params, examples: Examples, penalty: float, mesh: Mesh) -> Params:
+    """Minimises the mean cross entropy plus penalty / 2 times the kernel's squared norm; returns host arrays."""
+    return jax.tree.map(np.asarray, _fit(start, examples, penalty, mesh))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _fit(start: Params, examples: Examples, penalty: Float[Array, ""], mesh: Mesh) -> Params:
+    def objective(params: Params) -> Float[Array, ""]:
+        logits = examples.embeddings @ params["kernel"] + params["bias"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels)
+        mean = jnp.sum(losses * examples.weights) / jnp.sum(examples.weights)
+        return mean + penalty / 2 * jnp.sum(params["kernel"] ** 2)
+
+    optimizer = optax.lbfgs()
+    limit = TOLERANCE * optax.tree.norm(jax.grad(objective)(jax.tree.map(jnp.zeros_like, start)))
+    value_and_grad = optax.value_and_grad_from_state(objective)
+
+    def step(carry: Carry) -> Carry:
+        params, state, _, number = carry
+        value, gradient = value_and_grad(params, state=state)
+        updates, state = optimizer.update(gradient, state, params, value=value, grad=gradient, value_fn=objective)
+        return optax.apply_updates(params, updates), state, optax.tree.norm(gradient), number + 1
+
+    def is_unfinished(carry: Carry) -> Bool[Array, ""]:
+        return (carry[2] > limit) & (carry[3] < MAX_STEPS)
+
+    carry = start, optimizer.init(start), jnp.array(jnp.inf), jnp.array(0)
+    params = jax.lax.while_loop(is_unfinished, step, carry)[0]
+    return jax.lax.with_sharding_constraint(params, replicated(mesh))

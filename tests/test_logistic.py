@@ -1,0 +1,61 @@
+"""Logistic regression finds scikit-learn's solution, on any number of devices, and chooses its penalty."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from empssl_jax.evaluation import logistic
+from empssl_jax.evaluation.embeddings import LabelledEmbeddings
+from empssl_jax.runtime.devices import device_mesh
+
+NAMES = tuple("0123456789")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pixels, labels = load_digits(return_X_y=True)
+    return pixels.astype(np.float32), labels.astype(np.int32)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_the_solution_is_that_of_scikit_learn(digits, num_devices):
+    """Its C divides the penalty by the number of images. Kernels agree up to a shift that is equal for all classes."""
+    pixels, labels = digits[0][:301] / 16, digits[1][:301]
+    weights = np.arange(301) % 3 > 0
+    zeros = {"kernel": np.zeros((64, 10), np.float32), "bias": np.zeros(10, np.float32)}
+    mesh = device_mesh(num_devices)
+    kernel = logistic.fit(zeros, logistic.to_examples(pixels, labels, weights, mesh), 0.01, mesh)["kernel"].T
+    theirs = LogisticRegression(C=1 / (0.01 * weights.sum()), tol=1e-8, max_iter=1000)
+    expected = theirs.fit(pixels[weights], labels[weights]).coef_
+    centred = [array - np.mean(array, axis=0) for array in (kernel, expected)]
+    np.testing.assert_allclose(*centred, atol=0.02 * np.abs(expected).max())
+
+
+def test_held_out_images_choose_the_penalty(digits):
+    """scikit-learn with the same choice among the same penalties has the same accuracy."""
+    pixels, labels = digits
+    bank, test = (LabelledEmbeddings(pixels[rows], labels[rows], NAMES) for rows in (slice(0, 600), slice(600, 1200)))
+    ours = logistic.logistic_accuracy(bank, test, device_mesh(1))
+    deviation = bank.embeddings.std(axis=0)
+    scale = np.where(deviation > 0, deviation, 1)
+    x, queries = ((split.embeddings - bank.embeddings.mean(axis=0)) / scale for split in (bank, test))
+    held = np.arange(600) % 10 == 9
+
+    def fitted(penalty, rows):
+        return LogisticRegression(C=1 / (penalty * rows.sum()), max_iter=5000).fit(x[rows], bank.labels[rows])
+
+    scores = [fitted(penalty, ~held).score(x[held], bank.labels[held]) for penalty in logistic.PENALTIES]
+    falls = [number for number in range(1, 6) if scores[number] < scores[number - 1]]
+    last = falls[0] - 1 if falls else 5
+    assert ours["penalty"] == logistic.PENALTIES[last]
+    accuracy = fitted(ours["penalty"], np.ones(600, bool)).score(queries, test.labels)
+    assert ours["top1"] == pytest.approx(accuracy, abs=0.01)
+    assert ours["top1"] < ours["top5"] <= 1
+
+
+def test_a_class_without_training_images_is_not_predicted():
+    bank = LabelledEmbeddings(np.eye(2, dtype=np.float32).repeat(5, axis=0), np.arange(10, dtype=np.int32) // 5, NAMES)
+    test = LabelledEmbeddings(np.eye(2, dtype=np.float32), np.array([0, 7], np.int32), NAMES)
+    accuracy = logistic.logistic_accuracy(bank, test, device_mesh(1))
+    assert (accuracy["top1"], accuracy["top5"]) == (0.5, 0.5)
