@@ -1,11 +1,10 @@
 """Every option, its default and its check. Imports nothing of the package; everything else may import it.
 
-Read options.py first: the options of a training run, in groups. command_options.py has those of the other commands,
-checked_fields.py the checks, errors.py the errors a user sees.
+Read options.py first: the options of a training run, in groups, which run_config.py combines. command_options.py has
+those of the other commands, checked_fields.py the checks, errors.py the errors a user sees.
 """
 
 from empssl_jax.config.options import (
-    Config,
     DataConfig,
     DistributedConfig,
     EmbeddingConfig,
@@ -14,8 +13,8 @@ from empssl_jax.config.options import (
     PatchConfig,
     RunConfig,
     TrainingConfig,
-    training_differences,
 )
+from empssl_jax.config.run_config import Config, training_differences
 
 __all__ = [
     "Config",

@@ -10,7 +10,7 @@ import tyro
 
 from empssl_jax.config.checked_fields import Checked, path_field
 from empssl_jax.config.errors import UserError, one_line
-from empssl_jax.config.options import Config
+from empssl_jax.config.run_config import Config
 
 Options = TypeVar("Options")
 

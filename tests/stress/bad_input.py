@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from empssl_jax.config import Config, ModelConfig, checked_fields
 from empssl_jax.config.errors import flag
-from empssl_jax.config.options import SMALLEST_EPS
+from empssl_jax.config.run_config import SMALLEST_EPS
 from empssl_jax.inference.torch_names import to_torch
 from empssl_jax.method.encoder import encoder_template
 from empssl_jax.run_folder import saved_config
