@@ -9,6 +9,7 @@ from typing import NamedTuple
 from empssl_jax.config import DataConfig
 from empssl_jax.config.command_options import MeasuredData
 from empssl_jax.config.errors import UserError, flag
+from empssl_jax.config.options import TRAIN
 from empssl_jax.run_folder.saved_config import load_fingerprints, load_image_size
 
 
@@ -76,7 +77,8 @@ def at_place(trained: DataConfig, dataset: str, workdir: Path) -> DataConfig | N
 
 def _comparable(data: DataConfig, size: int) -> DataConfig:
     """The data without what does not tell images apart."""
-    return dataclasses.replace(data, strict_images=False, image_size=data.image_size or size)
+    split = None if data.train_split == TRAIN else data.train_split
+    return dataclasses.replace(data, strict_images=False, image_size=data.image_size or size, train_split=split)
 
 
 def _name(data: DataConfig, size: int) -> str:
