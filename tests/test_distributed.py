@@ -111,7 +111,7 @@ def assert_equal_runs(ours, theirs):
     assert [line["step"] for line in lines[0]] == list(range(STEPS))
     for name in ("loss", "coding_rate", "similarity", "parameter_norm", "update_norm"):
         a, b = ([line[name] for line in run] for run in lines)
-        np.testing.assert_allclose(a, b, rtol=5e-3 if name == "update_norm" else 1e-5, err_msg=name)
+        np.testing.assert_allclose(a, b, rtol=2e-2 if name == "update_norm" else 1e-5, err_msg=name)
         assert a[0] == pytest.approx(b[0], rel=1e-5)
     # Biases are the smallest parameters: they start at 0, and gradients move them to 1e-5.
     for item, tolerance, smallest in (("encoder", 1e-5, 1e-2), ("optimizer", 2e-2, 0.0)):
