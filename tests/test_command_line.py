@@ -70,6 +70,22 @@ def test_every_help_has_an_example(name, capsys):
     assert f"Example: empssl {name} " in help_of(name, capsys=capsys)
 
 
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("eval", ["The images to measure on.", "How images are embedded and embeddings measured.", "The processes of"]),
+        ("embed", ["How images are embedded."]),
+        ("export", ["For --format onnx only."]),
+    ],
+)
+def test_each_group_of_options_has_its_own_text(name, groups, capsys):
+    """Not the comment of the option that stands above the group."""
+    shown = [line.strip("-─│╭╮ ") for line in help_of(name, capsys=capsys).splitlines()]
+    lines = [line for line in shown if line]
+    texts = [text for title, text in itertools.pairwise(lines) if title.endswith(" options")]
+    assert [text[: len(group)] for text, group in zip(texts, groups, strict=True)] == groups
+
+
 def test_an_unknown_command_is_refused_with_the_commands(capsys):
     with pytest.raises(SystemExit) as ended:
         command_line.main(["trian"])

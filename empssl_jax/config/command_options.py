@@ -1,4 +1,7 @@
-"""The options of every command but `train`, whose options are those of a run (options.py)."""
+"""The options of every command but `train`, whose options are those of a run (options.py).
+
+An empty line stands above the groups of options. Otherwise --help would show the last option's comment as their text.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -49,6 +52,7 @@ class EvaluateOptions(Checked):
     data_dir: str | None = path_field(None)
     # Folder for decoded images. Default: the run's, then empssl_jax/images in the user's cache folder.
     cache_dir: str | None = path_field(None)
+
     data: OmitArgPrefixes[MeasuredData] = dataclasses.field(default_factory=MeasuredData)
     evaluation: OmitArgPrefixes[EvaluationConfig] = dataclasses.field(default_factory=EvaluationConfig)
     distributed: OmitArgPrefixes[DistributedConfig] = dataclasses.field(default_factory=DistributedConfig)
@@ -69,6 +73,7 @@ class EmbedOptions(Checked):
     step: CheckpointChoice = "latest"
     # Images embedded at a time, over all devices.
     embedding_batch_size: int = int_field(EvaluationConfig.embedding_batch_size, 1, 100_000)
+
     embedding: OmitArgPrefixes[EmbeddingConfig] = dataclasses.field(default_factory=EmbeddingConfig)
 
 
