@@ -24,11 +24,9 @@ from empssl_jax import training
 from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.config_files import read_config_file
 from empssl_jax.data.datasets import Datasets, load_datasets
-from empssl_jax.evaluation.evaluate import measure_knn, measure_linear, measure_logistic
 from empssl_jax.run_folder.step_files import TIMING_FILE, read_steps
-from empssl_jax.runtime.devices import device_mesh
 from experiments import study
-from experiments.records import checkpoint_embeddings, read_lines
+from experiments.records import accuracies, checkpoint_embeddings, read_lines
 
 # Options of the default recipe, one epoch on CIFAR-10, that each training changes.
 RUNS: dict[str, study.Changes] = {
@@ -138,15 +136,12 @@ def profile(visit: Visit) -> Values:
 
 def accuracy(visit: Visit, name: str, embedding: str = "recommended") -> Values:
     """Accuracies in percent of one of RUNS, which is trained if necessary, and the seconds of each part."""
-    workdir, evaluation, mesh = visit.trained(name), visit.evaluation(embedding), device_mesh()
+    workdir, evaluation = visit.trained(name), visit.evaluation(embedding)
     steps, start = read_steps(workdir / TIMING_FILE), time.perf_counter()
     embeddings = checkpoint_embeddings(workdir, evaluation, visit.datasets())
     embedded = time.perf_counter()
-    results = {"kNN": measure_knn(embeddings, evaluation, mesh)}
-    results |= measure_linear(embeddings, evaluation, visit.recipe.training.seed, mesh)
-    results |= {"logistic": measure_logistic(embeddings, mesh)} if evaluation.logistic else {}
     return {
-        **{kind: 100 * results[kind]["top1"] for kind in ("kNN", "linear", "logistic") if kind in results},
+        **accuracies(embeddings, evaluation, visit.recipe.training.seed),
         "training_seconds": steps[-1]["seconds"],
         "first_step_seconds": steps[0]["seconds"],
         "embedding_seconds": embedded - start,

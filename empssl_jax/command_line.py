@@ -55,14 +55,21 @@ def _overview(prog: str) -> str:
     return f"usage: {prog} COMMAND [options]\n\ncommands:\n{rows}\n\n{prog} COMMAND --help lists a command's options."
 
 
+def _keep_memory_and_programs() -> None:
+    """What every command that computes does first."""
+    from empssl_jax.runtime import compilation, memory
+
+    memory.keep_freed_memory()
+    compilation.keep_compiled_programs()
+
+
 def train(arguments: Sequence[str], prog: str) -> None:
     """Trains or resumes a run."""
     config = parse_train_options(arguments, prog)
     from empssl_jax import training
-    from empssl_jax.runtime import compilation, distributed, memory
+    from empssl_jax.runtime import distributed
 
-    memory.keep_freed_memory()
-    compilation.keep_compiled_programs()
+    _keep_memory_and_programs()
     with distributed.processes(config.distributed):
         training.train(config)
 
@@ -72,10 +79,9 @@ def evaluate(arguments: Sequence[str], prog: str) -> None:
     options = parse_evaluations(arguments, prog)
     from empssl_jax.evaluation import comparison
     from empssl_jax.report.write_report import try_to_report
-    from empssl_jax.runtime import compilation, distributed, interruption, memory
+    from empssl_jax.runtime import distributed, interruption
 
-    memory.keep_freed_memory()
-    compilation.keep_compiled_programs()
+    _keep_memory_and_programs()
     with distributed.processes(options[0].distributed):
         interruption.end_at_sigterm()
         comparison.evaluate_all(options, try_to_report)
@@ -93,10 +99,8 @@ def embed(arguments: Sequence[str], prog: str) -> None:
     """Embeds a folder of image files."""
     options = parse_embed_options(arguments, prog)
     from empssl_jax.inference import embed_files
-    from empssl_jax.runtime import compilation, memory
 
-    memory.keep_freed_memory()
-    compilation.keep_compiled_programs()
+    _keep_memory_and_programs()
     embed_files.embed_files(options)
 
 

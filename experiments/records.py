@@ -1,4 +1,4 @@
-"""What the experiments share: results as JSON lines, and embeddings of a run's checkpoints."""
+"""What the experiments share: results as JSON lines, and embeddings of a run's checkpoints and their accuracies."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ from empssl_jax.config import EvaluationConfig
 from empssl_jax.config.command_options import CheckpointChoice
 from empssl_jax.data.datasets import Datasets
 from empssl_jax.evaluation.embeddings import Embeddings, embed_datasets
+from empssl_jax.evaluation.evaluate import measure_knn, measure_linear, measure_logistic
 from empssl_jax.evaluation.trained_encoder import restore_encoder
 from empssl_jax.runtime.devices import device_mesh
 
@@ -24,6 +25,17 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
     """Appends a JSON object to such a file."""
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def accuracies(embeddings: Embeddings, evaluation: EvaluationConfig, seed: int) -> dict[str, float]:
+    """Top-1 accuracies in percent: of kNN and, if the options ask for them, of both classifiers."""
+    mesh = device_mesh()
+    measured = {"kNN": measure_knn(embeddings, evaluation, mesh)}
+    if evaluation.linear_epochs > 0:
+        measured["linear"] = measure_linear(embeddings, evaluation, seed, mesh)["linear"]
+    if evaluation.logistic:
+        measured["logistic"] = measure_logistic(embeddings, mesh)
+    return {name: 100 * accuracy["top1"] for name, accuracy in measured.items()}
 
 
 def checkpoint_embeddings(

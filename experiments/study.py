@@ -31,20 +31,17 @@ import tyro
 from benchmarks.measure import environment
 from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
+from empssl_jax.config.config_files import read_config_file
 from empssl_jax.config.errors import InUseError
 from empssl_jax.data.datasets import load_datasets
 from empssl_jax.evaluation.embeddings import Embeddings
-from empssl_jax.evaluation.evaluate import measure_knn, measure_linear
 from empssl_jax.run_folder.step_files import TIMING_FILE, read_steps
 from empssl_jax.run_folder.workdir import locked
 from empssl_jax.runtime.compilation import keep_compiled_programs
-from empssl_jax.runtime.devices import device_mesh
 from empssl_jax.runtime.memory import keep_freed_memory
-from experiments.records import RESULTS, append_line, checkpoint_embeddings, read_lines
+from experiments.records import RESULTS, accuracies, append_line, checkpoint_embeddings, read_lines
 
-RECOMMENDED = EvaluationConfig(
-    valid_crops="grid+whole", valid_patches=16, embedded_layer="stages", cells=2, whiten=True, report=False
-)
+RECOMMENDED = dataclasses.replace(read_config_file("cifar10_best").evaluation, logistic=False, report=False)
 FULL = Config(data=DataConfig(train_split="train[:45000]", test_split="train[45000:]"), evaluation=RECOMMENDED)
 LONG = dataclasses.replace(
     FULL,
@@ -147,7 +144,7 @@ class Options:
 def changed(config: Config, changes: Changes) -> Config:
     """The config with other values of some options, by name, whichever group they belong to.
 
-    A fraction or multiple in place of a batch size is that of the config's own.
+    A batch size that is a float multiplies the config's own: 0.5 halves it.
     """
     for field in dataclasses.fields(config):
         group = getattr(config, field.name)
@@ -166,26 +163,24 @@ def trained(options: Options, name: str, seed: int) -> Path:
     return workdir
 
 
-def measure(workdir: Path, embeddings: Embeddings, evaluation: EvaluationConfig, seed: int) -> dict[str, Any]:
-    """Accuracies in percent, and the seconds that training took after its first step."""
-    mesh = device_mesh()
-    measures = {"kNN": measure_knn(embeddings, evaluation, mesh)}
-    if not evaluation.whiten or evaluation == RECOMMENDED:  # the linear classifier does not whiten
-        measures |= measure_linear(embeddings, evaluation, seed, mesh)
-    accuracies = {name: round(100 * measures[name]["top1"], 2) for name in ("kNN", "linear") if name in measures}
-    return accuracies | {"seconds": round(read_steps(workdir / TIMING_FILE)[-1]["seconds"], 1)}
+def measure(workdir: Path, embeddings: Embeddings, evaluation: EvaluationConfig, seed: int) -> dict[str, float]:
+    """Accuracies in percent, and the seconds of the training."""
+    if evaluation.whiten and evaluation != RECOMMENDED:  # for the linear classifier, the row without whitening counts
+        evaluation = dataclasses.replace(evaluation, linear_epochs=0)
+    measured = {name: round(value, 2) for name, value in accuracies(embeddings, evaluation, seed).items()}
+    return measured | {"seconds": round(read_steps(workdir / TIMING_FILE)[-1]["seconds"], 1)}
 
 
-def table(lines: list[dict[str, Any]], measure: str = "kNN") -> str:
+def table(lines: list[dict[str, Any]], kind: str = "kNN") -> str:
     """A Markdown table: mean and standard deviation of each row, and the difference from the base runs of its seeds."""
     by_row: dict[str, dict[int, float]] = collections.defaultdict(dict)
     for line in lines:
-        if measure in line:
-            by_row[line["row"]][line["seed"]] = line[measure]
-    text = [f"| row | n | {measure} top-1, mean (standard deviation) | against the base |", "| --- | --- | --- | --- |"]
-    for name, accuracies in by_row.items():
-        differences = [accuracies[seed] - by_row["base"][seed] for seed in accuracies if seed in by_row["base"]]
-        values = list(accuracies.values())
+        if kind in line:
+            by_row[line["row"]][line["seed"]] = line[kind]
+    text = [f"| row | n | {kind} top-1, mean (standard deviation) | against the base |", "| --- | --- | --- | --- |"]
+    for name, by_seed in by_row.items():
+        differences = [by_seed[seed] - by_row["base"][seed] for seed in by_seed if seed in by_row["base"]]
+        values = list(by_seed.values())
         spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
         difference = f"{statistics.mean(differences):+.1f}" if differences else ""
         text.append(f"| {name} | {len(values)} | {statistics.mean(values):.1f}{spread} | {difference} |")
@@ -197,7 +192,7 @@ def main(options: Options) -> None:
     output, start = Path(options.output), time.monotonic()
     if options.table:
         lines = [line for line in read_lines(output) if line["size"] == options.size]
-        print("\n".join(table(lines, measure) for measure in ("kNN", "linear")), end="")
+        print("\n".join(table(lines, kind) for kind in ("kNN", "linear")), end="")
         return
     datasets = load_datasets(SIZES[options.size])
 

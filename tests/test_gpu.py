@@ -10,7 +10,7 @@ from experiments.records import read_lines
 
 
 class Clock:
-    """Seconds that are left. Rows take as long as they are told."""
+    """Counts the seconds that are left. Each row takes the seconds that its test gives it."""
 
     def __init__(self, seconds):
         self.seconds = seconds

@@ -94,7 +94,7 @@ def load_bank(
     if (train.labels >= 0).any() or config.train_split in (None, TRAIN):
         return train
     name: str | None = TRAIN
-    if config.dataset.startswith("folder:"):
+    if config.folder is not None:
         from empssl_jax.data.folder_images import other_train_folder, root_of
 
         name = other_train_folder(config, root_of(config))
@@ -109,7 +109,7 @@ def _load(
     """All images of a split, and their ids."""
     if config.dataset == "digits":
         return _load_digits(config, split), None
-    if config.dataset.startswith("folder:"):
+    if config.folder is not None:
         from empssl_jax.data.folder_images import load_folder
 
         images, class_names = load_folder(config, split, cache_dir)

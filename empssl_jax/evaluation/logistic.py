@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
 from empssl_jax.evaluation.knn import top_k_accuracy
@@ -66,7 +66,7 @@ def logistic_accuracy(train: LabelledEmbeddings, test: LabelledEmbeddings, mesh:
         if held_out_accuracy < best:
             break
         best, penalty, start = held_out_accuracy, candidate, params
-    params = fit(start, to_examples(bank, train.labels, everything, mesh), penalty, mesh)
+    params = fit(start, examples._replace(weights=_split(everything, np.float32, mesh)), penalty, mesh)
     return {f"top{k}": accuracy(params, queries, test.labels, k) for k in (1, 5)} | {"penalty": penalty}
 
 
@@ -78,10 +78,13 @@ def to_examples(
     embeddings: Float[np.ndarray, "N E"], labels: Int[np.ndarray, " N"], weights: np.ndarray, mesh: Mesh
 ) -> Examples:
     """The examples, split over the devices, and padded to equal shares by examples of weight 0."""
-    padding = -len(labels) % mesh.size
-    arrays = np.pad(embeddings, ((0, padding), (0, 0))), np.pad(labels, (0, padding)), np.pad(weights, (0, padding))
-    dtypes = (np.float32, np.int32, np.float32)
-    return Examples(*(to_devices(a.astype(d), split_images(mesh)) for a, d in zip(arrays, dtypes, strict=True)))
+    parts = (embeddings, np.float32), (labels, np.int32), (weights, np.float32)
+    return Examples(*(_split(array, dtype, mesh) for array, dtype in parts))
+
+
+def _split(array: Shaped[np.ndarray, "N *rest"], dtype: type, mesh: Mesh) -> Shaped[Array, "M *rest"]:
+    padding = [(0, -len(array) % mesh.size)] + [(0, 0)] * (array.ndim - 1)
+    return to_devices(np.pad(array, padding).astype(dtype), split_images(mesh))
 
 
 def fit(start: Params, examples: Examples, penalty: float, mesh: Mesh) -> Params:
