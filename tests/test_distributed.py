@@ -120,7 +120,8 @@ def assert_equal_runs(ours, theirs):
             assert np.linalg.norm(a - b) <= tolerance * max(np.linalg.norm(b), smallest), item
     for split in ("train", "test"):
         a, b = (arrays_of(folder / "embeddings" / f"{split}.npz") for folder in (ours, theirs))
-        np.testing.assert_allclose(a["embeddings"], b["embeddings"], rtol=1e-5, atol=1e-5 * np.max(b["embeddings"]))
+        # Parameters that differ by 1e-5 move embeddings of four layers by a few times that.
+        np.testing.assert_allclose(a["embeddings"], b["embeddings"], rtol=0, atol=1e-4 * np.max(b["embeddings"]))
         np.testing.assert_array_equal(a["labels"], b["labels"])
     a, b = (json.loads((folder / "results.json").read_text())["kNN"] for folder in (ours, theirs))
     assert a == pytest.approx(b, abs=0.011)  # one image of a hundred may lie between two classes
