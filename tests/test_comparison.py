@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from empssl_jax.command_line import parse_evaluations
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, TrainingConfig
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.evaluation import comparison
 from empssl_jax.evaluation import evaluate as evaluation
+from empssl_jax.parse_options import parse_evaluations
 from empssl_jax.run_folder import saved_config
 from empssl_jax.run_folder.results import add_results, of_embeddings, on_dataset
 

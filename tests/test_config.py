@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from empssl_jax import config
-from empssl_jax.command_line import parse_embed_options, parse_evaluate_options, parse_evaluations
 from empssl_jax.config import Config
 from empssl_jax.config.command_options import EvaluateOptions, ExportOptions, ImportOptions, ReportOptions
 from empssl_jax.config.config_files import parse_train_options, read_config_file
 from empssl_jax.config.errors import UserError
+from empssl_jax.parse_options import parse_embed_options, parse_evaluate_options, parse_evaluations
 from empssl_jax.report import tables
 from empssl_jax.run_folder import saved_config
 

@@ -7,10 +7,10 @@ import PIL.Image
 import pytest
 
 import empssl_jax
-from empssl_jax.command_line import parse_embed_options
 from empssl_jax.config.errors import UserError
 from empssl_jax.inference import embed_files as embed
 from empssl_jax.inference.image_encoder import ImageEncoder
+from empssl_jax.parse_options import parse_embed_options
 
 GRID = {"valid-crops": "grid", "valid-patches": 16, "embedded-layer": "stages"}
 

@@ -149,7 +149,7 @@ from pathlib import Path
 from empssl_jax.config.config_files import parse_train_options
 from empssl_jax.evaluation.evaluate import evaluate
 from empssl_jax.report.write_report import try_to_report
-from empssl_jax.command_line import parse_evaluate_options
+from empssl_jax.parse_options import parse_evaluate_options
 from empssl_jax.training import train
 train(parse_train_options({TINY!r} + ["--workdir", {str(tmp_path)!r}]))
 evaluate(parse_evaluate_options(["--workdir", {str(tmp_path)!r}, "--step", "best"]), try_to_report)

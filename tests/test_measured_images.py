@@ -10,13 +10,13 @@ import pytest
 
 import empssl_jax
 from empssl_jax import training
-from empssl_jax.command_line import parse_evaluate_options
 from empssl_jax.config import Config, DataConfig
 from empssl_jax.config.command_options import MeasuredData, ReportOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.folder_images import folder_fingerprints
 from empssl_jax.evaluation.evaluate import evaluate
 from empssl_jax.evaluation.measured_images import measured_images
+from empssl_jax.parse_options import parse_evaluate_options
 from empssl_jax.report.write_report import report_run
 from empssl_jax.run_folder.results import load_results
 from empssl_jax.run_folder.saved_config import save_config, save_images

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import empssl_jax
-from empssl_jax import command_line, inference
+from empssl_jax import inference, parse_options
 from empssl_jax.config import Config, EmbeddingConfig, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.config.errors import UserError
 from empssl_jax.inference.image_encoder import ImageEncoder
@@ -132,8 +132,8 @@ def test_without_onnx_the_remedy_is_named(tiny_run, monkeypatch):
 
 
 def test_options_that_are_not_given_are_those_of_the_run(tiny_run):
-    assert command_line.parse_export_options([str(tiny_run)]).embedding.valid_patches == 2
+    assert parse_options.parse_export_options([str(tiny_run)]).embedding.valid_patches == 2
     for arguments in ([tiny_run, *GRID], [*GRID, tiny_run]):
-        options = command_line.parse_export_options([*map(str, arguments), "--format", "onnx"])
+        options = parse_options.parse_export_options([*map(str, arguments), "--format", "onnx"])
         assert options.run == str(tiny_run)
         assert options.embedding == EmbeddingConfig(valid_patches=4, valid_crops="grid")

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from empssl_jax.config.checked_fields import Checked, int_field, path_field
-from empssl_jax.config.options import FOLDER, DistributedConfig, EmbeddingConfig, EvaluationConfig, RunConfig
+from empssl_jax.config.evaluation_options import EmbeddingConfig, EvaluationConfig
+from empssl_jax.config.options import FOLDER, DistributedConfig, RunConfig
 
 RUN = "RUN"  # how help and errors name the folder of a run that is given without an option
 CheckpointChoice = int | Literal["latest", "best"]

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from tyro.conf import OmitArgPrefixes
 
 from empssl_jax.config.errors import UserError, flag, one_line, require, words
+from empssl_jax.config.evaluation_options import EvaluationConfig
 from empssl_jax.config.options import (
     TRAIN,
     DataConfig,
     DistributedConfig,
-    EvaluationConfig,
     ModelConfig,
     PatchConfig,
     RunConfig,

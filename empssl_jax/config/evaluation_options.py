@@ -1,0 +1,101 @@
+"""The options of evaluation: how images are embedded and how embeddings are measured. Checked where they are made."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from empssl_jax.config.checked_fields import Checked, float_field, int_field
+from empssl_jax.config.errors import require
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig(Checked):
+    """How images are embedded."""
+
+    # Patches averaged into an embedding; 0 skips embeddings and all measurements.
+    valid_patches: int = int_field(128, 0, 1_000_000)
+    # random: patches made as in training, as in the paper. grid: the crops of a regular grid without augmentation, of
+    # which fewer are enough, with higher accuracy. whole: the whole image at once, in the scale of the patches; needs
+    # --valid-patches 1. grid+whole: both, side by side (docs/recipe.md).
+    valid_crops: Literal["random", "grid", "whole", "grid+whole"] = "random"
+    # What is averaged over the patches. hidden: hidden features, as in the paper. stages: the mean of each ResNet
+    # stage's map, all four concatenated, which is shorter and more accurate (docs/recipe.md).
+    embedded_layer: Literal["hidden", "stages"] = "hidden"
+    # Cells along each side of the image. Each cell averages its own patches of the grid, or its part of the whole
+    # image's maps; the embedding concatenates the cells' means and keeps where things are. 1 averages all, as in the
+    # paper.
+    cells: int = int_field(1, 1, 10)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.valid_crops == "random":
+            require(self.cells == 1, "cells", self.cells, "random crops belong to no cell, so give --valid-crops grid")
+        if self.valid_crops == "whole":
+            require(self.valid_patches <= 1, "valid_patches", self.valid_patches, "the whole image is one, so give 1")
+        if not self.valid_crops.startswith("grid"):
+            return
+        side = self.grid_side
+        remedy = "a grid has a square number of crops, for example 16"
+        require(side**2 == self.valid_patches, "valid_patches", self.valid_patches, remedy)
+        remedy = f"the cells divide the grid's {side} crops a side equally, so give a divisor of {side}"
+        require(side % self.cells == 0, "cells", self.cells, remedy)
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether the embedding contains features of patches."""
+        return self.valid_crops != "whole"
+
+    @property
+    def has_whole_image(self) -> bool:
+        """Whether the embedding contains features of the whole image."""
+        return self.valid_crops in ("whole", "grid+whole")
+
+    @property
+    def grid_side(self) -> int:
+        """Crops along each side of a grid of `valid_patches`."""
+        return math.isqrt(self.valid_patches)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(EmbeddingConfig):
+    """How images are embedded and embeddings measured."""
+
+    # Images embedded at a time, over all devices.
+    embedding_batch_size: int = int_field(250, 1, 100_000)
+    # Whiten the embeddings before kNN, with mean and covariance of the training images' embeddings.
+    whiten: bool = False
+    # Neighbours that vote in kNN.
+    num_neighbours: int = int_field(20, 1)
+    # A neighbour of cosine similarity s has exp(s / temperature) votes.
+    temperature: float = float_field(0.07, 0.02)
+    # Epochs of the linear classifier; 0 skips it.
+    linear_epochs: int = int_field(100, 0, 100_000)
+    # Initial learning rate of the linear classifier; it decays to 0 along a half cosine.
+    linear_learning_rate: float = float_field(0.03, 1e-9)
+    # L2 penalty of the linear classifier.
+    linear_weight_decay: float = float_field(5e-5, 0.0)
+    # Batch size of the linear classifier.
+    linear_batch_size: int = int_field(100, 1)
+    # Also measure a logistic regression on standardised embeddings. Held-out training images choose its L2 penalty. It
+    # is more accurate than the linear classifier, which is that of the paper, and takes minutes on a CPU.
+    logistic: bool = False
+    # Also measure kNN before training. A few passes first set BatchNorm's statistics; they change no parameter.
+    untrained: bool = False
+    # Write report.html, a page of figures and explanations, at the end.
+    report: bool = True
+
+    @property
+    def embedding(self) -> EmbeddingConfig:
+        """The part about how images are embedded."""
+        fields = dataclasses.fields(EmbeddingConfig)
+        return EmbeddingConfig(**{field.name: getattr(self, field.name) for field in fields})
+
+    @property
+    def embeddings(self) -> str:
+        """How the measured embeddings are made, in words."""
+        views = [f"{self.valid_patches} {self.valid_crops.split('+')[0]} patches"] * self.has_patches
+        views += ["the whole image"] * self.has_whole_image
+        parts = [" and ".join(views), self.embedded_layer]
+        parts += [f"{self.cells}x{self.cells} cells"] * (self.cells > 1) + ["whitened for kNN"] * self.whiten
+        return ", ".join(parts)
