@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import empssl_jax
-from empssl_jax import inference, parse_options
+from empssl_jax import command_line, inference, parse_options
 from empssl_jax.config import Config, EmbeddingConfig, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.config.errors import UserError
 from empssl_jax.inference.image_encoder import ImageEncoder
