@@ -95,25 +95,25 @@ def embed(arguments: Sequence[str], prog: str) -> None:
     embed_files.embed_files(options)
 
 
-def export_weights(arguments: Sequence[str], prog: str) -> None:
+def export(arguments: Sequence[str], prog: str) -> None:
     """Writes a run's encoder to a file for PyTorch or as ONNX."""
     options = parse_export_options(arguments, prog)
-    from empssl_jax.inference import onnx_export, weights
+    from empssl_jax.inference.export_weights import export_weights
+    from empssl_jax.inference.onnx_export import export_embedder
 
-    export = onnx_export.export_embedder if options.format == "onnx" else weights.export_weights
-    export(options)
+    (export_embedder if options.format == "onnx" else export_weights)(options)
 
 
-def import_weights(arguments: Sequence[str], prog: str) -> None:
+def import_(arguments: Sequence[str], prog: str) -> None:
     """Creates a run from a file of weights."""
     description = (
         "Creates a run from a file written by `export` or from a checkpoint of the authors' code. The run starts at "
         "step 0 and can be trained further.\n\nExample: empssl import weights.safetensors --workdir runs/imported"
     )
     options = tyro.cli(ImportOptions, args=list(arguments), description=description, prog=prog)
-    from empssl_jax.inference import weights
+    from empssl_jax.inference.import_weights import import_weights
 
-    weights.import_weights(options)
+    import_weights(options)
 
 
 def report(arguments: Sequence[str], prog: str) -> None:
@@ -136,8 +136,8 @@ COMMANDS = {
     "train": Command(train, "train an encoder, or resume its training"),
     "eval": Command(evaluate, "measure a trained encoder by kNN and a linear classifier"),
     "embed": Command(embed, "embed image files with a trained encoder"),
-    "export": Command(export_weights, "write a trained encoder to a file for PyTorch or as ONNX"),
-    "import": Command(import_weights, "create a run from a file of weights"),
+    "export": Command(export, "write a trained encoder to a file for PyTorch or as ONNX"),
+    "import": Command(import_, "create a run from a file of weights"),
     "report": Command(report, "write a run's report, an HTML page"),
     "compare": Command(compare, "measure and compare several runs"),
 }

@@ -13,7 +13,8 @@ from empssl_jax.config.checked_fields import Checked, expand, path_field
 from empssl_jax.config.command_options import RUN, EmbedOptions, EvaluateOptions, ExportOptions
 from empssl_jax.config.config_files import first_options
 from empssl_jax.config.errors import UserError, require
-from empssl_jax.run_folder.saved_config import CONFIG_FILE, load_config
+from empssl_jax.config.pretrained import pretrained_file
+from empssl_jax.run_folder.saved_config import CONFIG_FILE, load_config, pretrained_config
 
 HELP = ("-h", "--help")
 
@@ -77,7 +78,9 @@ def _argument(prog: str) -> str:
 def parse_embed_options(arguments: Sequence[str], prog: str | None = None) -> EmbedOptions:
     """The options of `embed`. Options that are not given default to the values of the run's evaluation."""
     source, _ = first_options(_Workdir, arguments)
-    evaluation = _run_defaults(source.workdir, not asks_for_help(arguments)).evaluation
+    file = pretrained_file(source.workdir)
+    run = pretrained_config(file) if file else _run_defaults(source.workdir, not asks_for_help(arguments))
+    evaluation = run.evaluation
     default = EmbedOptions(
         images=tyro.MISSING,
         embedding_batch_size=evaluation.embedding_batch_size,

@@ -18,7 +18,7 @@ GRID = ("--valid-crops", "grid", "--valid-patches", "4")
 
 def export(*arguments):
     """Runs `empssl export ...` in this process, where errors raise."""
-    command_line.export_weights([*map(str, arguments)], "empssl export")
+    command_line.export([*map(str, arguments)], "empssl export")
 
 
 def images_of(side):

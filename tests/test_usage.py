@@ -58,7 +58,7 @@ def run_block(folder):
 
 
 def test_the_page_has_blocks_of_python_and_of_the_shell():
-    languages = ["python", "python", "python", "sh", "sh", "python", "sh", "python", "sh", "sh", "python"]
+    languages = ["python", "python", "python", "python", "sh", "sh", "python", "sh", "python", "sh", "sh", "python"]
     assert [language for language, _ in BLOCKS] == languages
 
 
@@ -73,6 +73,10 @@ def test_block(folder, run_block, monkeypatch, capsys, number):
         pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
     monkeypatch.chdir(folder)
     CHECKS[number](run_block(language, block), capsys.readouterr().out)
+
+
+def embeds_without_training(namespace, output):
+    assert namespace["embeddings"].shape == (5, 3840)
 
 
 def embeds(namespace, output):
@@ -152,6 +156,7 @@ def gives_the_same_embeddings(namespace, output):
 
 
 CHECKS = [
+    embeds_without_training,
     embeds,
     whitens,
     classifies,

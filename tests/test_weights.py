@@ -20,7 +20,7 @@ from empssl_jax.config import ModelConfig
 from empssl_jax.config.command_options import ImportOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.inference import torch_names as names_module
-from empssl_jax.inference import weights
+from empssl_jax.inference.import_weights import IMAGENET, read_run
 from empssl_jax.method import encoder as models
 from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.random_keys import parameters_key
@@ -156,7 +156,7 @@ def test_a_torchvision_resnet_gets_the_initial_heads_of_training(tmp_path):
         run_command(command)
     run_command([*command, "--fresh-heads"])
     encoder = empssl_jax.load(tmp_path / "run")
-    assert encoder.config.model == dataclasses.replace(model, **weights.IMAGENET)
+    assert encoder.config.model == dataclasses.replace(model, **IMAGENET)
     assert_equal(encoder.state, begun._replace(params=begun.params | {"backbone": other.params["backbone"]}))
 
 
@@ -174,7 +174,7 @@ def resnet_file(path, wrap="", others=None, config=RESNET50):
 
 
 def read(file, *options):
-    return weights.read_run(ImportOptions(str(file), "run", *options))
+    return read_run(ImportOptions(str(file), "run", *options))
 
 
 WRAPPERS = {
@@ -190,7 +190,7 @@ def test_a_resnet_alone_has_its_own_sizes_and_any_wrapper(tmp_path):
     """The config file has another backbone, stem and width; only the heads' dimensions come from it."""
     (tmp_path / "config.py").write_text(SMALL_HEADS)
     plain = read(resnet_file(tmp_path / "a.safetensors", ""), str(tmp_path / "config.py"), True)
-    assert plain.config.model == dataclasses.replace(RESNET50, **weights.IMAGENET)
+    assert plain.config.model == dataclasses.replace(RESNET50, **IMAGENET)
     assert not [note for note in plain.notes if "prefix" in note]
     for wrap, removed in WRAPPERS.items():
         found = read(resnet_file(tmp_path / "b.safetensors", wrap), str(tmp_path / "config.py"), True)

@@ -65,7 +65,7 @@ class EmbedOptions(Checked):
 
     # One image file, or a folder of them, subfolders included.
     images: str = path_field()
-    # Folder of a run.
+    # Folder of a run; or cifar10-small, an encoder that comes with the package.
     workdir: str = path_field(RunConfig.workdir)
     # File to write: `embeddings` (N, E) float32; `files`, their N names relative to the folder; and `unreadable`, the
     # names of files that were skipped.
@@ -99,7 +99,8 @@ class ExportOptions(Checked):
 class ImportOptions(Checked):
     """Which weights to import, and where to."""
 
-    # A .safetensors file, or one of torch.save (.pt, .pth), which needs PyTorch.
+    # A .safetensors file, or one of torch.save (.pt, .pth), which needs PyTorch; or cifar10-small, an encoder that
+    # comes with the package.
     file: Annotated[Positional[str], arg(metavar="FILE")] = path_field()
     # Folder of the new run.
     workdir: str = path_field()

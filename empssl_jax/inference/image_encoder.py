@@ -12,14 +12,16 @@ from jaxtyping import Float32, Int, Int32, UInt8
 
 from empssl_jax.config import Config
 from empssl_jax.config.checked_fields import expand
-from empssl_jax.config.command_options import CheckpointChoice
+from empssl_jax.config.command_options import CheckpointChoice, ImportOptions
 from empssl_jax.config.errors import UserError, one_line, require
+from empssl_jax.config.pretrained import pretrained_file
 from empssl_jax.data.decoding import to_pixels
 from empssl_jax.evaluation.embeddings import embed_images, embedding_dim, make_embed
 from empssl_jax.evaluation.trained_encoder import restore_encoder
+from empssl_jax.inference.import_weights import read_run
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.run_folder.saved_config import load_image_size
-from empssl_jax.runtime.devices import device_mesh
+from empssl_jax.runtime.devices import device_mesh, replicated
 
 Image = np.ndarray | jax.Array | PIL.Image.Image
 ACCEPTED = "a list of uint8 arrays (H, W, 3) and PIL images, or a uint8 array (N, H, W, 3)"
@@ -150,17 +152,29 @@ def to_square(image: Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
 
 
 def load(workdir: str | Path, step: CheckpointChoice = "latest", **evaluation: Any) -> ImageEncoder:
-    """Loads the encoder of a run, which may still be training.
+    """Loads the encoder of a run, which may still be training, or one that comes with the package.
 
     Args:
-        workdir: folder of the run, which may begin with ~; nothing is written to it.
+        workdir: folder of the run, which may begin with ~; nothing is written to it. Or "cifar10-small", see
+            docs/usage.md.
         step: checkpoint to restore: its step, the newest ("latest"), or the one with the lowest loss ("best").
         evaluation: options of `EvaluationConfig` that decide how images are embedded, instead of the run's own.
 
     Raises:
         UserError: the run or the checkpoint does not exist or is damaged, or an option has a wrong value.
     """
+    if pretrained_file(workdir):
+        return _load_pretrained(str(workdir), step, evaluation)
     folder = Path(expand(str(workdir)))
     config, state, restored = restore_encoder(folder, step, "workdir")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **evaluation))
     return ImageEncoder(config, state, restored, load_image_size(folder))
+
+
+def _load_pretrained(name: str, step: CheckpointChoice, evaluation: dict[str, Any]) -> ImageEncoder:
+    config, state, image_size, _ = read_run(ImportOptions(name, workdir=name, fresh_heads=True))
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **evaluation))
+    require(step in ("latest", "best"), "step", step, f"{name} has one checkpoint, so leave it out")
+    layer = config.evaluation.embedded_layer
+    require(layer == "stages", "embedded_layer", layer, f"{name} is a ResNet without a hidden layer, so give stages")
+    return ImageEncoder(config, jax.device_put(state, replicated(device_mesh())), 0, image_size)

@@ -6,8 +6,8 @@ from pathlib import Path
 from empssl_jax.config import EmbeddingConfig
 from empssl_jax.config.command_options import ExportOptions
 from empssl_jax.config.errors import UserError, require
+from empssl_jax.inference.export_weights import metadata_of
 from empssl_jax.inference.image_encoder import load
-from empssl_jax.inference.weights import metadata_of
 from empssl_jax.runtime.atomic_write import atomic_write
 
 

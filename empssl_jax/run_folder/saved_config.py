@@ -5,8 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.config.pretrained import pretrained_file
 from empssl_jax.runtime.atomic_write import atomic_write
 
 CONFIG_FILE = "config.json"
@@ -56,9 +59,18 @@ def load_config(workdir: Path, argument: str = "--workdir") -> Config:
         UserError: the folder holds no valid config.
     """
     path = workdir / CONFIG_FILE
+    if pretrained_file(workdir):
+        command = f"`empssl import {workdir} --fresh-heads --workdir RUN` makes one"
+        raise UserError(f"{argument} {workdir} is an encoder that comes with the package, not a run: {command}.")
     if not path.is_file():
         raise UserError(f"{argument} {workdir} has no {CONFIG_FILE}: give the folder of a run.")
     return from_json(path.read_bytes(), path)
+
+
+def pretrained_config(file: Path) -> Config:
+    """The config of an encoder that comes with the package."""
+    with safetensors.safe_open(file, framework="numpy") as weights:
+        return from_json(weights.metadata()["config"], file)
 
 
 def save_images(workdir: Path, size: int, fingerprints: dict[str, str] | None = None) -> None:

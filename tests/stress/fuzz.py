@@ -33,7 +33,7 @@ from empssl_jax.data import decoding
 from empssl_jax.data.batches import Batch
 from empssl_jax.evaluation import embedding_files, embeddings
 from empssl_jax.evaluation.evaluate import measure_knn, measure_linear
-from empssl_jax.inference import weights
+from empssl_jax.inference.import_weights import read_run
 from empssl_jax.method import losses
 from empssl_jax.method.hyperparameters import Hyperparameters, learning_rate
 from empssl_jax.method.train_step import create_state, make_train_step
@@ -130,7 +130,7 @@ def import_file(example: tuple[bytes, bool], folder: Path) -> None:
     content, fresh_heads = example
     path = folder / "weights.safetensors"
     path.write_bytes(zlib.decompress(content))
-    imported = weights.read_run(ImportOptions(str(path), str(folder / "run"), None, fresh_heads))
+    imported = read_run(ImportOptions(str(path), str(folder / "run"), None, fresh_heads))
     assert not (folder / "run").exists()
     assert first_not_finite(imported.encoder) is None
     assert saved_config.from_json(saved_config.to_json(imported.config), "config.json") == imported.config

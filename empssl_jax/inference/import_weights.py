@@ -1,6 +1,6 @@
-"""Exports trained encoders to files for PyTorch, and imports such files as runs.
+"""Imports files of weights as runs: those of `export`, of the authors' code, and ResNets without heads.
 
-The metadata of a file describe how to build the encoder and what its input is.
+The metadata of a file may describe how to build the encoder and what its input is.
 """
 
 import dataclasses
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 
 from empssl_jax.config import Config, ModelConfig
-from empssl_jax.config.command_options import RUN, ExportOptions, ImportOptions
+from empssl_jax.config.command_options import ImportOptions
 from empssl_jax.config.config_files import read_config_file
 from empssl_jax.config.errors import UserError, one_line, require, words
-from empssl_jax.inference.image_encoder import ImageEncoder, load
-from empssl_jax.inference.torch_names import from_torch, listed, to_torch, with_fresh_heads
-from empssl_jax.inference.weight_files import SUFFIXES, Metadata, import_torch, read_weights, write_weights
+from empssl_jax.config.pretrained import pretrained_file
+from empssl_jax.inference.torch_names import from_torch, listed, with_fresh_heads
+from empssl_jax.inference.weight_files import Metadata, read_weights
 from empssl_jax.inference.wrappers import unwrap
 from empssl_jax.method.encoder import EncoderState, default_precision
 from empssl_jax.method.hyperparameters import Hyperparameters
@@ -27,33 +27,12 @@ from empssl_jax.run_folder.saved_config import (
     DEFAULT_IMAGE_SIZE,
     MAX_IMAGE_SIZE,
     from_json,
-    load_config,
     save_config,
     save_images,
-    to_json,
 )
 from empssl_jax.run_folder.workdir import locked, storage_errors
 
 IMAGENET = {"input_mean": (0.485, 0.456, 0.406), "input_std": (0.229, 0.224, 0.225)}  # of torchvision's weights
-
-
-def export_weights(options: ExportOptions) -> Path:
-    """Writes the file atomically and returns its path.
-
-    Raises:
-        UserError: the run or the checkpoint does not exist or is damaged, or PyTorch is needed but not installed.
-        OSError: the file cannot be written.
-    """
-    if options.format == "torch":
-        import_torch()  # raises UserError before the work begins
-    load_config(Path(options.run), RUN)  # likewise
-    encoder = load(options.run, options.step)
-    weights = to_torch(encoder.state, encoder.config.model, encoder.step)
-    path = Path(options.output or Path(options.run) / f"weights{SUFFIXES[options.format]}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(path, weights, metadata_of(encoder), options.format)
-    print(f"exported step {encoder.step} of {options.run} to {path}")
-    return path
 
 
 def import_weights(options: ImportOptions) -> None:
@@ -79,8 +58,14 @@ class ImportedRun(NamedTuple):
 
 
 def read_run(options: ImportOptions) -> ImportedRun:
-    """Reads a file of weights and checks all that is in it, without writing anything; raises UserError."""
-    arrays, metadata = read_weights(Path(options.file))
+    """Reads a file of weights, or the pretrained encoder of that name, and checks all that is in it.
+
+    Nothing is written.
+
+    Raises:
+        UserError: the file cannot be read, does not hold an encoder or has wrong metadata.
+    """
+    arrays, metadata = read_weights(pretrained_file(options.file) or Path(options.file))
     config, unwrapped = _base_config(options, metadata), unwrap(arrays)
     image_size = _image_size(options, metadata, config)
     normalisation, source = _normalisation(options, metadata, has_heads="pre_feature.0.weight" in unwrapped.weights)
@@ -157,20 +142,3 @@ def _channels(text: str) -> tuple[float | str, ...]:
         return tuple(map(float, text.split()))
     except ValueError:
         return (text,)
-
-
-def metadata_of(encoder: ImageEncoder) -> Metadata:
-    """Describes the encoder for users of the file, as strings; also contains the run's config as JSON."""
-    config = encoder.config
-    model = {
-        name: " ".join(words(value)) for name, value in dataclasses.asdict(config.model).items() if name != "precision"
-    }
-    size = config.patches.patch_size
-    mean, std = model["input_mean"], model["input_std"]
-    return model | {
-        "step": str(encoder.step),
-        "image_size": str(encoder.image_size),
-        "input": f"RGB patches (N, 3, {size}, {size}), (pixels / 255 - mean) / std, mean {mean}, std {std}",
-        "embedding": "relu(pre_feature(backbone(patch))), for an image the mean over its patches",
-        "config": to_json(config),
-    }
