@@ -130,6 +130,11 @@ def first_of_each_class(
     return np.sort(np.concatenate(kept))
 
 
+def spread(size: int, count: int) -> list[int]:
+    """At most `count` evenly spaced integers from 0 to `size` - 1, including both ends."""
+    return list(range(size)) if size <= count else np.linspace(0, size - 1, count).round().astype(int).tolist()
+
+
 def _load_digits(config: DataConfig, split: Split) -> ImageDataset:
     """scikit-learn's digits, enlarged to 32x32 by default: 1,437 for training and 360 for testing, stratified."""
     require(config.train_split in (None, TRAIN), "train_split", config.train_split, "digits has only train and test")

@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +25,14 @@ GROUPING = (
     "Runs that differ only in --seed, or in options that do not change results, share a row: mean ± standard deviation "
     "over n seeds. A row of one seed has no standard deviation."
 )
+ONLY_ALIKE = (
+    "Compare effective ranks only between runs whose embeddings have the same number of images and the same dimension."
+)
+UNITS = {"top1": (" top-1", 100, " %"), "top5": (" top-5", 100, " %"), "rank": ("", 1, "")}  # heading, factor, unit
 
 
 class Measured(NamedTuple):
-    """A run and its accuracies, by the name of the measure."""
+    """A run and its results, by the name of the measure."""
 
     folder: Path
     config: Config
@@ -123,26 +127,41 @@ def markdown(runs: Sequence[Measured]) -> str:
         for dataset, results in by_dataset(run.results).items():
             by_seed = groups.setdefault((_without_seed(run.config), dataset), {})
             by_seed[run.config.training.seed] = results  # repeating a seed adds no sample
-    measures = list(dict.fromkeys(name for group in groups.values() for results in group.values() for name in results))
+    columns = _columns(groups.values())
     varying = _varying([config for config, _ in groups])
-    columns = [f"{name} {k}" for name in measures for k in ("top-1", "top-5")]
-    lines = [_row(["runs", "n", "seeds", *columns]), _row(["---"] * (3 + len(columns)))]
+    headings = [name + UNITS[key][0] for name, key in columns]
+    lines = [_row(["runs", "n", "seeds", *headings]), _row(["---"] * (3 + len(columns)))]
     for (config, dataset), by_seed in sorted(groups.items(), key=lambda row: list(varying).index(row[0][0])):
         name = ", ".join(f"{option} {value}" for option, value in varying[config].items()) or "all"
         name += "" if dataset is None else f", measured on {dataset}"
-        cells = [_mean_and_spread(list(by_seed.values()), m, k) for m in measures for k in ("top1", "top5")]
+        cells = [_mean_and_spread(list(by_seed.values()), *column) for column in columns]
         lines.append(_row([name, str(len(by_seed)), ", ".join(map(str, sorted(by_seed))), *cells]))
-    return "\n".join([*lines, "", GROUPING, ""])
+    notes = [GROUPING, *([ONLY_ALIKE] if any(key == "rank" for _, key in columns) else [])]
+    return "\n".join([*lines, "", *notes, ""])
 
 
-def _mean_and_spread(runs: list[dict[str, Accuracy]], measure: str, k: str) -> str:
-    """Mean ± standard deviation in percent, with the number of runs if some of the row's runs lack the measure."""
-    values = [100 * results[measure][k] for results in runs if measure in results]
+def _columns(groups: Iterable[BySeed]) -> list[tuple[str, str]]:
+    """The measures and their numbers that some run has, as keys of results.json; effective ranks come last."""
+    found = dict.fromkeys(
+        (name, key)
+        for by_seed in groups
+        for results in by_seed.values()
+        for name, value in results.items()
+        for key in UNITS
+        if key in value
+    )
+    return sorted(found, key=lambda column: column[1] == "rank")
+
+
+def _mean_and_spread(runs: list[dict[str, Accuracy]], measure: str, key: str) -> str:
+    """Mean ± standard deviation, with the number of runs if some of the row's runs lack the measure."""
+    _, factor, unit = UNITS[key]
+    values = [factor * results[measure][key] for results in runs if key in results.get(measure, {})]
     if not values:
         return "-"
     fewer = f" (n = {len(values)})" if len(values) < len(runs) else ""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread} %{fewer}"
+    return f"{statistics.mean(values):.2f}{spread}{unit}{fewer}"
 
 
 def _without_seed(config: Config) -> Config:

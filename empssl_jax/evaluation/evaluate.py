@@ -1,4 +1,4 @@
-"""Measures a trained encoder: computes embeddings, runs kNN and a linear classifier on them, writes results.json."""
+"""Measures a trained encoder: computes embeddings, their effective rank and accuracies, and writes results.json."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.command_options import EvaluateOptions, MeasuredData
 from empssl_jax.config.errors import DivergenceError, one_line, require
 from empssl_jax.data.datasets import Datasets, load_datasets, load_datasets_for_pictures
+from empssl_jax.evaluation.effective_rank import spectrum
 from empssl_jax.evaluation.embedding_files import load_both_embeddings, save_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, embed_datasets, labelled
 from empssl_jax.evaluation.knn import check_num_neighbours, sharded_knn_scores, top_k_accuracy
@@ -22,7 +23,15 @@ from empssl_jax.evaluation.trained_encoder import restore_encoder
 from empssl_jax.evaluation.whitening import whitened
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.method.random_keys import classifier_key
-from empssl_jax.run_folder.results import Accuracy, add_results, format_table, load_results, of_embeddings, on_dataset
+from empssl_jax.run_folder.results import (
+    EFFECTIVE_RANK,
+    Accuracy,
+    add_results,
+    format_table,
+    load_results,
+    of_embeddings,
+    on_dataset,
+)
 from empssl_jax.run_folder.saved_config import load_config
 from empssl_jax.run_folder.workdir import locked, storage_errors
 from empssl_jax.runtime.devices import device_mesh
@@ -88,17 +97,16 @@ def _measure(
         made: how the embeddings were made, which is saved with the results; None if unknown.
         dataset: the data set, None for the run's own.
     """
-    if not have_labels(embeddings):
-        return {}
 
     def named(accuracies: dict[str, Accuracy]) -> dict[str, Accuracy]:
         return on_dataset(dataset, of_embeddings(made, accuracies))
 
-    results = named({"kNN": measure_knn(embeddings, config.evaluation, mesh)})
+    measured = measure_rank_and_knn(embeddings, config.evaluation, mesh)
+    results, has_labels = named(measured), "kNN" in measured
     try:
-        if config.evaluation.linear_epochs > 0:
+        if has_labels and config.evaluation.linear_epochs > 0:
             results |= named(measure_linear(embeddings, config.evaluation, config.training.seed, mesh))
-        if config.evaluation.logistic:
+        if has_labels and config.evaluation.logistic:
             results |= named({"logistic": measure_logistic(embeddings, mesh)})
     finally:  # kNN is kept even if the linear classifier diverges, and shown even if the disk is full
         try:
@@ -123,8 +131,16 @@ def embed_and_save(config: Config, encoder: EncoderState, datasets: Datasets, me
     return embeddings
 
 
+def measure_rank_and_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> dict[str, Accuracy]:
+    """The effective rank of the test embeddings, which needs no labels, and kNN if both splits have some."""
+    measured = spectrum(embeddings.test.embeddings)
+    rank = {"rank": measured.effective_rank, "images": measured.images, "dimensions": measured.dimensions}
+    knn = {"kNN": measure_knn(embeddings, config, mesh)} if have_labels(embeddings) else {}
+    return knn | {EFFECTIVE_RANK: rank}
+
+
 def have_labels(embeddings: Embeddings) -> bool:
-    """Returns whether both splits have labels, which all measures need. If not, prints which ones have none.
+    """Returns whether both splits have labels, which all accuracies need. If not, prints which ones have none.
 
     Also prints how many test images can only be wrong, because no training image has their class.
     """

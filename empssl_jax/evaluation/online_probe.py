@@ -1,7 +1,8 @@
-"""Online probe: kNN on a small fixed set of images during training, which gives the accuracy over time.
+"""Online probe: effective rank and kNN on a small fixed set of images during training.
 
 Training does not depend on it: embedding and kNN are separate compiled programs. It measures accuracy on test images,
-and nothing is selected by it.
+and nothing is selected by it. The effective rank is that of training images and needs no labels. Projections are not
+measured: the coding rate of each step is already a measure of how they spread.
 """
 
 import dataclasses
@@ -12,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from empssl_jax.config import Config
-from empssl_jax.data.datasets import Datasets, ImageDataset, first_of_each_class
+from empssl_jax.data.datasets import Datasets, ImageDataset, first_of_each_class, spread
+from empssl_jax.evaluation.effective_rank import effective_rank
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_images, make_embed
 from empssl_jax.evaluation.evaluate import measure_knn
 from empssl_jax.method.encoder import EncoderState
@@ -28,13 +30,13 @@ ProbeStep = Callable[[int, EncoderState, MetricsWriter], None]
 def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh) -> ProbeStep:
     """Returns the function that the training loop calls after each step, with the steps done, encoder and writer.
 
-    Every `probe_every` steps and after the last one, it measures kNN and writes the accuracy and the seconds of
-    training, which exclude the probe's own.
+    Every `probe_every` steps and after the last one, it measures and writes the effective rank, kNN's accuracy and the
+    seconds of training, which exclude the probe's own.
 
     Args:
         config: the run's config; without `probe_every`, nothing is measured.
-        datasets: the first labelled images of each class in `bank` and `test` are used. If either has no labelled
-            image, nothing is measured.
+        datasets: the first labelled images of each class in `bank` and `test` are used, and evenly spread images of a
+            `bank` without labels. Without labels in both, only the effective rank is measured.
         last_step: number of steps in the whole run.
         mesh: the devices.
     """
@@ -42,12 +44,13 @@ def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh)
     if every is None:
         return lambda steps_done, encoder, writer: None
     bank, test = _first_images(datasets.bank, BANK_SIZE), _first_images(datasets.test, TEST_SIZE)
-    if not (len(bank.labels) and len(test.labels)):
-        return lambda steps_done, encoder, writer: None
-    num_neighbours = min(config.evaluation.num_neighbours, len(bank.labels))
-    # Not whitened: so few images give a poor estimate of the covariance.
+    have_labels = all((split.labels >= 0).any() for split in (bank, test))
     options = dataclasses.replace(
-        config.evaluation, valid_patches=PATCHES, cells=1, whiten=False, num_neighbours=num_neighbours
+        config.evaluation,
+        valid_patches=PATCHES if config.evaluation.has_patches else 1,
+        cells=1,
+        whiten=False,  # so few images give a poor estimate of the covariance
+        num_neighbours=min(config.evaluation.num_neighbours, len(bank.labels)),
     )
     embed = make_embed(dataclasses.replace(config, evaluation=options), mesh)
 
@@ -57,24 +60,29 @@ def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh)
         return LabelledEmbeddings(embedded, images.labels, images.class_names)
 
     def measure(encoder: EncoderState) -> Accuracy:
-        return measure_knn(Embeddings(embeddings(encoder, bank), embeddings(encoder, test)), options, mesh)
+        learned = embeddings(encoder, bank)
+        rank = {"effective_rank": effective_rank(learned.embeddings)}
+        return rank | (measure_knn(Embeddings(learned, embeddings(encoder, test)), options, mesh) if have_labels else {})
 
     def probe(steps_done: int, encoder: EncoderState, writer: MetricsWriter) -> None:
         if steps_done % every and steps_done != last_step:
             return
         jax.block_until_ready(encoder)  # steps that are still running count as training time
         with writer.paused():
-            accuracy = measure(encoder)
-        writer.add_probe(steps_done, accuracy)
+            measured = measure(encoder)
+        writer.add_probe(steps_done, measured)
 
     return probe
 
 
 def _first_images(dataset: ImageDataset, size: int) -> ImageDataset:
-    """The first labelled images of each class: up to `size` in total, but at least one of each class."""
+    """The first labelled images of each class: up to `size` in total, but at least one of each class.
+
+    If no image has a label, up to `size` evenly spread images.
+    """
     labelled = np.flatnonzero(dataset.labels >= 0)
     if len(labelled) == 0:
-        return dataset.take(labelled)
+        return dataset.take(np.array(spread(len(dataset.labels), size)))
     labels = dataset.labels[labelled]
     kept = labelled[first_of_each_class(labels, None, max(1, size // len(np.unique(labels))))]
     return dataset.take(kept)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from empssl_jax.data.datasets import spread
+
 WIDTH, HEIGHT = 360, 200  # of a curve's figure, in SVG units
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 26  # margins of the plot inside it
 MAP_SIDE = 400  # of a map's figure, in SVG units
@@ -155,11 +157,6 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(number * step) for number in range(first, last + 1)]
-
-
-def spread(size: int, count: int) -> list[int]:
-    """At most `count` evenly spaced integers from 0 to `size` - 1, including both ends."""
-    return list(range(size)) if size <= count else np.linspace(0, size - 1, count).round().astype(int).tolist()
 
 
 def _scale(low: float, high: float, first: float, last: float) -> Callable[[float], float]:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from empssl_jax.config import Config
 from empssl_jax.config.errors import flag, words
-from empssl_jax.report.charts import spread
+from empssl_jax.data.datasets import spread
 from empssl_jax.report.run import Run
 
 TABLE_ROWS = 21

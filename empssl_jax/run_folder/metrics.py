@@ -57,7 +57,7 @@ class MetricsWriter:
         self._coding_rate_bounds = coding_rate_bounds
         self._pending: tuple[int, dict[str, Array]] | None = None
         self._losses: list[float] = []
-        self._probed: dict[str, str] = {}  # the last probe, for the progress bar
+        self._probed: dict[str, str] = {}  # by the last probe, for the progress bar
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -91,16 +91,22 @@ class MetricsWriter:
         """A context whose time counts neither as training time nor for the throughput."""
         return self._timing.clock.paused() if self._writes else contextlib.nullcontext()
 
-    def add_probe(self, steps_done: int, accuracy: dict[str, float]) -> None:
-        """Writes an online probe's accuracies after `steps_done` steps, and the training time, to probe.jsonl."""
+    def add_probe(self, steps_done: int, measured: dict[str, float]) -> None:
+        """Writes what an online probe measured after `steps_done` steps, and the training time, to probe.jsonl.
+
+        Args:
+            steps_done: number of steps.
+            measured: "effective_rank" and, for images with labels, kNN's "top1" and "top5".
+        """
         if not self._writes:
             return
-        line = {"step": steps_done, "seconds": round(self._timing.clock.seconds(), 3), **accuracy}
+        line = {"step": steps_done, "seconds": round(self._timing.clock.seconds(), 3), **measured}
         with self._probe_path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         for logger in self._loggers:
-            logger.add(steps_done, {f"probe/{name}": value for name, value in accuracy.items()})
-        self._probed = {"kNN": f"{accuracy['top1']:.1%}"}
+            logger.add(steps_done, {f"probe/{name}": value for name, value in measured.items()})
+        self._probed = {"kNN": f"{measured['top1']:.1%}"} if "top1" in measured else {}
+        self._probed["rank"] = f"{measured['effective_rank']:.1f}"
 
     def _write_pending(self) -> None:
         if self._pending is None:

@@ -1,4 +1,4 @@
-"""results.json: the measured accuracies of a run, by the name of the measure."""
+"""results.json: the accuracies and the effective rank that were measured of a run, by the name of the measure."""
 
 import json
 from pathlib import Path
@@ -9,20 +9,35 @@ from empssl_jax.runtime.atomic_write import atomic_write
 from empssl_jax.runtime.distributed import is_first_process
 
 RESULTS_FILE = "results.json"
-# "top1" and "top5" as fractions; for runs also "embeddings": how these were made, in words, and "dataset": the name of
-# the data set, if it is not the run's own.
+EFFECTIVE_RANK = "effective rank"  # the name of the measure
+# "top1" and "top5" as fractions. An effective rank has "rank" instead, with the numbers of "images" and "dimensions" of
+# the embeddings. For runs also "embeddings": how these were made, in words, and "dataset": the name of the data set, if
+# it is not the run's own.
 Accuracy = dict[str, Any]
 
 
 def format_table(results: dict[str, Accuracy]) -> str:
-    """Accuracies in percent, one a line; with a column for the embeddings if these differ."""
+    """Accuracies in percent, then effective ranks, one a line; with a column for the embeddings if these differ."""
+    accuracies = {name: value for name, value in results.items() if not is_rank(value)}
+    ranks = {name: value for name, value in results.items() if is_rank(value)}
     width = max(map(len, results))
     differ = len({value.get("embeddings") for value in results.values()}) > 1
-    lines = [f"{'':{width}}   top-1   top-5"]
-    for name, value in results.items():
-        line = f"{name:{width}}  {100 * value['top1']:5.2f}%  {100 * value['top5']:5.2f}%"
+    lines = [f"{'':{width}}   top-1   top-5"] if accuracies else []
+    for name, value in (accuracies | ranks).items():
+        shown = rank_of(value) if is_rank(value) else f"{100 * value['top1']:5.2f}%  {100 * value['top5']:5.2f}%"
+        line = f"{name:{width}}  {shown}"
         lines.append(f"{line}  {value.get('embeddings', '')}".rstrip() if differ else line)
     return "\n".join(lines)
+
+
+def is_rank(value: Accuracy) -> bool:
+    """Whether the value is an effective rank, as opposed to an accuracy."""
+    return "rank" in value
+
+
+def rank_of(value: Accuracy) -> str:
+    """An effective rank in words, with the highest possible one, such as "31.2 of 64"."""
+    return f"{value['rank']:.1f} of {min(value['images'], value['dimensions']):,}"
 
 
 def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
