@@ -102,10 +102,12 @@ def _against_pytorch(found: Mapping[str, Line], size: Sizes) -> str:
 
 
 def _accuracies(found: Mapping[str, Line]) -> str:
-    text = ["| run | kNN | linear | seconds of training, embedding, measuring |", "| --- | --- | --- | --- |"]
+    measures = ("kNN", "linear", "logistic")
+    text = [f"| run | {' | '.join(measures)} | seconds of training, embedding, measuring |", "| --- " * 5 + "|"]
     for name, line in found.items():
         if "kNN" in line:
             parts = [line.get(f"{part}_seconds") for part in ("training", "embedding", "measuring")]
             shown = ", ".join("-" if part is None else f"{part:.1f}" for part in parts)
-            text.append(f"| {name} | {line['kNN']:.2f} | {line['linear']:.2f} | {shown} |")
+            cells = [f"{line[measure]:.2f}" if measure in line else "-" for measure in measures]
+            text.append(f"| {name} | {' | '.join(cells)} | {shown} |")
     return "\n".join(text) if len(text) > 2 else ""

@@ -30,7 +30,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from empssl_jax.config import Config, ModelConfig, PatchConfig, TrainingConfig
-from empssl_jax.config.errors import UserError, require
+from empssl_jax.config.errors import UserError, install, require
 from empssl_jax.data.batches import Batch
 from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.train_step import create_state, make_train_step
@@ -184,7 +184,7 @@ def provenance() -> dict[str, Any]:
 def prepare_libtpu() -> None:
     """Prepares libtpu to compile in this process, before JAX uses any device; raises UserError if it is missing."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu, which has the compiler for TPUs, is missing: pip install -e '.[tpu]'.")
+        raise UserError(f"libtpu, which has the compiler for TPUs, is missing: {install('tpu')}.")
     # By default, libtpu queries a cloud's metadata server for the machine and complains if there is none, and only one
     # process may load it, as if it used a TPU. Host and accelerator type are arbitrary: only the topology matters.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -126,6 +126,21 @@ def test_another_data_set_has_a_row_of_its_own(tmp_path, no_evaluation):
     assert [options.workdir for options in no_evaluation] == folders[2:]
 
 
+def test_effective_ranks_have_a_column(tmp_path, no_evaluation):
+    folders = [write_run(tmp_path / f"s{seed}", seed, *accuracy) for seed, accuracy in KNN.items()]
+    compare(*folders)
+    assert "effective rank" not in (tmp_path / "comparison.md").read_text()
+    for folder, rank in zip(folders[:2], (10.0, 14.0), strict=True):
+        add_results(Path(folder), {"effective rank": {"rank": rank, "images": 500, "dimensions": 64}})
+    compare(*folders)
+    header, _, row, *_ = (tmp_path / "comparison.md").read_text().splitlines()
+    assert cells(header)[3:] == ["kNN top-1", "kNN top-5", "linear top-1", "linear top-5", "effective rank"]
+    # 10 and 14 have the mean 12 and the deviations -2 and 2, whose squares add up to 8. 8 / 1 = 8.
+    assert cells(row)[-1] == f"12.00 ± {8**0.5:.2f} (n = 2)"
+    assert "Compare effective ranks only" in (tmp_path / "comparison.md").read_text()
+    assert no_evaluation == []
+
+
 def test_runs_of_the_same_images_share_a_row_wherever_these_are(tmp_path, no_evaluation):
     folders = [write_run(tmp_path / f"s{seed}", seed, *accuracy) for seed, accuracy in KNN.items()]
     for folder, place, fingerprint in zip(folders, "xyz", "aab", strict=True):

@@ -21,7 +21,7 @@ def config_in(folder):
 
 @pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
 def test_missing_wandb_is_reported_before_anything_is_computed(tmp_path):
-    with pytest.raises(UserError, match=r"--wandb needs .*pip install \"empssl_jax\[wandb\]\""):
+    with pytest.raises(UserError, match=r"--wandb needs .*pip install -e \"\.\[wandb\]\""):
         training.train(config_in(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

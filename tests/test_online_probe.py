@@ -1,4 +1,4 @@
-"""The online probe: its accuracy is correct, and training with it is bit-identical, even across a restart."""
+"""The online probe: what it measures is correct, and training with it is bit-identical, even across a restart."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from test_end_to_end import checkpoint_arrays
 
 from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
-from empssl_jax.data.datasets import ImageDataset, load_split
+from empssl_jax.data.datasets import Datasets, ImageDataset, load_split
 from empssl_jax.evaluation import online_probe as probe
 from empssl_jax.method.encoder import encoder_graph, init_encoder
 from empssl_jax.method.patches import multi_patch
@@ -40,6 +40,14 @@ def config_in(folder, **options):
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def mean_features(state, images):
+    """The mean hidden features of 16 random patches of each image."""
+    patches = multi_patch(embedding_patches_key(CONFIG.training.seed), images, 16, patch_size=16)
+    encoder = nnx.merge(encoder_graph(CONFIG.model), *state)
+    encoder.eval()
+    return np.asarray(encoder.embed(patches.reshape(-1, 16, 16, 3)).reshape(len(images), 16, -1).mean(axis=1))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,8 @@ def test_training_is_bit_identical(runs, name):
 def test_it_measures_at_every_interval_and_at_the_end_even_across_a_restart(runs):
     probed, stopped = (lines_of(runs / name / "probe.jsonl") for name in ("probed", "stopped"))
     assert [line["step"] for line in probed] == [line["step"] for line in stopped] == [3, 6, 9, 10]
-    assert [line["top1"] for line in probed] == [line["top1"] for line in stopped]
+    for name in ("top1", "effective_rank"):
+        assert [line[name] for line in probed] == [line[name] for line in stopped]
     for lines in (probed, stopped):
         seconds = [line["seconds"] for line in lines]
         assert seconds == sorted(seconds)
@@ -95,16 +104,56 @@ def test_it_is_knn_on_sixteen_patches_of_the_first_images(runs):
     embeddings, labels = {}, {}
     for split in ("train", "test"):
         dataset = load_split(CONFIG.data, split, None)
-        key = embedding_patches_key(CONFIG.training.seed)
-        patches = multi_patch(key, dataset.images, 16, patch_size=16)
-        encoder = nnx.merge(encoder_graph(CONFIG.model), *state)
-        encoder.eval()
-        embedded = encoder.embed(patches.reshape(-1, 16, 16, 3)).reshape(len(dataset.labels), 16, -1)
-        embeddings[split], labels[split] = np.asarray(embedded.mean(axis=1)), dataset.labels
+        embeddings[split], labels[split] = mean_features(state, dataset.images), dataset.labels
     predicted = knn_by_numpy(embeddings["test"], embeddings["train"], labels["train"], 7, CONFIG.evaluation.temperature)
     assert lines_of(runs / "probed" / "probe.jsonl")[-1]["top1"] == pytest.approx(
         np.mean(predicted == labels["test"]), abs=0.011
     )
+
+
+class Recorder:
+    """Takes what a probe writes, instead of a MetricsWriter."""
+
+    def __init__(self):
+        self.written = []
+
+    def paused(self):
+        return contextlib.nullcontext()
+
+    def add_probe(self, steps_done, measured):
+        self.written.append((steps_done, measured))
+
+
+@pytest.mark.parametrize(
+    ("unlabelled", "crops"),
+    [((), "random"), (("bank", "test"), "random"), (("bank",), "whole"), (("test",), "whole")],
+)
+def test_the_rank_needs_no_labels(monkeypatch, unlabelled, crops):
+    monkeypatch.setattr(probe, "BANK_SIZE", 60)
+    train, test = (load_split(CONFIG.data, split, None) for split in ("train", "test"))
+    datasets = Datasets(train, train, test)
+    for split in unlabelled:
+        held = getattr(datasets, split)
+        datasets = datasets._replace(**{split: held._replace(labels=np.full_like(held.labels, -1))})
+    if "bank" in unlabelled:
+        measured_images = train.images[np.linspace(0, 199, 60).round().astype(int)]
+    else:
+        measured_images = train.images[
+            np.sort(np.concatenate([np.flatnonzero(train.labels == c)[:6] for c in range(10)]))
+        ]
+    evaluation = dataclasses.replace(CONFIG.evaluation, valid_crops=crops, valid_patches=1)
+    config = dataclasses.replace(CONFIG, evaluation=evaluation, run=RunConfig(probe_every=3))
+    state, writer = init_encoder(CONFIG.model, parameters_key(0)), Recorder()
+    step = probe.online_probe(config, datasets, 7, device_mesh(1))
+    for steps_done in range(1, 8):
+        step(steps_done, state, writer)
+    assert [steps_done for steps_done, _ in writer.written] == [3, 6, 7]
+    measured = writer.written[-1][1]
+    assert set(measured) == ({"effective_rank"} if unlabelled else {"effective_rank", "top1", "top5"})
+    if crops == "random":
+        values = np.linalg.svd(np.float64(mean_features(state, measured_images)), compute_uv=False)
+        shares = values / values.sum()
+        assert measured["effective_rank"] == pytest.approx(np.prod(shares**-shares), rel=1e-3)
 
 
 def test_it_takes_equally_many_images_of_each_class():

@@ -127,7 +127,7 @@ def test_without_onnx_the_remedy_is_named(tiny_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.delitem(sys.modules, "empssl_jax.inference.onnx_graph", raising=False)
     monkeypatch.delattr(inference, "onnx_graph", raising=False)
-    with pytest.raises(UserError, match=r'--format onnx needs the package onnx: pip install "empssl_jax\[onnx\]"'):
+    with pytest.raises(UserError, match=r'--format onnx needs the package onnx: pip install -e "\.\[onnx\]"'):
         export(tiny_run, "--format", "onnx", *GRID)
 
 

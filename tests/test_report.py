@@ -3,8 +3,10 @@
 import base64
 import dataclasses
 import io
+import math
 import os
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -25,12 +27,14 @@ from synthetic_run import (
 from empssl_jax.config import DataConfig
 from empssl_jax.data.batches import shuffled_batches
 from empssl_jax.data.datasets import Datasets
+from empssl_jax.evaluation.effective_rank import spectrum
 from empssl_jax.evaluation.embedding_files import save_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import training_patches_key
 from empssl_jax.report import charts, findings, pictures, remarks, tables, write_report
 from empssl_jax.report.run import read_run
+from empssl_jax.run_folder.results import add_results, on_dataset
 
 
 class Tables(HTMLParser):
@@ -92,19 +96,14 @@ def test_the_confusion_matrix_is_that_of_knn_by_hand(written):
         assert mistaken == "-" or expected[number, int(mistaken)] == others.max() > 0
 
 
-def test_the_effective_rank_is_that_of_the_covariance(written):
+def test_the_effective_rank_is_that_of_all_test_embeddings(written):
     _, embeddings, page = written
-    test = np.float64(embeddings.test.embeddings)
-    spread = np.sqrt(np.linalg.eigvalsh(np.cov(test.T)))
-    shares = spread / spread.sum()
+    values = np.linalg.svd(np.float64(embeddings.test.embeddings), compute_uv=False)
+    shares = values / values.sum()
     expected = np.prod(shares**-shares)
+    assert "of 120 test embeddings of dimension\n  24" in page
     assert f"<dd>{expected:.1f}</dd>" in page
     assert f"effective rank {expected:.1f}" in page
-
-
-@pytest.mark.parametrize(("values", "rank"), [([2.0] * 7, 7), ([5.0, 0.0, 0.0], 1), ([0.0, 0.0], 1)])
-def test_effective_ranks_that_are_known(values, rank):
-    assert findings.effective_rank(np.array(values)) == pytest.approx(rank)
 
 
 def test_curves_and_table_end_where_the_metrics_do(written):
@@ -267,7 +266,8 @@ def test_published_figures_appear_only_for_their_own_data_set(written, tmp_path)
 def texts(folder, config=CONFIG, embeddings=None):
     run = read_run(folder, config, datasets())
     found = findings.examine(run.embeddings, config.evaluation, seed=0) if run.embeddings else None
-    return [(remark.warns, remark.text) for remark in remarks.remarks(run, found)]
+    directions = None if run.test_embeddings is None else spectrum(run.test_embeddings)
+    return [(remark.warns, remark.text) for remark in remarks.remarks(run, found, directions)]
 
 
 def test_a_good_run_has_no_warnings(written):
@@ -396,3 +396,66 @@ def test_without_any_label_the_page_has_curves_and_patches_only(tmp_path):
     page = page_of(folder, images=unlabelled)
     assert "no label" in page
     assert "confusion" not in Tables(page).tables
+    assert "There are no embeddings yet" not in page
+    assert "have no labels, so no accuracy is measured" in page
+    assert "of 120 test embeddings of dimension\n  24" in page
+
+
+def test_every_result_has_a_row_under_its_data_set(tmp_path):
+    own = {
+        "kNN": {"top1": 0.5, "top5": 0.875},
+        "effective rank": {"rank": 31.25, "images": 120, "dimensions": 64},
+        "linear": {"top1": 0.6, "top5": 0.9},
+        "logistic": {"top1": 0.625, "top5": 1.0, "penalty": 0.01},
+        "kNN, something new": {"top1": 0.25, "top5": 0.5, "more": [1, 2]},
+    }
+    there = {"kNN": {"top1": 0.1, "top5": 0.3}, "effective rank": {"rank": 7.0, "images": 2000, "dimensions": 1500}}
+    write_run(tmp_path / "run")  # it has no embeddings of the other data set
+    add_results(tmp_path / "run", own | on_dataset("<b>birds", there))
+    page = page_of(tmp_path / "run")
+    assert Tables(page).tables["accuracies"] == [
+        ["measured here", "top-1", "top-5"],
+        ["kNN", "50.0 %", "87.5 %"],
+        ["linear", "60.0 %", "90.0 %"],
+        ["logistic", "62.5 %", "100.0 %"],
+        ["kNN, something new", "25.0 %", "50.0 %"],
+        ["effective rank", "31.2 of 64"],
+        ["on <b>birds, after learning from its training images"],
+        ["kNN", "10.0 %", "30.0 %"],
+        ["effective rank", "7.0 of 1,500"],
+    ]
+    assert "<b>birds" not in page
+    assert "<dt>Logistic accuracy</dt><dd>62.5 %</dd>" in page
+
+
+def test_results_on_another_data_set_alone_have_a_table(tmp_path):
+    write_run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "embeddings")
+    add_results(tmp_path / "run", on_dataset("birds", {"logistic": {"top1": 0.1, "top5": 0.3}}))
+    _, *rows = Tables(page_of(tmp_path / "run")).tables["accuracies"]
+    assert rows == [["on birds, after learning from its training images"], ["logistic", "10.0 %", "30.0 %"]]
+
+
+def test_the_probe_s_curves_are_drawn_with_and_without_labels_or_ranks(tmp_path):
+    write_run(tmp_path / "run")
+    lines = [
+        {"step": 10, "seconds": 20.0, "top1": 0.25, "top5": 0.5},  # of a version that measured no rank
+        {"step": 20, "seconds": 40.0, "top1": 0.5, "top5": 0.5, "effective_rank": 3.25},
+        {"step": 30, "seconds": 60.0, "effective_rank": 12.75},
+        {"step": 40, "seconds": 80.0, "effective_rank": math.nan},
+    ]
+    write_lines(tmp_path / "run" / "probe.jsonl", lines)
+    labels = re.findall(r'aria-label="((?:Online probe|Effective rank): .*?)\."', page_of(tmp_path / "run"))
+    assert labels == ["Online probe: from 25 % to 50 % at second 40", "Effective rank: from 3.2 to 12.8 at step 30"]
+
+
+def test_the_page_does_not_depend_on_where_the_folder_is(tmp_path):
+    here, there = tmp_path / "here" / "run", tmp_path / "there" / "run"
+    write_run(here)
+    page = page_of(here, images=datasets())
+    there.parent.mkdir()
+    here.rename(there)
+    assert (there / "report.html").read_text() == page
+    assert page_of(there, images=datasets()) == page
+    for path in there.rglob("*"):
+        assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes()

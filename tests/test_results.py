@@ -14,6 +14,16 @@ def test_a_line_for_each_measure_in_percent():
     ]
 
 
+def test_effective_ranks_follow_the_accuracies():
+    rank = {"effective rank": {"rank": 31.25, "images": 2000, "dimensions": 1500}}
+    assert format_table(rank | PLAIN).splitlines() == [
+        "                 top-1   top-5",
+        "kNN             62.50%  100.00%",
+        "effective rank  31.2 of 1,500",
+    ]
+    assert format_table(rank) == "effective rank  31.2 of 1,500"
+
+
 def test_the_embeddings_are_named_where_they_differ(tmp_path):
     add_results(tmp_path, of_embeddings("16 random patches", PLAIN))
     both = add_results(tmp_path, of_embeddings("16 grid patches", LINEAR))

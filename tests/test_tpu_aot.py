@@ -69,7 +69,7 @@ def test_the_table_has_a_row_per_topology_and_a_column_per_kind_of_collective():
     [
         ([], "--topology is missing: give at least one"),
         (["--topology", "v5e:2x4", "--images-per-chip", "0"], "--images-per-chip is 0: give"),
-        (["--topology", "v5e:2x4"], r"libtpu.* is missing: pip install -e '.\[tpu\]'"),
+        (["--topology", "v5e:2x4"], r'libtpu.* is missing: pip install -e "\.\[tpu\]"'),
     ],
 )
 def test_errors_name_the_remedy(monkeypatch, options, message):

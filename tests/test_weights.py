@@ -409,7 +409,7 @@ def test_without_torch_its_files_are_refused_with_the_remedy(tiny_run, tmp_path,
         ["export", str(tiny_run), "--format", "torch"],
         ["import", str(tmp_path / "a.pt"), "--workdir", "x"],
     ):
-        with pytest.raises(UserError, match=r'need PyTorch: pip install "empssl_jax\[torch\]", or use a .safetensors'):
+        with pytest.raises(UserError, match=r'need PyTorch: pip install -e "\.\[torch\]", or use a .safetensors'):
             run_command(command)
 
 

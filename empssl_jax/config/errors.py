@@ -29,6 +29,11 @@ def require(condition: bool, option: str, value: object, remedy: str) -> None:
         raise UserError(f"{flag(option)} is {one_line(value)}: {remedy}.")
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra of this package from a checkout; no package index has the package."""
+    return f'pip install -e ".[{extra}]"'
+
+
 def flag(option: str) -> str:
     """The option as written on the command line."""
     return "--" + option.replace("_", "-")

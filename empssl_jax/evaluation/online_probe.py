@@ -60,9 +60,11 @@ def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh)
         return LabelledEmbeddings(embedded, images.labels, images.class_names)
 
     def measure(encoder: EncoderState) -> Accuracy:
-        learned = embeddings(encoder, bank)
-        rank = {"effective_rank": effective_rank(learned.embeddings)}
-        return rank | (measure_knn(Embeddings(learned, embeddings(encoder, test)), options, mesh) if have_labels else {})
+        of_bank = embeddings(encoder, bank)
+        rank = {"effective_rank": effective_rank(of_bank.embeddings)}
+        if not have_labels:
+            return rank
+        return measure_knn(Embeddings(of_bank, embeddings(encoder, test)), options, mesh) | rank
 
     def probe(steps_done: int, encoder: EncoderState, writer: MetricsWriter) -> None:
         if steps_done % every and steps_done != last_step:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from empssl_jax.config import EmbeddingConfig
 from empssl_jax.config.command_options import ExportOptions
-from empssl_jax.config.errors import UserError, require
+from empssl_jax.config.errors import UserError, install, require
 from empssl_jax.inference.export_weights import metadata_of
 from empssl_jax.inference.image_encoder import load
 from empssl_jax.runtime.atomic_write import atomic_write
@@ -23,7 +23,7 @@ def export_embedder(options: ExportOptions) -> Path:
     try:
         from empssl_jax.inference.onnx_graph import to_onnx
     except ImportError as error:
-        raise UserError('--format onnx needs the package onnx: pip install "empssl_jax[onnx]".') from error
+        raise UserError(f"--format onnx needs the package onnx: {install('onnx')}.") from error
     encoder = load(options.run, options.step, **dataclasses.asdict(options.embedding))
     side, evaluation = encoder.image_size, dataclasses.replace(encoder.config.evaluation, whiten=False)
     described = {"input": f"RGB images (N, {side}, {side}, 3), uint8", "embedding": evaluation.embeddings}

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Shaped
 
-from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.config.errors import UserError, install, one_line
 from empssl_jax.runtime.atomic_write import atomic_write
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt"}
@@ -69,7 +69,7 @@ def import_torch() -> Any:
         import torch
     except ImportError as error:
         raise UserError(
-            'Files for torch.load need PyTorch: pip install "empssl_jax[torch]", or use a .safetensors file.'
+            f"Files for torch.load need PyTorch: {install('torch')}, or use a .safetensors file."
         ) from error
     return torch
 

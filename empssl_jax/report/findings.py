@@ -1,4 +1,4 @@
-"""The numbers of the report: kNN's prediction for each test image, the embeddings' effective rank, maps."""
+"""The numbers of the report: kNN's prediction for each test image, maps and neighbours."""
 
 import math
 from typing import NamedTuple
@@ -8,12 +8,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from empssl_jax.config import EvaluationConfig
+from empssl_jax.data.datasets import spread
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.evaluation.knn import knn_scores
 from empssl_jax.evaluation.whitening import whitened
-from empssl_jax.report.charts import spread
 
-SPECTRUM_IMAGES = 2000  # the singular value decomposition takes cubic time
 MAP_IMAGES = 1000  # with more, dots would cover each other
 MAP_CLASSES = 10  # with more, colours would be hard to distinguish
 NEIGHBOURS = 8  # shown for an image
@@ -30,13 +29,10 @@ class Neighbours(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """Everything that the report shows about the embeddings."""
+    """What the report shows about the embeddings of images with labels."""
 
     predicted: Int[np.ndarray, " N"]  # class of each test image by kNN
     confusion: Int[np.ndarray, "C C"]  # number of test images by class and predicted class
-    singular_values: Float[np.ndarray, " R"]  # of the centred test embeddings, descending
-    spectrum_images: int  # number of test embeddings they are computed from
-    effective_rank: float
     map_images: Int[np.ndarray, " M"]  # indices of the test images on the maps
     maps: dict[str, Float[np.ndarray, "M 2"]]  # by method; empty if all embeddings are equal or there are too few
     right: list[Neighbours]
@@ -71,34 +67,14 @@ def examine(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> Find
     predicted = np.argmax(np.asarray(scores), axis=1)
     confusion = np.zeros((num_classes, num_classes), int)
     np.add.at(confusion, (test.labels, predicted), 1)
-    measured = test.embeddings[spread(len(test.labels), SPECTRUM_IMAGES)]
-    values = singular_values(measured)
     shown = _map_images(test.labels)
     return Findings(
         predicted,
         confusion,
-        values,
-        len(measured),
-        effective_rank(values),
         shown,
         draw_maps(test.embeddings[shown], seed),
         *(find_neighbours(bank, test, predicted, right) for right in (True, False)),
     )
-
-
-def singular_values(embeddings: Float[np.ndarray, "N E"]) -> Float[np.ndarray, " R"]:
-    """Singular values of the centred embeddings, descending; at most N - 1 of them are not zero."""
-    centred = embeddings - embeddings.mean(axis=0, keepdims=True)
-    return np.linalg.svd(centred, compute_uv=False)[: max(1, len(embeddings) - 1)]
-
-
-def effective_rank(values: Float[np.ndarray, " R"]) -> float:
-    """The exponential of the entropy of the normalised singular values (Roy, Vetterli 2007), from 1 to R.
-
-    It is R if all singular values are equal, and 1 if at most one is not zero.
-    """
-    shares = values[values > 0] / values.sum() if values.sum() > 0 else np.ones(1)
-    return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
 def draw_maps(embeddings: Float[np.ndarray, "M E"], seed: int) -> dict[str, Float[np.ndarray, "M 2"]]:

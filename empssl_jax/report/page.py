@@ -6,13 +6,24 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from empssl_jax.evaluation.effective_rank import Spectrum
 from empssl_jax.evaluation.embeddings import embedding_dim
 from empssl_jax.report.charts import MAP_SIDE, Curve, Map, curve, map_of
 from empssl_jax.report.findings import Findings, Neighbours, map_classes
 from empssl_jax.report.pictures import PatchSheet, as_grid, data_uri, sprite, thumbnail
 from empssl_jax.report.remarks import remarks
 from empssl_jax.report.run import Run
-from empssl_jax.report.tables import class_rows, command, duration, flags, numbers, options, percent, worst_pairs
+from empssl_jax.report.tables import (
+    class_rows,
+    command,
+    duration,
+    flags,
+    numbers,
+    options,
+    percent,
+    results_by_dataset,
+    worst_pairs,
+)
 
 TEMPLATES = Path(__file__).parent / "templates"
 MATRIX_CLASSES = 20  # a larger confusion matrix would not be readable
@@ -28,7 +39,7 @@ PUBLISHED = {
 }
 
 
-def render(run: Run, sheet: PatchSheet | None, findings: Findings | None) -> str:
+def render(run: Run, sheet: PatchSheet | None, findings: Findings | None, spectrum: Spectrum | None) -> str:
     """Returns the page, as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -41,15 +52,18 @@ def render(run: Run, sheet: PatchSheet | None, findings: Findings | None) -> str
     context: dict[str, Any] = {
         "run": run,
         "name": run.folder.resolve().name,
-        "remarks": remarks(run, findings),
+        "remarks": remarks(run, findings, spectrum),
         "curves": _curves(run),
         "numbers": numbers(run),
         "sheet": _sheet_rows(run, sheet),
+        "results": results_by_dataset(run.results),
         "published": PUBLISHED.get(run.config.data.dataset, []),
         "dimension": embedding_dim(run.config),
         "options": options(run.config),
         "command": command(run.config),
         "findings": findings,
+        "spectrum": spectrum,
+        "spectrum_curve": None if spectrum is None else _spectrum_curve(spectrum),
     }
     if findings is not None:
         context |= _about_embeddings(run, findings)
@@ -92,6 +106,13 @@ def _curves(run: Run) -> list[Curve]:
             "kNN accuracy during training, with fewer images and patches than at the end and therefore lower.",
             x_name="second",
         ),
+        curve(
+            "Effective rank",
+            [probe["step"] for probe in run.probes],
+            [probe["effective_rank"] for probe in run.probes],
+            lambda value: f"{value:.1f}",
+            "Number of directions that the embeddings of the online probe's training images use. It needs no labels.",
+        ),
     ]
     return [one for one in drawn if one is not None]
 
@@ -113,22 +134,26 @@ def _sheet_rows(run: Run, sheet: PatchSheet | None) -> list[dict[str, Any]]:
     ]
 
 
-def _about_embeddings(run: Run, findings: Findings) -> dict[str, Any]:
-    assert run.embeddings is not None
-    labels, names, shown = run.embeddings.test.labels, run.class_names, findings.map_images
-    classes = map_classes(labels)
-    rows, values = class_rows(findings.confusion, names), findings.singular_values
+def _spectrum_curve(spectrum: Spectrum) -> Curve | None:
+    values = spectrum.values
     above_rounding = values > 1e-6 * values[0]
-    spectrum = curve(
+    return curve(
         "Spectrum",
         np.arange(1, len(values) + 1)[above_rounding],
         values[above_rounding] / max(values[0], 1e-30),
         lambda value: f"{value:.3g}",
-        "Spread of the embeddings along each direction, in descending order, as a fraction of the largest.",
+        "Size of the embeddings along each direction, in descending order, as a fraction of the largest.",
         x_name="direction",
         logarithmic=True,
-        mark=(findings.effective_rank, f"effective rank {findings.effective_rank:.1f}"),
+        mark=(spectrum.effective_rank, f"effective rank {spectrum.effective_rank:.1f}"),
     )
+
+
+def _about_embeddings(run: Run, findings: Findings) -> dict[str, Any]:
+    assert run.embeddings is not None
+    labels, names, shown = run.embeddings.test.labels, run.class_names, findings.map_images
+    classes = map_classes(labels)
+    rows = class_rows(findings.confusion, names)
     maps: list[Map] = [
         map_of(title, points, labels[shown], findings.predicted[shown] != labels[shown], classes, names)
         for title, points in findings.maps.items()
@@ -137,7 +162,6 @@ def _about_embeddings(run: Run, findings: Findings) -> dict[str, Any]:
     if run.datasets is not None and maps:
         pictures = sprite([run.datasets.test.images[i] for i in shown])
     return {
-        "spectrum": spectrum,
         "maps": maps,
         "map_side": MAP_SIDE,
         "map_classes": [names[c] for c in classes],

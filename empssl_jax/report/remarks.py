@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from empssl_jax.evaluation.effective_rank import Spectrum
 from empssl_jax.report.findings import Findings, margin
 from empssl_jax.report.run import Run
 from empssl_jax.report.tables import percent
@@ -13,6 +14,7 @@ from empssl_jax.report.tables import percent
 COLLAPSED_RATE = 0.05  # as a fraction of the range of possible coding rates
 COLLAPSED_SIMILARITY = 0.99
 FEW_STEPS = 100
+MANY_DIRECTIONS = 5  # with fewer, a low effective rank means little
 WIDE_MARGIN = 0.02
 
 
@@ -23,9 +25,14 @@ class Remark(NamedTuple):
     text: str
 
 
-def remarks(run: Run, findings: Findings | None) -> list[Remark]:
+def remarks(run: Run, findings: Findings | None, spectrum: Spectrum | None) -> list[Remark]:
     """All remarks about a run, warnings first."""
-    found = [*_about_training(run), *_about_embeddings(run, findings), *_about_measures(run, findings)]
+    found = [
+        *_about_training(run),
+        *_about_spectrum(spectrum),
+        *_about_predictions(run, findings),
+        *_about_measures(run, findings),
+    ]
     return sorted(found, key=lambda remark: not remark.warns)
 
 
@@ -56,21 +63,29 @@ def _about_training(run: Run) -> Iterator[Remark]:
         yield Remark(False, f"Training takes only {done} steps: treat the figures as those of a trial run.")
 
 
-def _about_embeddings(run: Run, findings: Findings | None) -> Iterator[Remark]:
-    if findings is None:
+def _about_spectrum(spectrum: Spectrum | None) -> Iterator[Remark]:
+    if spectrum is None:
         yield Remark(
             False, "There are no embeddings yet, so nothing below shows how good they are: run eval.py on this run."
         )
         return
-    highest = len(findings.singular_values)
-    if not findings.maps or findings.effective_rank < 2:
+    rank, highest = spectrum.effective_rank, len(spectrum.values)
+    if highest < MANY_DIRECTIONS:
+        return
+    if rank < 2:
         yield Remark(True, "Collapse: the embeddings of all test images are nearly the same.")
-    elif findings.effective_rank < 0.02 * highest:
+    elif rank < 0.02 * highest:
         yield Remark(
             True,
-            f"The embeddings fill only about {findings.effective_rank:.1f} of {highest:,} dimensions, which suggests "
-            "partial collapse.",
+            f"The embeddings fill only about {rank:.1f} of {highest:,} dimensions, which suggests partial collapse.",
         )
+
+
+def _about_predictions(run: Run, findings: Findings | None) -> Iterator[Remark]:
+    if findings is None:
+        if run.test_embeddings is not None:
+            yield Remark(False, "Training or test images have no labels, so no accuracy is measured.")
+        return
     classes, accuracy = len(findings.confusion), findings.accuracy
     tested = int(findings.confusion.sum())
     if accuracy < 1 / classes + margin(max(accuracy, 1 / classes), tested):

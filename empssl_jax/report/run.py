@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from empssl_jax.run_folder.results import Accuracy, load_results
 from empssl_jax.run_folder.step_files import METRICS_FILE, PROBE_FILE, TIMING_FILE, read_steps
 
 METRICS = ("loss", "coding_rate", "coding_rate_fraction", "similarity", "learning_rate")
+PROBED = ("step", "seconds", "top1", "effective_rank")
 WINDOW = 10  # steps that the throughput is averaged over, as in the progress bar
 
 
@@ -28,9 +29,10 @@ class Run(NamedTuple):
     steps: Float[np.ndarray, " S"]
     metrics: dict[str, Float[np.ndarray, " S"]]  # METRICS, "seconds" and "throughput"; NaN where unknown
     devices: str | None  # such as "8 x NVIDIA H100"
-    probes: list[dict[str, float]]  # each with "step", "seconds" and "top1"
+    probes: list[dict[str, float]]  # each with "step", "seconds", "top1" and "effective_rank"; NaN where unknown
     results: dict[str, Accuracy]
-    embeddings: Embeddings | None
+    test_embeddings: Float[np.ndarray, "N E"] | None  # of all test images
+    embeddings: Embeddings | None  # of the images with a label
     datasets: Datasets | None  # `bank` and `test` contain only images with a label
     class_names: list[str]
 
@@ -69,18 +71,19 @@ def read_run(folder: Path, config: Config, datasets: Datasets | None) -> Run:
     embeddings = _embeddings(folder)
     if embeddings and datasets:
         datasets = _of_the_embeddings(datasets, embeddings)
-    embeddings = _with_labels(embeddings)
+    with_labels = _with_labels(embeddings)
     return Run(
         folder,
         config,
         steps,
         metrics,
         str(times[-1].get("devices")) if times else None,
-        [{name: _number(line.get(name)) for name in ("step", "seconds", "top1")} for line in _probes(folder)],
+        [{name: _number(line.get(name)) for name in PROBED} for line in read_steps(folder / PROBE_FILE)],
         load_results(folder),
-        embeddings,
+        embeddings.test.embeddings if embeddings else None,
+        with_labels,
         datasets,
-        _class_names(datasets or (), embeddings or ()),
+        _class_names(datasets or (), with_labels or ()),
     )
 
 
@@ -93,10 +96,6 @@ def _steps_per_second(steps: Float[np.ndarray, " S"], seconds: Float[np.ndarray,
         if elapsed > 0:
             rates[i] = (steps[i] - steps[first]) / elapsed
     return rates
-
-
-def _probes(folder: Path) -> list[dict[str, Any]]:
-    return [line for line in read_steps(folder / PROBE_FILE) if math.isfinite(_number(line.get("top1")))]
 
 
 def _embeddings(folder: Path) -> Embeddings | None:

@@ -14,6 +14,7 @@ from empssl_jax.config import Config
 from empssl_jax.config.errors import flag, words
 from empssl_jax.data.datasets import spread
 from empssl_jax.report.run import Run
+from empssl_jax.run_folder.results import Accuracy, by_dataset, is_rank, rank_of
 
 TABLE_ROWS = 21
 WORST_PAIRS = 20
@@ -64,6 +65,19 @@ def numbers(run: Run) -> list[list[str]]:
         ]
         for i in spread(len(run.steps), TABLE_ROWS)
     ]
+
+
+def results_by_dataset(results: dict[str, Accuracy]) -> list[tuple[str | None, list[tuple[str, list[str]]]]]:
+    """Each data set, None for the run's own, with its rows: the measure, then top-1 and top-5 or the effective rank."""
+    return [
+        (dataset, [(name, _cells(value)) for name, value in sorted(measures.items(), key=lambda row: is_rank(row[1]))])
+        for dataset, measures in by_dataset(results).items()
+        if measures
+    ]
+
+
+def _cells(value: Accuracy) -> list[str]:
+    return [rank_of(value)] if is_rank(value) else [percent(value["top1"]), percent(value["top5"])]
 
 
 def class_rows(confusion: Int[np.ndarray, "C C"], names: list[str]) -> list[ClassRow]:

@@ -9,6 +9,7 @@ from empssl_jax.config import Config
 from empssl_jax.config.command_options import RUN, ReportOptions
 from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.data.datasets import Datasets, load_datasets_for_pictures
+from empssl_jax.evaluation.effective_rank import spectrum
 from empssl_jax.evaluation.measured_images import at_place
 from empssl_jax.report.findings import examine
 from empssl_jax.report.page import render
@@ -36,9 +37,10 @@ def write_report(workdir: Path, config: Config, datasets: Datasets | None) -> Pa
         warnings.simplefilter("ignore")  # scikit-learn and UMAP warn about their own internals
         seed = config.training.seed
         findings = examine(run.embeddings, config.evaluation, seed) if run.embeddings else None
+    directions = None if run.test_embeddings is None else spectrum(run.test_embeddings)
     path = workdir / REPORT_FILE
     with atomic_write(path) as file:
-        file.write(render(run, sheet, findings).encode())
+        file.write(render(run, sheet, findings, directions).encode())
     write_pictures(run, sheet, findings)
     return path
 

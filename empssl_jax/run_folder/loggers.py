@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from empssl_jax.config import Config
-from empssl_jax.config.errors import UserError
+from empssl_jax.config.errors import UserError, install
 from empssl_jax.run_folder.saved_config import to_json
 
 
@@ -73,4 +73,4 @@ class WandbRun:
 def check_wandb(config: Config) -> None:
     """Raises UserError if --wandb is given and the package wandb is not installed."""
     if config.run.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError('--wandb needs the package of that name: pip install "empssl_jax[wandb]", or leave it out.')
+        raise UserError(f"--wandb needs the package of that name: {install('wandb')}, or leave it out.")
