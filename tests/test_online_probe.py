@@ -21,6 +21,7 @@ from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import embedding_patches_key, parameters_key
 from empssl_jax.run_folder import step_files as timing
 from empssl_jax.run_folder.checkpoints import Checkpoints
+from empssl_jax.run_folder.metrics import MetricsWriter
 from empssl_jax.runtime import interruption
 from empssl_jax.runtime.devices import device_mesh, replicated
 
@@ -112,23 +113,23 @@ def test_it_is_knn_on_sixteen_patches_of_the_first_images(runs):
 
 
 class Recorder:
-    """Takes what a probe writes, instead of a MetricsWriter."""
+    """A logger that keeps what it gets."""
 
     def __init__(self):
-        self.written = []
+        self.logged = []
 
-    def paused(self):
-        return contextlib.nullcontext()
+    def add(self, step, values):
+        self.logged.append((step, values))
 
-    def add_probe(self, steps_done, measured):
-        self.written.append((steps_done, measured))
+    def close(self):
+        pass
 
 
 @pytest.mark.parametrize(
     ("unlabelled", "crops"),
     [((), "random"), (("bank", "test"), "random"), (("bank",), "whole"), (("test",), "whole")],
 )
-def test_the_rank_needs_no_labels(monkeypatch, unlabelled, crops):
+def test_the_rank_needs_no_labels(tmp_path, monkeypatch, unlabelled, crops):
     monkeypatch.setattr(probe, "BANK_SIZE", 60)
     train, test = (load_split(CONFIG.data, split, None) for split in ("train", "test"))
     datasets = Datasets(train, train, test)
@@ -136,22 +137,24 @@ def test_the_rank_needs_no_labels(monkeypatch, unlabelled, crops):
         held = getattr(datasets, split)
         datasets = datasets._replace(**{split: held._replace(labels=np.full_like(held.labels, -1))})
     if "bank" in unlabelled:
-        measured_images = train.images[np.linspace(0, 199, 60).round().astype(int)]
+        chosen = np.linspace(0, 199, 60).round().astype(int)
     else:
-        measured_images = train.images[
-            np.sort(np.concatenate([np.flatnonzero(train.labels == c)[:6] for c in range(10)]))
-        ]
+        chosen = np.sort(np.concatenate([np.flatnonzero(train.labels == label)[:6] for label in range(10)]))
     evaluation = dataclasses.replace(CONFIG.evaluation, valid_crops=crops, valid_patches=1)
     config = dataclasses.replace(CONFIG, evaluation=evaluation, run=RunConfig(probe_every=3))
-    state, writer = init_encoder(CONFIG.model, parameters_key(0)), Recorder()
+    state, logger = init_encoder(CONFIG.model, parameters_key(0)), Recorder()
     step = probe.online_probe(config, datasets, 7, device_mesh(1))
-    for steps_done in range(1, 8):
-        step(steps_done, state, writer)
-    assert [steps_done for steps_done, _ in writer.written] == [3, 6, 7]
-    measured = writer.written[-1][1]
-    assert set(measured) == ({"effective_rank"} if unlabelled else {"effective_rank", "top1", "top5"})
+    with MetricsWriter(tmp_path, 0, 7, 1, (0.0, 1.0), [logger]) as writer:
+        for steps_done in range(1, 8):
+            step(steps_done, state, writer)
+    lines = lines_of(tmp_path / "probe.jsonl")
+    assert [line.pop("step") for line in lines] == [steps_done for steps_done, _ in logger.logged] == [3, 6, 7]
+    measured = lines[-1]
+    assert set(measured) == {"seconds", "effective_rank"} | (set() if unlabelled else {"top1", "top5"})
+    del measured["seconds"]
+    assert logger.logged[-1][1] == {f"probe/{name}": value for name, value in measured.items()}
     if crops == "random":
-        values = np.linalg.svd(np.float64(mean_features(state, measured_images)), compute_uv=False)
+        values = np.linalg.svd(np.float64(mean_features(state, train.images[chosen])), compute_uv=False)
         shares = values / values.sum()
         assert measured["effective_rank"] == pytest.approx(np.prod(shares**-shares), rel=1e-3)
 

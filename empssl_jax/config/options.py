@@ -159,8 +159,8 @@ class RunConfig(Checked):
     remat: bool = False
     # Write a trace of steps 10 to 15 into profile/ of the workdir, for TensorBoard's profile plugin.
     profile: bool = False
-    # Every so many steps and at the end, measure kNN and the embeddings' effective rank on a few of the images, and write
-    # them with the seconds of training to probe.jsonl. Training stays bit-identical.
+    # Every so many steps and at the end, measure kNN and the effective rank on a few of the images, and write them with
+    # the seconds of training to probe.jsonl. Training stays bit-identical.
     probe_every: int | None = int_field(None, 1)
     # Also log to Weights & Biases (needs the extra of that name).
     wandb: bool = False
