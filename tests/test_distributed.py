@@ -194,7 +194,7 @@ def test_two_processes_measure_what_one_does(start, alone, tmp_path):
     assert codes == [0, 0], errors
     evaluate(EvaluateOptions(embeddings=str(folders[1]), evaluation=options), write_report=lambda *_: None)
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in folders)
-    assert set(ours) == {"kNN", "linear", "linear, best epoch on test"}
+    assert set(ours) == {"kNN", "effective rank", "linear", "linear, best epoch on test"}
     for name, accuracy in ours.items():
         assert accuracy == pytest.approx(theirs[name], abs=0.011), name
     assert "linear" in outputs[0]

@@ -158,7 +158,8 @@ assert "tensorflow" not in sys.modules
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert set(json.loads((tmp_path / "results.json").read_text())) == {"kNN", "linear", "linear, best epoch on test"}
+    expected = {"kNN", "effective rank", "linear", "linear, best epoch on test"}
+    assert set(json.loads((tmp_path / "results.json").read_text())) == expected
 
 
 def save_npz(path, **arrays):

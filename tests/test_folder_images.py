@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -378,14 +379,16 @@ def test_pictures_without_classes_are_trained_on_and_embedded_but_not_measured(r
     write(root, *FLAT)
     config = config_of(root, patch_aspect=4 / 3, interpolation="bicubic")
     training.train(config)
-    assert "no train and no test image has a label: kNN and linear are not measured" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no train and no test image has a label: kNN and linear are not measured" in printed
+    assert re.search(r"^effective rank  \d\.\d of 8$", printed, re.MULTILINE)
     with np.load(root.parent / "run" / "embeddings" / "train.npz") as arrays:
         assert arrays["names"].tolist() == load(root).names.tolist()
         assert arrays["embeddings"].shape == (36, 8)
         np.testing.assert_array_equal(arrays["labels"], np.full(36, -1))
         before = arrays["embeddings"]
     options = EvaluateOptions(workdir=config.run.workdir, cache_dir=config.run.cache_dir, evaluation=config.evaluation)
-    assert evaluate(options, try_to_report) == {}
+    assert set(evaluate(options, try_to_report)) == {"effective rank"}
     with np.load(root.parent / "run" / "embeddings" / "train.npz") as arrays:
         np.testing.assert_array_equal(arrays["embeddings"], before)
     assert json.loads((root.parent / "run" / "config.json").read_text())["data"]["dataset"] == f"folder:{root}"

@@ -80,7 +80,16 @@ def test_another_data_set_is_embedded_as_from_python_and_kept_apart(run, picture
         "embeddings": "4 grid patches, hidden",
         "dataset": name,
     }
-    assert results == before | {f"{name}: kNN": accuracy}
+    values = np.linalg.svd(np.float64(stored["test"]["embeddings"]), compute_uv=False)
+    shares = values / values.sum()
+    rank = {
+        "rank": pytest.approx(np.exp(-np.sum(shares * np.log(shares))), rel=1e-3),
+        "images": 6,
+        "dimensions": stored["test"]["embeddings"].shape[1],
+        "embeddings": "4 grid patches, hidden",
+        "dataset": name,
+    }
+    assert results == before | {f"{name}: kNN": accuracy, f"{name}: effective rank": rank}
     assert {path: path.read_bytes() for path in own} == own
     ((_, config, datasets),) = reported  # the report stays one about the run's own data set
     assert config.data.dataset == "digits"
@@ -90,8 +99,8 @@ def test_another_data_set_is_embedded_as_from_python_and_kept_apart(run, picture
 def test_other_options_of_the_run_s_data_set_do_not_replace_its_results(run):
     before = load_results(run)
     results, _ = measure(run, "--test-images-per-class", "2")
-    name = "digits, --images-per-class 8, --test-images-per-class 2: kNN"
-    assert set(results) - set(before) == {name}
+    name = "digits, --images-per-class 8, --test-images-per-class 2"
+    assert set(results) - set(before) == {f"{name}: kNN", f"{name}: effective rank"}
     assert {name: value for name, value in results.items() if name in before} == before
     with np.load(run / "embeddings" / "test.npz") as arrays:
         assert len(arrays["labels"]) == 10
