@@ -146,6 +146,8 @@ def test_a_data_set_for_given_embeddings_is_refused(embeddings_folder):
         b'{"kNN": {"top1": 0, "top5": 1, "dataset": []}}',
         b"[3]",
         b'{"kNN": {"top1": "0.5", "top5": 1}}',
+        b'{"effective rank": {"rank": "31", "images": 10, "dimensions": 40}}',
+        b'{"effective rank": {"rank": 31.5, "images": 10}}',
         b"\xff",
         None,
     ],
@@ -168,7 +170,7 @@ def test_the_table_is_shown_even_if_it_cannot_be_written(embeddings_folder, monk
         evaluate(embeddings_folder)
     assert caught.value.code == 2
     shown = capsys.readouterr()
-    assert "kNN  100.00%  100.00%" in shown.out
+    assert "kNN             100.00%  100.00%" in shown.out
     assert shown.err == (
         "error: [Errno 28] No space left on device: free disk space, fix the file or give another folder.\n"
     )
@@ -177,8 +179,9 @@ def test_the_table_is_shown_even_if_it_cannot_be_written(embeddings_folder, monk
 def test_a_linear_classifier_that_diverges_is_reported_and_the_knn_kept(embeddings_folder, capsys):
     with pytest.raises(DivergenceError, match=r"diverged at --linear-learning-rate 1000000000.0: try a lower one"):
         evaluate(embeddings_folder, linear_epochs=9, linear_learning_rate=1e9, linear_weight_decay=1e3)
-    assert "kNN  100.00%  100.00%" in capsys.readouterr().out
-    assert load_results(embeddings_folder) == {"kNN": {"top1": 1.0, "top5": 1.0}}
+    assert "kNN             100.00%  100.00%" in capsys.readouterr().out
+    rank = {"rank": pytest.approx(4, rel=1e-5), "images": 4, "dimensions": 4}  # of the identity
+    assert load_results(embeddings_folder) == {"kNN": {"top1": 1.0, "top5": 1.0}, "effective rank": rank}
 
 
 @pytest.mark.parametrize(
