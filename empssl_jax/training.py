@@ -15,7 +15,7 @@ from empssl_jax.config.errors import UserError, require
 from empssl_jax.data.batches import Batch, count_steps, device_batches
 from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
 from empssl_jax.data.folder_images import folder_fingerprints
-from empssl_jax.evaluation.evaluate import check_neighbours, embed_and_save, measure_rank_and_knn
+from empssl_jax.evaluation.evaluate import check_neighbours, embed_and_save, have_labels, measure_knn, measure_rank
 from empssl_jax.evaluation.online_probe import online_probe
 from empssl_jax.evaluation.untrained_baseline import measure_untrained
 from empssl_jax.method.encoder import EncoderState, default_precision
@@ -88,7 +88,9 @@ def _complete_run(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, 
     encoder = _fit(config, datasets, steps, mesh, workdir)
     if config.evaluation.valid_patches > 0:
         embeddings = embed_and_save(config, encoder, datasets, mesh, workdir / "embeddings")
-        measured = measure_rank_and_knn(embeddings, config.evaluation, mesh)
+        measured = measure_rank(embeddings)
+        if have_labels(embeddings):
+            measured |= {"kNN": measure_knn(embeddings, config.evaluation, mesh)}
         print(format_table(add_results(workdir, of_embeddings(config.evaluation.embeddings, measured))))
     if config.evaluation.report:
         try_to_report(workdir, config, datasets)

@@ -101,8 +101,10 @@ def _measure(
     def named(accuracies: dict[str, Accuracy]) -> dict[str, Accuracy]:
         return on_dataset(dataset, of_embeddings(made, accuracies))
 
-    measured = measure_rank_and_knn(embeddings, config.evaluation, mesh)
-    results, has_labels = named(measured), "kNN" in measured
+    results = named(measure_rank(embeddings))
+    has_labels = have_labels(embeddings)
+    if has_labels:
+        results |= named({"kNN": measure_knn(embeddings, config.evaluation, mesh)})
     try:
         if has_labels and config.evaluation.linear_epochs > 0:
             results |= named(measure_linear(embeddings, config.evaluation, config.training.seed, mesh))
@@ -131,12 +133,11 @@ def embed_and_save(config: Config, encoder: EncoderState, datasets: Datasets, me
     return embeddings
 
 
-def measure_rank_and_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> dict[str, Accuracy]:
-    """The effective rank of the test embeddings, which needs no labels, and kNN if both splits have some."""
+def measure_rank(embeddings: Embeddings) -> dict[str, Accuracy]:
+    """The effective rank of the test embeddings, which needs no labels, as results.json has it."""
     measured = spectrum(embeddings.test.embeddings)
     rank = {"rank": measured.effective_rank, "images": measured.images, "dimensions": measured.dimensions}
-    knn = {"kNN": measure_knn(embeddings, config, mesh)} if have_labels(embeddings) else {}
-    return knn | {EFFECTIVE_RANK: rank}
+    return {EFFECTIVE_RANK: rank}
 
 
 def have_labels(embeddings: Embeddings) -> bool:
