@@ -45,6 +45,9 @@ class Config:
         remedy = f"give at least {smallest:.3g}, since float32 is not precise enough for less at --projection-dim "
         remedy += str(self.model.projection_dim)
         require(self.training.coding_rate_eps >= smallest, "coding_rate_eps", self.training.coding_rate_eps, remedy)
+        patches, pieces = self.patches.train_patches, self.training.accumulate
+        remedy = f"give a number that divides --train-patches, which is {patches}"
+        require(patches % pieces == 0, "accumulate", pieces, remedy)
 
 
 def training_differences(ours: Config, theirs: Config) -> list[str]:

@@ -62,22 +62,27 @@ def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
     are those of the whole batch. Up to rounding, the result does not depend on the number of devices. The state is
     donated: the caller cannot use it afterwards.
 
-    Configs that differ only in `training` share one step, and steps of equal batch sizes one compiled program.
+    Configs that differ only in numbers of `Hyperparameters` share one step, and steps of equal batch sizes one compiled
+    program.
     """
-    return _compiled_step(config.model, config.patches, config.run.remat, mesh)
+    return _compiled_step(config.model, config.patches, config.training.accumulate, config.run.remat, mesh)
 
 
 @functools.cache
-def _compiled_step(model: ModelConfig, patches_config: PatchConfig, remat: bool, mesh: Mesh) -> TrainStep:
+def _compiled_step(model: ModelConfig, patches_config: PatchConfig, pieces: int, remat: bool, mesh: Mesh) -> TrainStep:
     graph = encoder_graph(model, DATA_AXIS, remat)
+    piece_size = patches_config.train_patches // pieces
 
     def step(hyperparameters: Hyperparameters, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         images, indices = batch
         key = training_patches_key(hyperparameters.seed, state.step // hyperparameters.steps_per_epoch)
-        num_patches, crops = patches_config.train_patches, patches_config.crops
-        patches = multi_patch(key, images, num_patches, indices=indices, **crops)
-        loss_fn = functools.partial(_batch_loss, hyperparameters, graph)
-        gradients, (loss, batch_stats) = jax.grad(loss_fn, has_aux=True)(*state.encoder, patches)
+
+        def make_patches(piece: int | Int[Array, ""]) -> Float[Array, "B Q size size 3"]:
+            first, crops = piece * piece_size, patches_config.crops
+            return multi_patch(key, images, piece_size, indices=indices, first_patch=first, **crops)
+
+        loss_fn = functools.partial(_batch_loss, hyperparameters, graph, make_patches, pieces)
+        gradients, (loss, batch_stats) = jax.grad(loss_fn, has_aux=True)(*state.encoder)
         optimizer = make_optimizer(hyperparameters)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.encoder.params)
         encoder = EncoderState(optax.apply_updates(state.encoder.params, updates), batch_stats)
@@ -100,18 +105,41 @@ def _compiled_step(model: ModelConfig, patches_config: PatchConfig, remat: bool,
 def _batch_loss(
     hyperparameters: Hyperparameters,
     graph: nnx.GraphDef,
+    make_patches: Callable[[int | Int[Array, ""]], Float[Array, "B Q size size 3"]],
+    pieces: int,
     params: PyTree[Float[Array, "..."]],
     batch_stats: PyTree[Float[Array, "..."]],
-    patches: Float[Array, "B P H W 3"],
 ) -> tuple[Float[Array, ""], tuple[Loss, PyTree[Float[Array, "..."]]]]:
     """The loss of the patches, with its parts and the updated BatchNorm statistics. Runs inside `shard_map`."""
-    num_images, num_patches = patches.shape[:2]
-    encoder = nnx.merge(graph, _sum_gradients_in_float32(params), batch_stats)
-    encoder.train()
-    _, projections = encoder(patches.reshape(-1, *patches.shape[2:]))
-    by_patch = jnp.swapaxes(normalise(projections).reshape(num_images, num_patches, -1), 0, 1)
-    loss = emp_ssl_loss(by_patch, hyperparameters.invariance_coefficient, hyperparameters.coding_rate_eps, DATA_AXIS)
-    return loss.total, (loss, encoder_state(encoder).batch_stats)
+    params = _sum_gradients_in_float32(params)
+
+    def project(piece: int | Int[Array, ""]) -> tuple[Float[Array, "Q B D"], PyTree[Float[Array, "..."]]]:
+        """Projections of unit length of one piece of the patches, and the statistics after it."""
+        encoder = nnx.merge(graph, params, batch_stats)
+        encoder.train()
+        patches = make_patches(piece)
+        _, projections = encoder(patches.reshape(-1, *patches.shape[2:]))
+        by_image = normalise(projections).reshape(*patches.shape[:2], -1)
+        return jnp.swapaxes(by_image, 0, 1), encoder_state(encoder).batch_stats
+
+    projections, new_stats = project(0) if pieces == 1 else _in_pieces(project, pieces)
+    loss = emp_ssl_loss(projections, hyperparameters.invariance_coefficient, hyperparameters.coding_rate_eps, DATA_AXIS)
+    return loss.total, (loss, new_stats)
+
+
+def _in_pieces(
+    project: Callable[..., tuple[Float[Array, "Q B D"], PyTree[Float[Array, "..."]]]], pieces: int
+) -> tuple[Float[Array, "P B D"], PyTree[Float[Array, "..."]]]:
+    """`project` of all pieces, one after the other: all projections, and the mean of the statistics.
+
+    The backward pass computes each piece again, so activations of only one piece are in memory. The loss and its
+    gradient by the projections are those of the whole batch (Gao et al. 2021, arXiv 2101.06983).
+
+    BatchNorm normalises each piece by its own statistics: those of the whole batch would need a pass for every layer.
+    Pieces split the patches, not the images: then each has all images, as has each determinant and each device's share.
+    """
+    projections, batch_stats = jax.lax.map(jax.checkpoint(project), jnp.arange(pieces))
+    return jnp.concatenate(projections), jax.tree.map(functools.partial(jnp.mean, axis=0), batch_stats)
 
 
 def _sum_gradients_in_float32(params: PyTree[Float[Array, "..."]]) -> PyTree[Float[Array, "..."]]:
