@@ -37,7 +37,7 @@ from empssl_jax.method.train_step import create_state, make_train_step
 from empssl_jax.runtime.devices import DATA_AXIS, replicated, split_images
 from empssl_jax.runtime.user_errors import user_errors_exit
 
-IMAGE_SIDE = 32  # of CIFAR-10
+IMAGE_SIDE = 32  # of CIFAR-10, where the config names no other
 STEPS_PER_EPOCH = 100  # a constant in the program; its value has no effect on the size
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -96,12 +96,12 @@ def tpu_mesh(topology: str) -> Mesh:
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> Any:
-    """The train step compiled for the chips of a mesh, which need not exist: a `jax.stages.Compiled`."""
+    """The train step compiled for the devices of a mesh, which need not exist: a `jax.stages.Compiled`."""
     step: Any = make_train_step(config, mesh)
     hyperparameters = Hyperparameters.of(config.training, STEPS_PER_EPOCH)
     state = create_state.eval_shape(config.model, hyperparameters, mesh)
-    size = config.training.batch_size
-    batch = Batch(np.empty((size, IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8), np.empty(size, np.int32))
+    size, side = config.training.batch_size, config.data.image_size or IMAGE_SIDE
+    batch = Batch(np.empty((size, side, side, 3), np.uint8), np.empty(size, np.int32))
     copied = (_abstract(tree, replicated(mesh)) for tree in (hyperparameters, state))
     return step.lower(*copied, _abstract(batch, split_images(mesh))).compile()
 

@@ -1,12 +1,13 @@
 """Options: validation, conversion to JSON and back, and the command line."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from empssl_jax import config
-from empssl_jax.config import Config
+from empssl_jax.config import Config, training_differences
 from empssl_jax.config.command_options import EvaluateOptions, ExportOptions, ImportOptions, ReportOptions
 from empssl_jax.config.config_files import parse_train_options, read_config_file
 from empssl_jax.config.errors import UserError
@@ -101,6 +102,22 @@ def test_values_that_are_not_a_choice_are_refused_with_the_choices(group, name, 
 def test_an_eps_that_float32_cannot_compute_is_refused():
     with pytest.raises(UserError, match=r"^--coding-rate-eps is 0.01: give at least 0.02, .* --projection-dim 2000"):
         Config(model=config.ModelConfig(projection_dim=2000), training=config.TrainingConfig(coding_rate_eps=0.01))
+
+
+def test_pieces_must_divide_the_patches():
+    for patches, pieces in ((20, 3), (20, 40), (7, 2)):
+        remedy = f"--accumulate is {pieces}: give a number that divides --train-patches, which is {patches}."
+        with pytest.raises(UserError, match=f"^{remedy}$"):
+            parse_train_options([f"--train-patches={patches}", f"--accumulate={pieces}"])
+    assert parse_train_options(["--accumulate=20"]).training.accumulate == 20
+
+
+def test_runs_of_versions_without_pieces_had_one():
+    groups = json.loads(saved_config.to_json(Config()))
+    del groups["training"]["accumulate"]
+    saved = saved_config.from_json(json.dumps(groups), "config.json")
+    assert saved == Config()
+    assert training_differences(parse_train_options(["--accumulate=2"]), saved) == ["--accumulate 2 (was 1)"]
 
 
 def test_warm_up_must_end_before_training_does():

@@ -7,12 +7,19 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
 from empssl_jax.data.batches import Batch
+from empssl_jax.method import train_step
+from empssl_jax.method.encoder import encoder_graph, encoder_state
 from empssl_jax.method.hyperparameters import Hyperparameters, learning_rate
-from empssl_jax.method.train_step import create_state, make_train_step
+from empssl_jax.method.losses import emp_ssl_loss, normalise
+from empssl_jax.method.patches import multi_patch
+from empssl_jax.method.random_keys import training_patches_key
+from empssl_jax.method.train_step import create_state, make_optimizer, make_train_step
 from empssl_jax.runtime.devices import device_mesh, replicated, split_images
 
 CONFIG = Config(
@@ -62,15 +69,20 @@ def test_eight_devices_equal_one(batches, on_one_device):
     """Compares every parameter after one step, and only the metrics of later ones, which amplify rounding errors."""
     (ours, our_metrics), (theirs, their_metrics) = (run_steps(batches[:1], devices) for devices in (1, 8))
     assert_close(our_metrics[0], their_metrics[0])
-    difference = jax.tree.map(lambda a, b: np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-3), ours, theirs)
-    assert max(jax.tree.leaves(difference)) < 1e-4
+    assert largest_difference(ours, theirs) < 1e-4
     for ours, theirs in zip(on_one_device[1], run_steps(batches, 8)[1], strict=True):
         assert_close(ours, theirs)
 
 
-def assert_close(ours, theirs):
+def assert_close(ours, theirs, tolerance=1e-4):
     for name in ours:
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+        assert ours[name] == pytest.approx(theirs[name], rel=tolerance), name
+
+
+def largest_difference(ours, theirs) -> float:
+    """Between two trees, relative to the largest number of each array."""
+    difference = jax.tree.map(lambda a, b: np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-3), ours, theirs)
+    return max(jax.tree.leaves(difference))
 
 
 def test_a_second_step_compiles_nothing_and_counts(batches, on_one_device):
@@ -102,19 +114,89 @@ def test_remat_changes_nothing_but_memory(batches):
     remat = dataclasses.replace(CONFIG, run=RunConfig(remat=True))
     ours, theirs = run_steps(batches[:1], 1), run_steps(batches[:1], 1, remat)
     assert_close(ours[1][0], theirs[1][0])
-    difference = jax.tree.map(lambda a, b: np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-3), ours[0], theirs[0])
-    assert max(jax.tree.leaves(difference)) < 1e-4
+    assert largest_difference(ours[0], theirs[0]) < 1e-4
 
 
-def test_gradients_are_summed_over_devices_in_float32(batches):
-    """With bfloat16 layers, no sum over devices is in bfloat16."""
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
-    step, hyperparameters, mesh = compiled_step(8, config)
-    state = create_state.eval_shape(config.model, hyperparameters, mesh)
-    lowered = step.lower(hyperparameters, state, jax.device_put(batches[0], split_images(mesh))).as_text()
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_gradients_are_summed_over_devices_once_and_in_float32(batches, pieces):
+    """With bfloat16 layers, no sum over devices is in bfloat16, and each kernel has one, whatever the pieces."""
+    config = accumulating(pieces, CONFIG)
+    lowered = lowered_step(
+        8, dataclasses.replace(config, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
+    )
     sums = re.findall(r"all_reduce.*?\) : \((.*?)\) ->", lowered, re.DOTALL)
+    kernels = [types for types in sums if re.search(r"<\d+x\d+x\d+x\d+x", types)]
     assert len(sums) > 20
     assert not [types for types in sums if "bf16" in types]
+    assert len(kernels) == 20, "the convolutions of a ResNet-18"
+
+
+def test_the_program_does_not_grow_with_the_number_of_pieces(batches):
+    two, four = (lowered_step(1, accumulating(pieces, CONFIG)) for pieces in (2, 4))
+    assert len(four) == pytest.approx(len(two), rel=0.01)
+
+
+def lowered_step(num_devices: int, config: Config) -> str:
+    """The text of the step's program, which is not compiled."""
+    step, hyperparameters, mesh = compiled_step(num_devices, config)
+    state = create_state.eval_shape(config.model, hyperparameters, mesh)
+    images = np.zeros((CONFIG.training.batch_size, 32, 32, 3), np.uint8)
+    batch = jax.device_put(Batch(images, np.zeros(len(images), np.int32)), split_images(mesh))
+    return step.lower(hyperparameters, state, batch).as_text()
+
+
+def accumulating(pieces: int, config: Config) -> Config:
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=pieces))
+
+
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_pieces_give_the_whole_gradient_of_a_loss_with_batch_norm_by_piece(batches, remat):
+    """Two pieces on eight devices. The reference is one device that differentiates all pieces at once."""
+    hyperparameters, mesh = compiled_step(1, CONFIG)[1:]
+    start = create_state(CONFIG.model, hyperparameters, mesh)
+    images, indices = batches[0]
+    patches = multi_patch(training_patches_key(CONFIG.training.seed, 0), images, 4, patch_size=16, indices=indices)
+
+    def loss(params, batch_stats):
+        projections, new_stats = [], []
+        for piece in (patches[:, :2], patches[:, 2:]):
+            encoder = nnx.merge(encoder_graph(CONFIG.model), params, batch_stats)
+            encoder.train()
+            projections.append(normalise(encoder(piece.reshape(-1, 16, 16, 3))[1]).reshape(16, 2, 16))
+            new_stats.append(encoder_state(encoder).batch_stats)
+        parts = emp_ssl_loss(jnp.concatenate(projections, axis=1).swapaxes(0, 1), 200.0, 0.2)
+        return parts.total, (parts, jax.tree.map(lambda a, b: (a + b) / 2, *new_stats))
+
+    gradients, (parts, batch_stats) = jax.jit(jax.grad(loss, has_aux=True))(*start.encoder)
+    updates, _ = make_optimizer(hyperparameters).update(gradients, start.optimizer, start.encoder.params)
+    params = optax.apply_updates(start.encoder.params, updates)
+    config = dataclasses.replace(accumulating(2, CONFIG), run=RunConfig(remat=remat))
+    state, (metrics,) = run_steps(batches[:1], 8, config)
+    expected = {"loss": parts.total, "coding_rate": parts.coding_rate, "similarity": parts.similarity}
+    assert_close(expected, metrics)
+    assert largest_difference(params, state.encoder.params) < 1e-4
+    assert largest_difference(batch_stats, state.encoder.batch_stats) < 1e-5
+    assert int(state.step) == 1
+
+
+def test_pieces_change_nothing_where_their_statistics_are_those_of_the_batch(batches, monkeypatch):
+    """If the patches of an image are equal, all pieces have the whole batch's means and biased variances."""
+
+    def equal_patches(key, images, num_patches, *, first_patch, **options):
+        return jnp.repeat(multi_patch(key, images, 1, **options), num_patches, axis=1)
+
+    monkeypatch.setattr(train_step, "multi_patch", equal_patches)
+    steps = {}
+    for pieces in (1, 2):  # another area than elsewhere, since steps are cached
+        config = dataclasses.replace(CONFIG, patches=dataclasses.replace(CONFIG.patches, patch_area=0.2501))
+        steps[pieces] = run_steps(batches[:1], 1, accumulating(pieces, config))
+    (plain, plain_metrics), (pieces, metrics) = steps[1], steps[2]
+    assert_close(plain_metrics[0], metrics[0], 1e-5)
+    assert largest_difference(plain.encoder.params, pieces.encoder.params) < 1e-5
+    ours, theirs = (state.encoder.batch_stats["hidden_norm"] for state in (plain, pieces))
+    assert largest_difference(ours["mean"], theirs["mean"]) < 1e-5
+    # The unbiased variances are (64 / 63) and (32 / 31) times the biased ones: 64 patches, or 32 in each piece.
+    assert largest_difference((ours["var"] - 0.9) * 63 / 64, (theirs["var"] - 0.9) * 31 / 32) < 1e-5
 
 
 def test_the_schedule_is_a_half_cosine_over_all_steps():

@@ -139,7 +139,8 @@ def _in_pieces(
     Pieces split the patches, not the images: then each has all images, as has each determinant and each device's share.
     """
     projections, batch_stats = jax.lax.map(jax.checkpoint(project), jnp.arange(pieces))
-    return jnp.concatenate(projections), jax.tree.map(functools.partial(jnp.mean, axis=0), batch_stats)
+    mean_stats = jax.tree.map(lambda stats: jnp.mean(stats, axis=0), batch_stats)
+    return projections.reshape(-1, *projections.shape[2:]), mean_stats
 
 
 def _sum_gradients_in_float32(params: PyTree[Float[Array, "..."]]) -> PyTree[Float[Array, "..."]]:

@@ -237,6 +237,7 @@ def tiny_configs(draw: st.DrawFn) -> Config:
             values["warmup_epochs"] = min(values["warmup_epochs"], np.nextafter(values["max_epochs"], 0).item())
             smallest = SMALLEST_EPS * groups["model"].projection_dim
             values["coding_rate_eps"] = max(values["coding_rate_eps"], smallest)
+            values["accumulate"] = math.gcd(values["accumulate"], groups["patches"].train_patches)
         if name == "evaluation" and values["valid_crops"] == "random":
             values["cells"] = 1
         elif name == "evaluation":
