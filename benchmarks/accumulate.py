@@ -4,7 +4,8 @@
     python -m benchmarks.accumulate --config configs/digits.py --steps 5
 
 The memory is XLA's own count for one device of this machine, by compilation alone. On CPU, XLA computes bfloat16
-convolutions in float32, which takes more memory than on a GPU. With --steps, that many steps of each row are timed.
+convolutions in float32, which takes more memory than on a GPU. With --steps, that many steps of each row are timed, by
+the clock and by the processor time of all threads, which other programs on the machine disturb less.
 """
 
 import dataclasses
@@ -38,8 +39,8 @@ class Options:
     steps: int = 0
 
 
-def median_seconds(step: jax.stages.Compiled, config: Config, mesh: Mesh, steps: int) -> float:
-    """Median time of a step on random images, after a warm-up."""
+def median_seconds(step: jax.stages.Compiled, config: Config, mesh: Mesh, steps: int) -> tuple[float, float]:
+    """Median seconds of a step on random images and of its processor time, after a warm-up."""
     hyperparameters = jax.device_put(Hyperparameters.of(config.training, STEPS_PER_EPOCH), replicated(mesh))
     state = create_state(config.model, hyperparameters, mesh)
     size, side = config.training.batch_size, config.data.image_size or IMAGE_SIDE
@@ -47,11 +48,12 @@ def median_seconds(step: jax.stages.Compiled, config: Config, mesh: Mesh, steps:
     batch = jax.device_put(Batch(images, np.arange(size, dtype=np.int32)), split_images(mesh))
     times = []
     for _ in range(steps + 1):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         state, metrics = step(hyperparameters, state, batch)
         jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    wall, processor = map(statistics.median, zip(*times[1:], strict=True))
+    return wall, processor
 
 
 def main(arguments: list[str]) -> None:
@@ -60,15 +62,15 @@ def main(arguments: list[str]) -> None:
     config, mesh = parse_train_options(rest), device_mesh(1)
     if config.model.precision == "auto":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=default_precision()))
-    print(f"| --accumulate | temporary MB |{' seconds |' * bool(options.steps)}")
-    print(f"| --- | --- |{' --- |' * bool(options.steps)}")
+    columns = ["--accumulate", "temporary MB", *["seconds", "processor seconds"] * bool(options.steps)]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for pieces in PIECES:
         if config.patches.train_patches % pieces == 0:
             config = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=pieces))
             step = compile_train_step(config, mesh)
-            row = f"| {pieces} | {step.memory_analysis().temp_size_in_bytes / 1e6:,.0f} |"
-            row += f" {median_seconds(step, config, mesh, options.steps):.3f} |" if options.steps else ""
-            print(row, flush=True)
+            row = [str(pieces), f"{step.memory_analysis().temp_size_in_bytes / 1e6:,.0f}"]
+            row += [f"{x:.3f}" for x in median_seconds(step, config, mesh, options.steps)] if options.steps else []
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

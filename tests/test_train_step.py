@@ -117,23 +117,17 @@ def test_remat_changes_nothing_but_memory(batches):
     assert largest_difference(ours[0], theirs[0]) < 1e-4
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
-def test_gradients_are_summed_over_devices_once_and_in_float32(batches, pieces):
-    """With bfloat16 layers, no sum over devices is in bfloat16, and each kernel has one, whatever the pieces."""
-    config = accumulating(pieces, CONFIG)
-    lowered = lowered_step(
-        8, dataclasses.replace(config, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
-    )
-    sums = re.findall(r"all_reduce.*?\) : \((.*?)\) ->", lowered, re.DOTALL)
-    kernels = [types for types in sums if re.search(r"<\d+x\d+x\d+x\d+x", types)]
-    assert len(sums) > 20
-    assert not [types for types in sums if "bf16" in types]
-    assert len(kernels) == 20, "the convolutions of a ResNet-18"
-
-
-def test_the_program_does_not_grow_with_the_number_of_pieces(batches):
-    two, four = (lowered_step(1, accumulating(pieces, CONFIG)) for pieces in (2, 4))
-    assert len(four) == pytest.approx(len(two), rel=0.01)
+def test_gradients_are_summed_over_devices_once_and_in_float32():
+    """With bfloat16 layers, no sum over devices is in bfloat16. More pieces make neither more sums nor more program."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, precision="bfloat16"))
+    programs = [lowered_step(8, accumulating(pieces, config)) for pieces in (1, 2, 4)]
+    for program in programs:
+        sums = re.findall(r"all_reduce.*?\) : \((.*?)\) ->", program, re.DOTALL)
+        kernels = [types for types in sums if re.search(r"<\d+x\d+x\d+x\d+x", types)]
+        assert len(sums) > 20
+        assert not [types for types in sums if "bf16" in types]
+        assert len(kernels) == 20, "the convolutions of a ResNet-18"
+    assert len(programs[2]) == pytest.approx(len(programs[1]), rel=0.01)
 
 
 def lowered_step(num_devices: int, config: Config) -> str:
@@ -151,34 +145,39 @@ def accumulating(pieces: int, config: Config) -> Config:
 
 @pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_pieces_give_the_whole_gradient_of_a_loss_with_batch_norm_by_piece(batches, remat):
-    """Two pieces on eight devices. The reference is one device that differentiates all pieces at once."""
+    """Two pieces on eight devices. The reference differentiates both together on one device."""
     hyperparameters, mesh = compiled_step(1, CONFIG)[1:]
     start = create_state(CONFIG.model, hyperparameters, mesh)
     images, indices = batches[0]
     patches = multi_patch(training_patches_key(CONFIG.training.seed, 0), images, 4, patch_size=16, indices=indices)
 
     def loss(params, batch_stats):
-        projections, new_stats = [], []
-        for piece in (patches[:, :2], patches[:, 2:]):
+        def project(piece):
             encoder = nnx.merge(encoder_graph(CONFIG.model), params, batch_stats)
             encoder.train()
-            projections.append(normalise(encoder(piece.reshape(-1, 16, 16, 3))[1]).reshape(16, 2, 16))
-            new_stats.append(encoder_state(encoder).batch_stats)
-        parts = emp_ssl_loss(jnp.concatenate(projections, axis=1).swapaxes(0, 1), 200.0, 0.2)
-        return parts.total, (parts, jax.tree.map(lambda a, b: (a + b) / 2, *new_stats))
+            _, projections = encoder(piece.reshape(-1, 16, 16, 3))
+            return normalise(projections).reshape(16, 2, 16).swapaxes(0, 1), encoder_state(encoder).batch_stats
 
-    gradients, (parts, batch_stats) = jax.jit(jax.grad(loss, has_aux=True))(*start.encoder)
-    updates, _ = make_optimizer(hyperparameters).update(gradients, start.optimizer, start.encoder.params)
-    params = optax.apply_updates(start.encoder.params, updates)
+        projections, new_stats = jax.vmap(project)(jnp.stack([patches[:, :2], patches[:, 2:]]))
+        parts = emp_ssl_loss(projections.reshape(4, 16, 16), 200.0, 0.2)
+        return parts.total, (parts, jax.tree.map(lambda pair: (pair[0] + pair[1]) / 2, new_stats))
+
+    @jax.jit
+    def reference(start):
+        gradients, (parts, batch_stats) = jax.grad(loss, has_aux=True)(*start.encoder)
+        updates, _ = make_optimizer(hyperparameters).update(gradients, start.optimizer, start.encoder.params)
+        return optax.apply_updates(start.encoder.params, updates), batch_stats, parts
+
+    params, batch_stats, parts = jax.device_get(reference(start))
     config = dataclasses.replace(accumulating(2, CONFIG), run=RunConfig(remat=remat))
     state, (metrics,) = run_steps(batches[:1], 8, config)
-    expected = {"loss": parts.total, "coding_rate": parts.coding_rate, "similarity": parts.similarity}
-    assert_close(expected, metrics)
+    assert_close({"loss": parts.total, "coding_rate": parts.coding_rate, "similarity": parts.similarity}, metrics)
     assert largest_difference(params, state.encoder.params) < 1e-4
-    assert largest_difference(batch_stats, state.encoder.batch_stats) < 1e-5
+    assert largest_difference(batch_stats, state.encoder.batch_stats) < 1e-4
     assert int(state.step) == 1
 
 
+@pytest.mark.long
 def test_pieces_change_nothing_where_their_statistics_are_those_of_the_batch(batches, monkeypatch):
     """If the patches of an image are equal, all pieces have the whole batch's means and biased variances."""
 
@@ -192,7 +191,7 @@ def test_pieces_change_nothing_where_their_statistics_are_those_of_the_batch(bat
         steps[pieces] = run_steps(batches[:1], 1, accumulating(pieces, config))
     (plain, plain_metrics), (pieces, metrics) = steps[1], steps[2]
     assert_close(plain_metrics[0], metrics[0], 1e-5)
-    assert largest_difference(plain.encoder.params, pieces.encoder.params) < 1e-5
+    assert largest_difference(plain.encoder.params, pieces.encoder.params) < 1e-4
     ours, theirs = (state.encoder.batch_stats["hidden_norm"] for state in (plain, pieces))
     assert largest_difference(ours["mean"], theirs["mean"]) < 1e-5
     # The unbiased variances are (64 / 63) and (32 / 31) times the biased ones: 64 patches, or 32 in each piece.
