@@ -28,7 +28,7 @@ from empssl_jax.method.train_step import create_state
 from empssl_jax.runtime.devices import device_mesh, replicated, split_images
 from empssl_jax.runtime.user_errors import user_errors_exit
 
-PIECES = (1, 2, 5, 10, 20)
+PIECES = (1, 2, 5, 10)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,11 @@ which also sets the length of the learning rate's cosine); 78.9 % after 10 with 
 
 As in the authors' code, patches have 224x224 pixels; their crops have a quarter of the image's area and a random aspect
 ratio, and are resized bicubically. Unlike in the authors' code, which crops the original files, images are first
-resized to 256x256 pixels, which takes 25 GB on disk. A step has 2,000 patches of 224x224 pixels: too many for most GPUs
-without --remat or a smaller --batch-size.
+resized to 256x256 pixels, which takes 25 GB on disk.
+
+A step has 2,000 patches of 224x224 pixels. XLA's CPU compiler counts 57 GB of temporary memory in float32, so it should
+fit into 80 GB; bfloat16, the default on GPUs, takes less there. Not run on a GPU yet. --accumulate 5 needs 12 GB, and
+200 patches per image fit into 80 GB with --train-patches 200 --accumulate 10 (docs/performance.md).
 """
 
 from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig

@@ -149,7 +149,6 @@ def test_pieces_give_the_whole_gradient_of_a_loss_with_batch_norm_by_piece(batch
     hyperparameters, mesh = compiled_step(1, CONFIG)[1:]
     start = create_state(CONFIG.model, hyperparameters, mesh)
     images, indices = batches[0]
-    patches = multi_patch(training_patches_key(CONFIG.training.seed, 0), images, 4, patch_size=16, indices=indices)
 
     def loss(params, batch_stats):
         def project(piece):
@@ -158,6 +157,8 @@ def test_pieces_give_the_whole_gradient_of_a_loss_with_batch_norm_by_piece(batch
             _, projections = encoder(piece.reshape(-1, 16, 16, 3))
             return normalise(projections).reshape(16, 2, 16).swapaxes(0, 1), encoder_state(encoder).batch_stats
 
+        # Compiled, as in the step: rounding decides which whole number the hue becomes.
+        patches = multi_patch(training_patches_key(CONFIG.training.seed, 0), images, 4, patch_size=16, indices=indices)
         projections, new_stats = jax.vmap(project)(jnp.stack([patches[:, :2], patches[:, 2:]]))
         parts = emp_ssl_loss(projections.reshape(4, 16, 16), 200.0, 0.2)
         return parts.total, (parts, jax.tree.map(lambda pair: (pair[0] + pair[1]) / 2, new_stats))
