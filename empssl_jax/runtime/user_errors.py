@@ -30,7 +30,8 @@ def user_errors_exit() -> Iterator[None]:
         # XLA has no exception class for too little memory; the messages differ between GPU and CPU.
         if not (isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|Out of memory", str(error))):
             raise
-        remedy = "lower --batch-size, --embedding-batch-size, --train-patches or --width, or give --accumulate or --remat"
+        remedy = "lower --batch-size, --embedding-batch-size, --train-patches or --width, or give --remat"
+        remedy += " or, for training, --accumulate"
         print(f"error: out of memory ({one_line(error)}): {remedy}.", file=sys.stderr)
         raise SystemExit(UserError.exit_code) from None
     except KeyboardInterrupt:
