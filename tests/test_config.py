@@ -108,7 +108,7 @@ def test_pieces_must_divide_the_patches():
     for patches, pieces in ((20, 3), (20, 40), (7, 2)):
         remedy = f"--accumulate is {pieces}: give a number that divides --train-patches, which is {patches}."
         with pytest.raises(UserError, match=f"^{remedy}$"):
-            parse_train_options([f"--train-patches={patches}", f"--accumulate={pieces}"])
+            Config(patches=config.PatchConfig(patches), training=config.TrainingConfig(accumulate=pieces))
     assert parse_train_options(["--accumulate=20"]).training.accumulate == 20
 
 

@@ -114,7 +114,7 @@ class TrainingConfig(Checked):
 
     # Images in a step, over all devices.
     batch_size: int = int_field(100, 2, 100_000)
-    # Pieces that a step's patches are embedded in, one after the other: less memory, a third more time. Each piece has
+    # Pieces that a step's patches are embedded in, one after the other: less memory, a third more work. Each piece has
     # all images and an equal share of --train-patches. The loss is that of the whole batch, but BatchNorm normalises
     # each piece by its own statistics.
     accumulate: int = int_field(1, 1, 1000)
