@@ -20,7 +20,7 @@ ratio, and are resized bicubically. Unlike in the authors' code, which crops the
 resized to 256x256 pixels, which takes 25 GB on disk.
 
 A step has 2,000 patches of 224x224 pixels. XLA's CPU compiler counts 57 GB of temporary memory in float32, so it should
-fit into 80 GB; bfloat16, the default on GPUs, takes less there. Not run on a GPU yet. --accumulate 5 needs 12 GB, and
+fit into 80 GB; bfloat16, the default on GPUs, should take less. Not run on a GPU yet. --accumulate 5 needs 12 GB, and
 --train-patches 200 --accumulate 10 needs 57 GB, by proportion (docs/performance.md).
 """
 
