@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import tyro
 
-from empssl_jax.config.command_options import ImportOptions, ReportOptions
+from empssl_jax.config.command_options import FinetuneOptions, ImportOptions, ReportOptions
 from empssl_jax.config.config_files import parse_train_options
 from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.parse_options import (
@@ -95,6 +95,20 @@ def embed(arguments: Sequence[str], prog: str) -> None:
     embed_files.embed_files(options)
 
 
+def finetune(arguments: Sequence[str], prog: str) -> None:
+    """Fine-tunes a run's encoder on labelled images."""
+    description = (
+        "Fine-tunes the encoder of a run together with a linear classifier, on the labelled training images or a "
+        "fraction of them, and measures both on the test images.\n\n"
+        "Example: empssl finetune runs/cifar10 --label-fraction 0.01"
+    )
+    options = tyro.cli(FinetuneOptions, args=list(arguments), description=description, prog=prog)
+    from empssl_jax.finetuning import finetune as finetuning
+
+    _keep_memory_and_programs()
+    finetuning.finetune(options)
+
+
 def export(arguments: Sequence[str], prog: str) -> None:
     """Writes a run's encoder to a file for PyTorch or as ONNX."""
     options = parse_export_options(arguments, prog)
@@ -136,6 +150,7 @@ COMMANDS = {
     "train": Command(train, "train an encoder, or resume its training"),
     "eval": Command(evaluate, "measure a trained encoder by kNN and a linear classifier"),
     "embed": Command(embed, "embed image files with a trained encoder"),
+    "finetune": Command(finetune, "fine-tune a trained encoder on labelled images, of which a few can be enough"),
     "export": Command(export, "write a trained encoder to a file for PyTorch or as ONNX"),
     "import": Command(import_, "create a run from a file of weights"),
     "report": Command(report, "write a run's report, an HTML page"),

@@ -15,8 +15,9 @@ from empssl_jax.config.errors import UserError, require
 from empssl_jax.data.batches import Batch, count_steps, device_batches
 from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
 from empssl_jax.data.folder_images import folder_fingerprints
-from empssl_jax.evaluation.evaluate import check_neighbours, embed_and_save, have_labels, measure_knn, measure_rank
+from empssl_jax.evaluation.evaluate import check_neighbours, have_labels, knn_results, measure_rank
 from empssl_jax.evaluation.online_probe import online_probe
+from empssl_jax.evaluation.run_embeddings import run_embeddings
 from empssl_jax.evaluation.untrained_baseline import measure_untrained
 from empssl_jax.method.encoder import EncoderState, default_precision
 from empssl_jax.method.hyperparameters import Hyperparameters
@@ -87,11 +88,11 @@ def _complete_run(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, 
         measure_untrained(config, datasets, mesh, workdir)
     encoder = _fit(config, datasets, steps, mesh, workdir)
     if config.evaluation.valid_patches > 0:
-        embeddings = embed_and_save(config, encoder, datasets, mesh, workdir / "embeddings")
-        measured = measure_rank(embeddings)
+        embeddings = run_embeddings(config, encoder, datasets, mesh, workdir / "embeddings")
+        measured = of_embeddings(config.evaluation.embeddings, measure_rank(embeddings))
         if have_labels(embeddings):
-            measured |= {"kNN": measure_knn(embeddings, config.evaluation, mesh)}
-        print(format_table(add_results(workdir, of_embeddings(config.evaluation.embeddings, measured))))
+            measured |= knn_results("kNN", embeddings, config.evaluation, mesh)
+        print(format_table(add_results(workdir, measured)))
     if config.evaluation.report:
         try_to_report(workdir, config, datasets)
 

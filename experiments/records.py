@@ -34,7 +34,7 @@ def accuracies(embeddings: Embeddings, evaluation: EvaluationConfig, seed: int) 
     if evaluation.linear_epochs > 0:
         measured["linear"] = measure_linear(embeddings, evaluation, seed, mesh)["linear"]
     if evaluation.logistic:
-        measured["logistic"] = measure_logistic(embeddings, mesh)
+        measured["logistic"] = measure_logistic(embeddings, evaluation, mesh)
     return {name: 100 * accuracy["top1"] for name, accuracy in measured.items()}
 
 

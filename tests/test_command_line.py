@@ -13,7 +13,7 @@ from empssl_jax.config import Config
 from empssl_jax.config.config_files import parse_train_options
 
 HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "sklearn", "numpy")
-COMMANDS = ["train", "eval", "embed", "export", "import", "report", "compare"]
+COMMANDS = ["train", "eval", "embed", "finetune", "export", "import", "report", "compare"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
@@ -75,6 +75,7 @@ def test_every_help_has_an_example(name, capsys):
     [
         ("eval", ["The images to measure on.", "How images are embedded and embeddings measured.", "The processes of"]),
         ("embed", ["How images are embedded."]),
+        ("finetune", ["Which labels classifiers learn from.", "The images to measure on."]),
         ("export", ["For --format onnx only."]),
     ],
 )
@@ -101,7 +102,7 @@ def test_compare_needs_a_run(capsys):
     assert "names no run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["report", "export", "compare"])
+@pytest.mark.parametrize("command", ["report", "export", "compare", "finetune"])
 def test_a_run_without_an_option_is_named_without_one(command, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         command_line.main([command, str(tmp_path / "none")])

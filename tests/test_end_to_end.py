@@ -96,6 +96,8 @@ def test_evaluation_repeats_training_s_embeddings_and_adds_the_linear_classifier
     workdir, _ = uninterrupted
     before = arrays_of(workdir / "embeddings" / "test.npz")
     results = json.loads((workdir / "results.json").read_text())
+    for split in ("train", "test"):  # or they would be read instead of computed again
+        (workdir / "embeddings" / f"{split}.npz").unlink()
     done = run("eval.py", "--workdir", workdir)
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(before["embeddings"], arrays_of(workdir / "embeddings" / "test.npz")["embeddings"])

@@ -35,6 +35,17 @@ def test_patches_depend_only_on_key_index_and_number(golden):
     assert float(jnp.mean(jnp.abs(other - expected))) > 0.1
 
 
+def test_without_colours_a_patch_is_a_crop_or_its_mirror_image():
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    crops = [image[top : top + 4, left : left + 4] for top in range(5) for left in range(5)]
+    known = {crop.tobytes() for crop in [*crops, *(crop[:, ::-1] for crop in crops)]}
+    (found,) = patches.multi_patch(KEY, image[None], 200, patch_size=4, colours=False)
+    pixels = np.asarray(jnp.round((found + 1) * 127.5)).astype(np.uint8)
+    seen = {patch.tobytes() for patch in pixels}
+    assert seen <= known
+    assert len(seen) > 40  # of 50; each is missing with probability (1 - 1/50)^200 = 0.02
+
+
 @pytest.fixture(scope="module")
 def recipes():
     """20,000 random recipes, as NumPy arrays."""

@@ -5,7 +5,7 @@ evaluation_options.py. command_options.py has those of the other commands, check
 errors a user sees.
 """
 
-from empssl_jax.config.evaluation_options import EmbeddingConfig, EvaluationConfig
+from empssl_jax.config.evaluation_options import EmbeddingConfig, EvaluationConfig, LabelConfig
 from empssl_jax.config.options import (
     DataConfig,
     DistributedConfig,
@@ -22,6 +22,7 @@ __all__ = [
     "DistributedConfig",
     "EmbeddingConfig",
     "EvaluationConfig",
+    "LabelConfig",
     "ModelConfig",
     "PatchConfig",
     "RunConfig",

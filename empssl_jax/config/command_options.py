@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from empssl_jax.config.checked_fields import Checked, int_field, path_field
-from empssl_jax.config.evaluation_options import EmbeddingConfig, EvaluationConfig
-from empssl_jax.config.options import FOLDER, DistributedConfig, RunConfig
+from empssl_jax.config.checked_fields import Checked, float_field, int_field, path_field
+from empssl_jax.config.evaluation_options import EmbeddingConfig, EvaluationConfig, LabelConfig
+from empssl_jax.config.options import FOLDER, DistributedConfig, RunConfig, TrainingConfig
 
 RUN = "RUN"  # how help and errors name the folder of a run that is given without an option
 CheckpointChoice = int | Literal["latest", "best"]
@@ -127,3 +127,40 @@ class ReportOptions(Checked):
     dataset: str | None = path_field(None, after=FOLDER)
     # Folder of prepared TFDS data sets. Default: the run's, then $TFDS_DATA_DIR, then ~/tensorflow_datasets.
     data_dir: str | None = path_field(None)
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(Checked):
+    """Which encoder to fine-tune, and how."""
+
+    # Folder of a run.
+    run: Annotated[Positional[str], arg(metavar=RUN)] = path_field()
+    # New folder for the fine-tuned weights, the options and the results. Default: a folder in the run's that is named
+    # after --label-fraction, such as RUN/finetuned-0.01.
+    output: str | None = path_field(None)
+    # Checkpoint to start from: its step, the newest ("latest"), or the one with the lowest loss ("best").
+    step: CheckpointChoice = "latest"
+    # Passes over the labelled training images.
+    max_epochs: int = int_field(30, 1, 100_000)
+    # Images in a step, over all devices; all of them if there are fewer.
+    batch_size: int = int_field(50, 2, 100_000)
+    # Initial learning rate of the encoder (AdamW); it decays to 0 along a half cosine.
+    learning_rate: float = float_field(1e-3, 1e-9)
+    # Initial learning rate of the classifier, which starts at zero; it decays likewise.
+    classifier_learning_rate: float = float_field(1e-2, 1e-9)
+    # Weight decay of kernels: a step multiplies them by 1 minus this times the learning rate.
+    weight_decay: float = float_field(1e-2, 0.0)
+    # Area of the random crops, which are mirrored at random, as a fraction of the image. The test images are whole.
+    # Both are in the scale of the run's patches.
+    crop_area: float = float_field(0.6, 1e-9, 1.0)
+    # Also change the colours of crops, blur and solarize them, as patches in training.
+    colours: bool = False
+    # Seed of the order of the images, their crops, and the choice of those that are held out.
+    seed: int = int_field(TrainingConfig.seed, 0)
+    # Folder of prepared TFDS data sets. Default: the run's, then $TFDS_DATA_DIR, then ~/tensorflow_datasets.
+    data_dir: str | None = path_field(None)
+    # Folder for decoded images. Default: the run's, then empssl_jax/images in the user's cache folder.
+    cache_dir: str | None = path_field(None)
+
+    labels: OmitArgPrefixes[LabelConfig] = dataclasses.field(default_factory=LabelConfig)
+    data: OmitArgPrefixes[MeasuredData] = dataclasses.field(default_factory=MeasuredData)

@@ -58,7 +58,26 @@ class EmbeddingConfig(Checked):
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(EmbeddingConfig):
+class LabelConfig(Checked):
+    """Which labels classifiers learn from."""
+
+    # Learn from the labels of only this fraction of the training images, chosen at random within each class: the
+    # nearest whole number of images, but at least one. A smaller fraction is a part of a larger one.
+    label_fraction: float = float_field(1.0, 1e-9, 1.0)
+    # Seed of this choice, which depends on nothing else: runs with other seeds learn from the same labels.
+    label_seed: int = int_field(0, 0)
+
+    @property
+    def labels(self) -> str:
+        """The labels in words; empty if all are used."""
+        if self.label_fraction == 1:
+            return ""
+        choice = f" (--label-seed {self.label_seed})" if self.label_seed != LabelConfig.label_seed else ""
+        return f"{100 * self.label_fraction:g} % of labels{choice}"
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(LabelConfig, EmbeddingConfig):
     """How images are embedded and embeddings measured."""
 
     # Images embedded at a time, over all devices.

@@ -14,7 +14,7 @@ from empssl_jax.config.options import TRAIN
 from empssl_jax.evaluation import evaluate
 from empssl_jax.evaluation.evaluate import WriteReport
 from empssl_jax.evaluation.measured_images import measured_images
-from empssl_jax.run_folder.results import Accuracy, by_dataset, load_results
+from empssl_jax.run_folder.results import Accuracy, by_dataset, load_results, measure_name
 from empssl_jax.run_folder.saved_config import load_config, load_fingerprints
 from empssl_jax.runtime.atomic_write import atomic_write
 from empssl_jax.runtime.distributed import is_first_process
@@ -105,7 +105,8 @@ def _is_complete(options: EvaluateOptions, config: Config, results: dict[str, Ac
     images = measured_images(options.data, config.data, Path(options.workdir))
     there = by_dataset(results).get(images.name, {})
     wanted = {"kNN": True, "linear": config.evaluation.linear_epochs > 0, "logistic": config.evaluation.logistic}
-    return as_trained and all(name in there for name, is_wanted in wanted.items() if is_wanted)
+    names = [measure_name(name, config.evaluation) for name, is_wanted in wanted.items() if is_wanted]
+    return as_trained and all(name in there for name in names)
 
 
 def _of_the_same_images(runs: Sequence[Measured]) -> list[Measured]:

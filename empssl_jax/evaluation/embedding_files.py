@@ -18,12 +18,14 @@ MAX_COMPRESSION = 200  # deflate compresses zeros 1000-fold: without a limit, a 
 REMEDY = "give a folder with train.npz and test.npz, or leave --embeddings out to compute them"
 
 
-def save_embeddings(path: Path, split: LabelledEmbeddings) -> None:
+def save_embeddings(path: Path, split: LabelledEmbeddings, origin: str = "") -> None:
     """Writes an .npz atomically, with `embeddings` (N, E) float32, `labels` (N,) int32 and `class_names` (C,).
 
-    If the images are the user's files, it also contains their `names` (N,).
+    If the images are the user's files, it also contains their `names` (N,). `origin` is a digest of what the embeddings
+    were made of, for `read_origin`.
     """
     arrays: dict[str, Any] = split._asdict() | {"class_names": np.array(split.class_names, np.str_)}
+    arrays |= {"origin": np.array([origin], np.str_)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
@@ -37,8 +39,17 @@ def load_embeddings(path: Path) -> LabelledEmbeddings:
     Raises:
         UserError: the file is missing or damaged, or does not contain embeddings and their labels.
     """
-    split = _read_split(path)
+    split = read_split(path)
     return split._replace(class_names=complete_names(split, ()))
+
+
+def read_origin(path: Path) -> str:
+    """The `origin` that the file was saved with, empty if it has none or cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return str(_read_array(archive, "origin", dim=1, kinds="U")[0])
+    except Exception:  # numpy, zipfile and zlib raise various exceptions on damaged files
+        return ""
 
 
 def load_both_embeddings(folder: Path) -> Embeddings:
@@ -47,7 +58,7 @@ def load_both_embeddings(folder: Path) -> Embeddings:
     Raises:
         UserError: a file cannot be read, or the dimensions or the names of the classes do not fit together.
     """
-    bank, test = (_read_split(folder / f"{split}.npz") for split in SPLITS)
+    bank, test = (read_split(folder / f"{split}.npz") for split in SPLITS)
     dims = [split.embeddings.shape[1] for split in (bank, test)]
     remedy = f"train.npz and test.npz have dimensions {dims}, give files of the same dimension"
     require(len(set(dims)) == 1, "embeddings", str(folder), remedy)
@@ -57,8 +68,8 @@ def load_both_embeddings(folder: Path) -> Embeddings:
     return match_classes(bank, test)
 
 
-def _read_split(path: Path) -> LabelledEmbeddings:
-    """Reads a file; some or all classes may have no name.
+def read_split(path: Path) -> LabelledEmbeddings:
+    """Reads a file; some or all classes may have no name. `load_embeddings` says which errors are raised.
 
     Nothing is unpickled, and no array is read before its header is validated.
     """

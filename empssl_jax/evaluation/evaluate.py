@@ -13,15 +13,16 @@ from empssl_jax.config.command_options import EvaluateOptions, MeasuredData
 from empssl_jax.config.errors import DivergenceError, one_line, require
 from empssl_jax.data.datasets import Datasets, load_datasets, load_datasets_for_pictures
 from empssl_jax.evaluation.effective_rank import spectrum
-from empssl_jax.evaluation.embedding_files import load_both_embeddings, save_embeddings
-from empssl_jax.evaluation.embeddings import Embeddings, embed_datasets, labelled
+from empssl_jax.evaluation.embedding_files import load_both_embeddings
+from empssl_jax.evaluation.embeddings import Embeddings, labelled
+from empssl_jax.evaluation.few_labels import chosen_images, few_labels
 from empssl_jax.evaluation.knn import check_num_neighbours, sharded_knn_scores, top_k_accuracy
 from empssl_jax.evaluation.linear import linear_accuracy
 from empssl_jax.evaluation.logistic import logistic_accuracy
 from empssl_jax.evaluation.measured_images import measured_images
+from empssl_jax.evaluation.run_embeddings import run_embeddings
 from empssl_jax.evaluation.trained_encoder import restore_encoder
 from empssl_jax.evaluation.whitening import whitened
-from empssl_jax.method.encoder import EncoderState
 from empssl_jax.method.random_keys import classifier_key
 from empssl_jax.run_folder.results import (
     EFFECTIVE_RANK,
@@ -30,12 +31,12 @@ from empssl_jax.run_folder.results import (
     format_table,
     load_results,
     of_embeddings,
+    of_labels,
     on_dataset,
 )
 from empssl_jax.run_folder.saved_config import load_config
 from empssl_jax.run_folder.workdir import locked, storage_errors
 from empssl_jax.runtime.devices import device_mesh
-from empssl_jax.runtime.distributed import is_first_process
 
 WriteReport = Callable[[Path, Config, Datasets | None], None]  # the run's folder, config and images, if available
 
@@ -70,7 +71,7 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
         print(f"evaluating step {encoder.step} of {folder}{there}: {config.evaluation.embeddings}")
         datasets = load_datasets(config)
         check_neighbours(config, datasets)
-        embeddings = embed_and_save(config, encoder.state, datasets, mesh, measured.embeddings_folder(folder))
+        embeddings = run_embeddings(config, encoder.state, datasets, mesh, measured.embeddings_folder(folder))
         results = _measure(folder, embeddings, config, mesh, config.evaluation.embeddings, measured.name)
         if options.evaluation.report:
             own = dataclasses.replace(trained, run=run)  # the report is about the data set of the run
@@ -99,9 +100,9 @@ def _measure(
     """
 
     def named(accuracies: dict[str, Accuracy]) -> dict[str, Accuracy]:
-        return on_dataset(dataset, of_embeddings(made, accuracies))
+        return on_dataset(dataset, of_embeddings(made, of_labels(config.evaluation, accuracies)))
 
-    results = named(measure_rank(embeddings))
+    results = on_dataset(dataset, of_embeddings(made, measure_rank(embeddings)))
     has_labels = have_labels(embeddings)
     if has_labels:
         results |= named({"kNN": measure_knn(embeddings, config.evaluation, mesh)})
@@ -109,7 +110,7 @@ def _measure(
         if has_labels and config.evaluation.linear_epochs > 0:
             results |= named(measure_linear(embeddings, config.evaluation, config.training.seed, mesh))
         if has_labels and config.evaluation.logistic:
-            results |= named({"logistic": measure_logistic(embeddings, mesh)})
+            results |= named({"logistic": measure_logistic(embeddings, config.evaluation, mesh)})
     finally:  # kNN is kept even if the linear classifier diverges, and shown even if the disk is full
         try:
             add_results(folder, results)
@@ -119,18 +120,9 @@ def _measure(
 
 
 def check_neighbours(config: Config, datasets: Datasets) -> None:
-    """Raises UserError if the bank has labelled images, but fewer than `num_neighbours`."""
-    if num_labelled := int(np.count_nonzero(datasets.bank.labels >= 0)):
+    """Raises UserError if kNN learns from labelled images, but from fewer than `num_neighbours`."""
+    if num_labelled := len(chosen_images(datasets.bank.labels, config.evaluation)):
         check_num_neighbours(config.evaluation.num_neighbours, num_labelled)
-
-
-def embed_and_save(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh, folder: Path) -> Embeddings:
-    """Embeds the bank and the test images, and writes train.npz and test.npz into the folder."""
-    embeddings = embed_datasets(config, encoder, datasets, mesh)
-    if is_first_process():
-        save_embeddings(folder / "train.npz", embeddings.bank)
-        save_embeddings(folder / "test.npz", embeddings.test)
-    return embeddings
 
 
 def measure_rank(embeddings: Embeddings) -> dict[str, Accuracy]:
@@ -158,11 +150,17 @@ def have_labels(embeddings: Embeddings) -> bool:
     return True
 
 
+def knn_results(name: str, embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> dict[str, Accuracy]:
+    """`measure_knn` of a run's embeddings, as results.json has it under this name."""
+    return of_embeddings(config.embeddings, of_labels(config, {name: measure_knn(embeddings, config, mesh)}))
+
+
 def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> Accuracy:
     """Accuracy of weighted kNN on the labelled test embeddings."""
     bank, test = labelled(embeddings.bank), labelled(embeddings.test)
-    if config.whiten:
+    if config.whiten:  # before the choice of labels, since it uses none: few images would give a poor covariance
         bank, test = whitened(bank, test)
+    bank = few_labels(bank, config)
     scores = sharded_knn_scores(
         mesh,
         test.embeddings,
@@ -175,9 +173,9 @@ def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) ->
     return {f"top{k}": top_k_accuracy(jnp.asarray(scores), jnp.asarray(test.labels), k) for k in (1, 5)}
 
 
-def measure_logistic(embeddings: Embeddings, mesh: Mesh) -> Accuracy:
+def measure_logistic(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> Accuracy:
     """Accuracy of logistic regression on the labelled test embeddings."""
-    return logistic_accuracy(labelled(embeddings.bank), labelled(embeddings.test), mesh)
+    return logistic_accuracy(few_labels(embeddings.bank, config), labelled(embeddings.test), mesh)
 
 
 def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int, mesh: Mesh) -> dict[str, Accuracy]:
@@ -188,7 +186,7 @@ def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int, 
     Raises:
         DivergenceError: the classifier's logits are not finite after the last epoch.
     """
-    bank, test = labelled(embeddings.bank), labelled(embeddings.test)
+    bank, test = few_labels(embeddings.bank, config), labelled(embeddings.test)
     top1, top5 = linear_accuracy(classifier_key(seed), bank, test, config, mesh)
     if not np.isfinite(top1[-1]):
         rate = config.linear_learning_rate

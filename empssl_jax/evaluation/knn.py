@@ -90,8 +90,17 @@ def _scores(
 
 def check_num_neighbours(num_neighbours: int, num_images: int) -> None:
     """Raises UserError if there are fewer than `num_neighbours` images."""
-    remedy = f"there are only {num_images} training images, so give at most that"
+    remedy = f"there are only {num_images} labelled training images, so give at most that"
     require(num_neighbours <= num_images, "num_neighbours", num_neighbours, remedy)
+
+
+def classifier_accuracy(
+    logits: Float[Array | np.ndarray, "Q C"], labels: Int[np.ndarray, " Q"], train_labels: Int[np.ndarray, " N"]
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy of a classifier. Classes without training images are not predicted."""
+    has_images = np.isin(np.arange(logits.shape[1]), train_labels)
+    votes = np.where(has_images[None, :], logits - np.min(logits, axis=1, keepdims=True) + 1, 0)
+    return {f"top{k}": top_k_accuracy(jnp.asarray(votes), jnp.asarray(labels), k) for k in (1, 5)}
 
 
 def top_k_accuracy(votes: Float[Array, "Q C"], labels: Int[Array, " Q"], k: int) -> float:

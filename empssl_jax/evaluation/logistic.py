@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
-from empssl_jax.evaluation.knn import top_k_accuracy
+from empssl_jax.evaluation.knn import classifier_accuracy
 from empssl_jax.run_folder.results import Accuracy
 from empssl_jax.runtime.devices import replicated, split_images, to_devices
 
@@ -52,22 +52,20 @@ def logistic_accuracy(train: LabelledEmbeddings, test: LabelledEmbeddings, mesh:
     held_out = np.arange(len(bank)) % HELD_OUT == HELD_OUT - 1 if len(bank) >= HELD_OUT else everything
     kept = ~held_out if len(bank) >= HELD_OUT else everything
 
-    def accuracy(params: Params, embeddings: np.ndarray, labels: np.ndarray, k: int) -> float:
-        logits = embeddings @ params["kernel"] + params["bias"]
-        logits[:, np.setdiff1d(np.arange(train.num_classes), train.labels)] = -np.inf  # no image has taught these
-        return top_k_accuracy(jax.nn.softmax(jnp.asarray(logits), axis=1), jnp.asarray(labels), k)
+    def accuracy(params: Params, embeddings: np.ndarray, labels: np.ndarray) -> Accuracy:
+        return classifier_accuracy(embeddings @ params["kernel"] + params["bias"], labels, train.labels)
 
     dim = bank.shape[1]
     best, penalty, start = -1.0, PENALTIES[0], _zeros(dim, train.num_classes)
     examples = to_examples(bank, train.labels, kept, mesh)
     for candidate in PENALTIES:
         params = fit(start, examples, candidate, mesh)
-        held_out_accuracy = accuracy(params, bank[held_out], train.labels[held_out], 1)
+        held_out_accuracy = accuracy(params, bank[held_out], train.labels[held_out])["top1"]
         if held_out_accuracy < best:
             break
         best, penalty, start = held_out_accuracy, candidate, params
     params = fit(start, examples._replace(weights=_split(everything, np.float32, mesh)), penalty, mesh)
-    return {f"top{k}": accuracy(params, queries, test.labels, k) for k in (1, 5)} | {"penalty": penalty}
+    return accuracy(params, queries, test.labels) | {"penalty": penalty}
 
 
 def _zeros(dim: int, num_classes: int) -> Params:

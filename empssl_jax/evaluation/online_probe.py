@@ -51,6 +51,7 @@ def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh)
         cells=1,
         whiten=False,  # so few images give a poor estimate of the covariance
         num_neighbours=min(config.evaluation.num_neighbours, len(bank.labels)),
+        label_fraction=1.0,
     )
     embed = make_embed(dataclasses.replace(config, evaluation=options), mesh)
 

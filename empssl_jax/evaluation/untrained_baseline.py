@@ -12,12 +12,12 @@ from empssl_jax.config import Config
 from empssl_jax.data.batches import count_steps, device_batches
 from empssl_jax.data.datasets import Datasets
 from empssl_jax.evaluation.embeddings import embed_datasets
-from empssl_jax.evaluation.evaluate import have_labels, measure_knn
+from empssl_jax.evaluation.evaluate import have_labels, knn_results
 from empssl_jax.method import batch_norm
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.train_step import create_state, make_train_step
-from empssl_jax.run_folder.results import add_results, load_results, of_embeddings
+from empssl_jax.run_folder.results import add_results, load_results, measure_name
 from empssl_jax.runtime.devices import replicated, to_devices
 
 STATISTICS_PASSES = 10  # steps that set BatchNorm's statistics
@@ -31,7 +31,7 @@ def measure_untrained(config: Config, datasets: Datasets, mesh: Mesh, workdir: P
     remaining weight of this start is removed afterwards.
     """
     name = "kNN before training"
-    if name in load_results(workdir):
+    if measure_name(name, config.evaluation) in load_results(workdir):
         return
     dataset = datasets.train
     steps_per_epoch = count_steps(dataset, config.training.batch_size)
@@ -48,5 +48,4 @@ def measure_untrained(config: Config, datasets: Datasets, mesh: Mesh, workdir: P
     )
     embeddings = embed_datasets(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
     if have_labels(embeddings):
-        knn = {name: measure_knn(embeddings, config.evaluation, mesh)}
-        add_results(workdir, of_embeddings(config.evaluation.embeddings, knn))
+        add_results(workdir, knn_results(name, embeddings, config.evaluation, mesh))

@@ -27,6 +27,7 @@ def multi_patch(
     interpolation: Interpolation = PatchConfig.interpolation,
     indices: Int[Array | np.ndarray, " B"] | None = None,
     first_patch: int | Int[Array, ""] = 0,
+    colours: bool = True,
 ) -> Float[Array, "B P size size 3"]:
     """Random augmented patches of images, float32 in [-1, 1] (section 3.1 and appendix of the paper).
 
@@ -43,17 +44,18 @@ def multi_patch(
         interpolation: filter that resizes crops.
         indices: index of each image in the data set; default 0 to B-1.
         first_patch: number of the first patch, to make the patches of an image in several calls.
+        colours: change colours, blur and solarize; otherwise patches are only cropped and mirrored.
     """
     indices = jnp.arange(len(images)) if indices is None else indices
     patch_numbers = first_patch + jnp.arange(num_patches)
-    crop_options = (patch_area, patch_size, patch_aspect, interpolation)
+    options = (patch_area, patch_size, patch_aspect, interpolation, colours)
 
     def patches_of(
         image: Shaped[Array | np.ndarray, "H W 3"], index: Int[Array | np.ndarray, ""]
     ) -> Float[Array, "P 3 size size"]:
         planes = jnp.moveaxis(image, -1, 0).astype(jnp.float32)
         image_key = jax.random.fold_in(key, index)
-        return jax.vmap(lambda p: _random_patch(jax.random.fold_in(image_key, p), planes, *crop_options))(patch_numbers)
+        return jax.vmap(lambda p: _random_patch(jax.random.fold_in(image_key, p), planes, *options))(patch_numbers)
 
     patches = jax.vmap(patches_of)(images, indices)
     return jnp.moveaxis(patches, 2, -1) / 127.5 - 1.0
@@ -66,6 +68,7 @@ def _random_patch(
     patch_size: int,
     patch_aspect: float,
     interpolation: Interpolation,
+    colours: bool,
 ) -> Float[Array, "3 size size"]:
     """One random augmented patch of an image whose values are in [0, 255]; so are the patch's."""
     side = planes.shape[1]
@@ -77,7 +80,7 @@ def _random_patch(
         sides = draw_sides(jax.random.fold_in(key, 0), side, patch_area, patch_aspect)
         recipe = draw_recipe(key, side - sides + 1)
         patch = resize_crop(planes, recipe.top, recipe.left, sides, patch_size, interpolation)
-    return apply_recipe(patch, recipe)
+    return apply_recipe(patch, recipe) if colours else jnp.where(recipe.mirrored, mirror(patch), patch)
 
 
 def grid_patch(

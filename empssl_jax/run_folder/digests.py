@@ -24,7 +24,7 @@ def first_not_finite(tree: PyTree) -> str | None:
 
 def seal(record: dict[str, Any]) -> dict[str, Any]:
     """A copy of a JSON-serializable record with a digest of itself."""
-    return record | {"seal": _text_digest(record)}
+    return record | {"seal": text_digest(record)}
 
 
 def is_sealed(record: object) -> bool:
@@ -32,7 +32,12 @@ def is_sealed(record: object) -> bool:
     if not isinstance(record, dict):
         return False
     rest = {name: value for name, value in record.items() if name != "seal"}
-    return record.get("seal") == _text_digest(rest)
+    return record.get("seal") == text_digest(rest)
+
+
+def text_digest(record: dict[str, Any]) -> str:
+    """SHA-256 of a JSON-serializable record, whatever the order of its entries."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
@@ -44,7 +49,3 @@ def _digest(array: np.ndarray) -> str:
     digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
     digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def _text_digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

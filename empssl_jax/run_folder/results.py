@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from empssl_jax.config import LabelConfig
 from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.runtime.atomic_write import atomic_write
 from empssl_jax.runtime.distributed import is_first_process
@@ -12,7 +13,7 @@ RESULTS_FILE = "results.json"
 EFFECTIVE_RANK = "effective rank"  # the name of the measure
 # "top1" and "top5" as fractions. An effective rank has "rank" instead, with the numbers of "images" and "dimensions" of
 # the embeddings. For runs also "embeddings": how these were made, in words, and "dataset": the name of the data set, if
-# it is not the run's own.
+# it is not the run's own; and "label_fraction" and "label_seed", if not all labels were used.
 Accuracy = dict[str, Any]
 
 
@@ -57,6 +58,17 @@ def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accurac
 def of_embeddings(made: str | None, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
     """The results, each with how its embeddings were made; unchanged if `made` is None (unknown)."""
     return {name: accuracy | ({} if made is None else {"embeddings": made}) for name, accuracy in results.items()}
+
+
+def of_labels(options: LabelConfig, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
+    """The results of measures that learned from the labels that the options choose; unchanged if these are all."""
+    chosen = {"label_fraction": options.label_fraction, "label_seed": options.label_seed} if options.labels else {}
+    return {measure_name(name, options): accuracy | chosen for name, accuracy in results.items()}
+
+
+def measure_name(name: str, options: LabelConfig) -> str:
+    """The name that results.json gives to a measure: with the fraction of the labels, unless it is all of them."""
+    return f"{name}, {options.labels}" if options.labels else name
 
 
 def on_dataset(name: str | None, results: dict[str, Accuracy]) -> dict[str, Accuracy]:

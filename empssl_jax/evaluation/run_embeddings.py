@@ -1,0 +1,68 @@
+"""The embeddings of a run, which are computed once for each checkpoint, data set and way of embedding."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from empssl_jax.config import Config
+from empssl_jax.config.errors import UserError
+from empssl_jax.data.datasets import Datasets, ImageDataset
+from empssl_jax.evaluation.embedding_files import read_origin, read_split, save_embeddings
+from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_dataset, make_embed
+from empssl_jax.method.encoder import EncoderState
+from empssl_jax.run_folder.digests import array_digests, text_digest
+from empssl_jax.runtime.distributed import is_first_process
+
+VERSION = 1  # raise it with a change that gives other embeddings: those in the folders of runs are then computed again
+COMPARED_IMAGES = 1000  # of each split, evenly spaced: enough to notice that a data set has changed
+
+
+def run_embeddings(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh, folder: Path) -> Embeddings:
+    """The embeddings of the bank and of the test images.
+
+    Those in the folder's train.npz and test.npz are read if they are of the same encoder, images and options.
+    Otherwise they are computed and written there; see `embed_dataset` for the errors raised.
+    """
+    embed, options = make_embed(config, mesh), config.evaluation
+    encoder_digest = text_digest(array_digests(encoder))
+    splits = []
+    for name, images in (("train", datasets.bank), ("test", datasets.test)):
+        path, origin = folder / f"{name}.npz", _origin(config, encoder_digest, images)
+        split = _saved(path, origin, images)
+        if split is None:
+            split = embed_dataset(embed, encoder, images, options.embedding_batch_size, mesh, name)
+            if is_first_process():
+                save_embeddings(path, split, origin)
+        splits.append(split)
+    return Embeddings(*splits)
+
+
+def _saved(path: Path, origin: str, images: ImageDataset) -> LabelledEmbeddings | None:
+    """The embeddings in the file, None if they have another origin or the file is missing or damaged."""
+    try:
+        if read_origin(path) != origin:
+            return None
+        embeddings = read_split(path).embeddings
+    except UserError:
+        return None
+    print(f"reading {path}: these images have been embedded before")
+    return LabelledEmbeddings(embeddings, images.labels, images.class_names, images.names)
+
+
+def _origin(config: Config, encoder_digest: str, images: ImageDataset) -> str:
+    """A digest of all that embeddings and their labels depend on."""
+    size = len(images.labels)
+    compared = np.unique(np.linspace(0, size - 1, min(size, COMPARED_IMAGES)).astype(int))
+    arrays = {"images": images.images[compared], "labels": images.labels}
+    arrays |= {} if images.names is None else {"names": np.asarray(images.names)}
+    parts = {
+        "version": VERSION,
+        "seed": config.training.seed,
+        "encoder": encoder_digest,
+        "images": array_digests(arrays),
+        "class_names": images.class_names,
+    }
+    options = (config.model, config.patches, config.evaluation.embedding)
+    return text_digest(parts | {type(group).__name__: dataclasses.asdict(group) for group in options})

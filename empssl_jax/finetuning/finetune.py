@@ -1,0 +1,210 @@
+"""Fine-tunes a run's encoder with a linear classifier on labelled images, and measures both on the test images."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from empssl_jax.config import Config, DataConfig
+from empssl_jax.config.command_options import RUN, FinetuneOptions
+from empssl_jax.config.errors import DivergenceError, UserError
+from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
+from empssl_jax.evaluation.embeddings import embed_images, make_embed, whole_image_size
+from empssl_jax.evaluation.few_labels import choose_images, chosen_images
+from empssl_jax.evaluation.knn import classifier_accuracy
+from empssl_jax.evaluation.measured_images import measured_images
+from empssl_jax.evaluation.trained_encoder import restore_encoder
+from empssl_jax.finetuning.supervised_step import Numbers, SupervisedState, initial_state, logits, make_step
+from empssl_jax.inference.export_weights import metadata_of
+from empssl_jax.inference.image_encoder import ImageEncoder
+from empssl_jax.inference.torch_names import to_torch
+from empssl_jax.inference.weight_files import write_weights
+from empssl_jax.method.crops import crop_side
+from empssl_jax.method.random_keys import finetuning_order_key, held_out_key
+from empssl_jax.run_folder.results import Accuracy, add_results, format_table, of_labels, on_dataset
+from empssl_jax.run_folder.saved_config import load_config
+from empssl_jax.run_folder.workdir import LOCK_FILE, locked
+from empssl_jax.runtime.atomic_write import atomic_write
+from empssl_jax.runtime.devices import device_mesh
+
+HELD_OUT = 10  # one labelled image out of so many helps to choose the epoch
+
+Measure = Callable[[SupervisedState, ImageDataset, Int[np.ndarray, " K"]], Accuracy]
+
+
+class Rows(NamedTuple):
+    """Indices of labelled images, ascending."""
+
+    train: Int[np.ndarray, " N"]  # of the bank
+    held_out: Int[np.ndarray, " M"]  # of the bank; none if this would leave a class without one
+    test: Int[np.ndarray, " Q"]  # of the test images
+
+
+class FineTuned(NamedTuple):
+    """The state after an epoch, which is counted from 1."""
+
+    state: SupervisedState
+    epoch: int
+    held_out_accuracy: float  # NaN without held-out images
+
+
+def finetune(options: FinetuneOptions) -> dict[str, Accuracy]:
+    """Fine-tunes, measures, and writes weights, options and results into a new folder.
+
+    Held-out training images choose the epoch; without them, it is the last. An interrupted command has written nothing.
+
+    Raises:
+        UserError: the run or the checkpoint does not exist or is damaged, its images have no labels, or the output
+            folder is not empty.
+        DivergenceError: the loss is NaN or infinite.
+    """
+    run, mesh = Path(options.run), device_mesh()
+    trained = load_config(run, RUN)
+    output = Path(options.output or run / f"finetuned-{options.labels.label_fraction:g}")
+    _check_empty(output)
+    measured = measured_images(options.data, trained.data, run)
+    encoder = restore_encoder(run, options.step, RUN)
+    config = _embeds_whole_images(encoder.config, options, measured.data)
+    datasets = load_datasets(config)
+    rows = divide(datasets, options)
+    with locked(output, "output"):
+        print(f"fine-tuning step {encoder.step} of {run} on {len(rows.train)} labelled images")
+        measure = _make_measure(config, datasets.bank.labels[rows.train], mesh)
+        state = initial_state(encoder.state, datasets.bank.num_classes, _numbers(options, len(rows.train)))
+        tuned, last = _fit(config, options, datasets.bank, rows, state, measure, mesh)
+        accuracies = {
+            name: measure(fitted.state, datasets.test, rows.test) | {"epoch": fitted.epoch}
+            for name, fitted in (("fine-tuned", tuned), ("fine-tuned, last epoch", last))
+        }
+        results = on_dataset(measured.name, of_labels(options.labels, accuracies))
+        size = datasets.bank.images.shape[1]
+        _write_weights(output, ImageEncoder(config, tuned.state.encoder, encoder.step, size), tuned, datasets.bank)
+        with atomic_write(output / "finetune.json") as file:
+            file.write((json.dumps(dataclasses.asdict(options), indent=2) + "\n").encode())
+        print(format_table(add_results(output, results)))
+    print(f"wrote {output}")
+    return results
+
+
+def _check_empty(output: Path) -> None:
+    if output.exists() and not (output.is_dir() and {file.name for file in output.iterdir()} <= {LOCK_FILE}):
+        raise UserError(f"--output {output} is not an empty folder: give a new one, or delete it.")
+
+
+def _embeds_whole_images(trained: Config, options: FinetuneOptions, data: DataConfig) -> Config:
+    """The run's config with other images, and with the embedding that the classifier takes: of whole images."""
+    whole: dict[str, Any] = dict(valid_crops="whole", valid_patches=1, embedded_layer="hidden", cells=1)
+    folders = {name: getattr(options, name) or getattr(trained.run, name) for name in ("data_dir", "cache_dir")}
+    return dataclasses.replace(
+        trained,
+        data=data,
+        evaluation=dataclasses.replace(trained.evaluation, **whole),
+        run=dataclasses.replace(trained.run, **folders),
+    )
+
+
+def divide(datasets: Datasets, options: FinetuneOptions) -> Rows:
+    """Chooses the labelled training images to learn from, and holds out a tenth of each class, unless that is none.
+
+    Raises:
+        UserError: fewer than two classes have labelled training images, or no test image has a label.
+    """
+    labels, test = datasets.bank.labels, np.flatnonzero(datasets.test.labels >= 0)
+    chosen = chosen_images(labels, options.labels)
+    sizes = np.unique(labels[chosen], return_counts=True)[1]
+    if len(sizes) < 2 or len(test) == 0:
+        raise UserError(
+            f"{RUN} {options.run} has training images of {len(sizes)} classes and {len(test)} test images with labels: "
+            "give --dataset, --train-split or --test-split with labelled images."
+        )
+    if sizes.min() < HELD_OUT:
+        return Rows(chosen, chosen[:0], test)
+    held_out = chosen[choose_images(held_out_key(options.seed), labels[chosen], 1 / HELD_OUT)]
+    return Rows(np.setdiff1d(chosen, held_out), held_out, test)
+
+
+def _numbers(options: FinetuneOptions, num_images: int) -> Numbers:
+    steps_per_epoch = num_images // min(options.batch_size, num_images)
+    numbers = (options.seed, steps_per_epoch, steps_per_epoch * options.max_epochs)
+    rates = (options.learning_rate, options.classifier_learning_rate, options.weight_decay)
+    return Numbers(*(jnp.array(number, jnp.int32) for number in numbers), *(jnp.float32(rate) for rate in rates))
+
+
+def _make_measure(config: Config, train_labels: Int[np.ndarray, " N"], mesh: Mesh) -> Measure:
+    """The function (state, images, rows) -> accuracy on these images."""
+    embed, batch_size = make_embed(config, mesh), config.evaluation.embedding_batch_size
+
+    def measure(state: SupervisedState, dataset: ImageDataset, rows: Int[np.ndarray, " K"]) -> Accuracy:
+        def images_at(positions: Int[np.ndarray, " B"]) -> np.ndarray:
+            return dataset.images[rows[positions]]
+
+        embeddings = embed_images(embed, state.encoder, images_at, rows.astype(np.int32), batch_size, mesh)
+        scores = np.asarray(logits(state.params["classifier"], jnp.asarray(embeddings)))
+        return classifier_accuracy(scores, dataset.labels[rows], train_labels)
+
+    return measure
+
+
+def _fit(
+    config: Config,
+    options: FinetuneOptions,
+    bank: ImageDataset,
+    rows: Rows,
+    state: SupervisedState,
+    measure: Measure,
+    mesh: Mesh,
+) -> tuple[FineTuned, FineTuned]:
+    """Runs all epochs, prints a line for each, and returns the best (of equally good ones the last) and the last."""
+    side, size, num_images = bank.images.shape[1], min(options.batch_size, len(rows.train)), len(rows.train)
+    numbers = _numbers(options, num_images)
+    best = last = FineTuned(state, 0, -math.inf)
+    step = make_step(config.model, mesh, size, colours=options.colours, **crops_in_scale(config, options, side))
+    for epoch in range(options.max_epochs):
+        losses = []
+        for indices in epoch_batches(rows.train, size, options.seed, epoch):
+            state, loss = step(numbers, state, bank.images[indices], indices.astype(np.int32), bank.labels[indices])
+            losses.append(float(loss))
+        if not np.isfinite(losses).all():
+            raise DivergenceError(
+                f"Epoch {epoch + 1} of fine-tuning has a loss of {losses[-1]}: lower --learning-rate."
+            )
+        accuracy = measure(state, bank, rows.held_out)["top1"] if len(rows.held_out) else math.nan
+        held_out = f", held-out top-1 {100 * accuracy:.2f}%" if len(rows.held_out) else ""
+        print(f"epoch {epoch + 1} of {options.max_epochs}: loss {np.mean(losses):.4f}{held_out}", flush=True)
+        last = FineTuned(state, epoch + 1, accuracy)
+        if not accuracy < best.held_out_accuracy:
+            best = last
+    return best, last
+
+
+def crops_in_scale(config: Config, options: FinetuneOptions, image_side: int) -> dict[str, Any]:
+    """The options of `multi_patch` for square crops that are enlarged as much as the crops of patches are."""
+    scale = whole_image_size(image_side, config.patches) / image_side
+    size = round(crop_side(image_side, options.crop_area) * scale)
+    return dict(patch_area=options.crop_area, patch_size=size, interpolation=config.patches.interpolation)
+
+
+def epoch_batches(
+    rows: Int[np.ndarray, " N"], batch_size: int, seed: int, epoch: int
+) -> Iterator[Int[np.ndarray, " B"]]:
+    """The rows in random order, in batches; the last one is left out if it is incomplete."""
+    order = rows[np.asarray(jax.random.permutation(finetuning_order_key(seed, epoch), len(rows)))]
+    for start in range(0, len(rows) - batch_size + 1, batch_size):
+        yield order[start : start + batch_size]
+
+
+def _write_weights(output: Path, encoder: ImageEncoder, tuned: FineTuned, bank: ImageDataset) -> None:
+    """Writes the encoder as `empssl export` does, and the classifier with the names of torch's Linear."""
+    weights = to_torch(encoder.state, encoder.config.model, encoder.step)
+    write_weights(output / "encoder.safetensors", weights, metadata_of(encoder), "safetensors")
+    kernel, bias = (np.asarray(tuned.state.params["classifier"][name]) for name in ("kernel", "bias"))
+    metadata = {"class_names": json.dumps(bank.class_names)}
+    write_weights(output / "classifier.safetensors", {"weight": kernel, "bias": bias}, metadata, "safetensors")
