@@ -27,12 +27,12 @@ def png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def source_of(contents, memory=0, **options) -> Source:
+def source_of(contents, **options) -> Source:
     def read(numbers):
         return [Example(contents[i], i % 3 - 1, f"{i:03}.png") for i in numbers]
 
     defaults = {"name": "pictures train", "location": "here", "fingerprint": "1", "strict": False, "remedy": "fix it"}
-    return Source(size=len(contents), read=read, memory=memory, **(defaults | options))
+    return Source(size=len(contents), read=read, **(defaults | options))
 
 
 CONTENTS = [png(pixels(i)) for i in range(100)]
@@ -47,16 +47,16 @@ def stored(tmp_path):
     return load_images(source_of(CONTENTS), None, str(tmp_path))
 
 
-def test_images_are_the_same_in_memory_and_on_disk(stored, tmp_path):
+def test_images_are_the_same_in_memory_and_on_disk(stored, tmp_path, monkeypatch):
     expected = np.stack([pixels(i) for i in range(100)])
-    in_memory = load_images(source_of(CONTENTS, memory=10**6), None, str(tmp_path / "unused"))
     again = load_images(source_of(CONTENTS), None, str(tmp_path))
+    monkeypatch.setattr(image_store, "user_cache", lambda: None)
+    in_memory = load_images(source_of(CONTENTS), None, None)
     for images in (stored, in_memory, again):
         np.testing.assert_array_equal(images.images, expected)
         np.testing.assert_array_equal(images.labels, np.arange(100) % 3 - 1)
         assert images.ids.tolist() == [f"{i:03}.png" for i in range(100)]
         assert images.unreadable == {}
-    assert not (tmp_path / "unused").exists()
 
 
 def test_files_are_mapped_and_not_read(stored):

@@ -1,5 +1,7 @@
 """TFDS data sets whose splits, sizes and labels differ from CIFAR-10's, prepared by TFDS itself."""
 
+import os
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -8,7 +10,7 @@ from tensorflow_datasets import features
 
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, RunConfig
 from empssl_jax.config.errors import UserError
-from empssl_jax.data import tfds_images
+from empssl_jax.data import decoded_images
 from empssl_jax.data.datasets import load_bank, load_datasets, load_split
 from empssl_jax.evaluation.evaluate import check_neighbours
 
@@ -97,15 +99,17 @@ def test_images_without_labels_and_of_any_shape(tmp_path):
     assert np.abs(train.images - np.asarray(first, np.float64)).mean(axis=(1, 2, 3)).min() < 4
 
 
-def test_larger_splits_are_kept_on_disk_with_their_labels(tmp_path, monkeypatch):
-    in_memory = load(tmp_path)
-    assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(tfds_images, "MEMORY", 30 * 8 * 8 * 3 - 1)
+def test_images_are_decoded_once_unless_a_file_of_the_data_set_changes(tmp_path, monkeypatch):
     for _ in range(2):
-        mapped = load(tmp_path)
-        assert isinstance(mapped.images.base, np.memmap)
-        np.testing.assert_array_equal(mapped.images, in_memory.images)
-        np.testing.assert_array_equal(mapped.labels, in_memory.labels)
+        train = load(tmp_path)
+        assert isinstance(train.images.base, np.memmap)
+        numbers = numbers_of(train, range(30))
+        assert sorted(numbers) == list(range(30))
+        np.testing.assert_array_equal(train.labels, np.array(numbers) % 3)
+        monkeypatch.setattr(decoded_images, "decode", lambda *_: np.zeros((8, 8, 3), np.uint8))
+    shard = next((tmp_path / "tiny_stl").rglob("*-train.array_record*"))
+    os.utime(shard, (1, 1))
+    assert not load(tmp_path).images.any()
 
 
 def test_a_missing_split_is_refused_with_a_list_of_those_that_exist(tmp_path):

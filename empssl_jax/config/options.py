@@ -151,8 +151,7 @@ class RunConfig(Checked):
     workdir: str = path_field("runs/cifar10")
     # Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
     data_dir: str | None = path_field(None)
-    # Folder for decoded images of folders and of large data sets, which need not fit into memory. Default:
-    # empssl_jax/images in the user's cache folder.
+    # Folder for decoded images, which need not fit into memory. Default: empssl_jax/images in the user's cache folder.
     cache_dir: str | None = path_field(None)
     # Save a checkpoint every so many steps, besides the end of each epoch.
     checkpoint_every: int | None = int_field(None, 1)

@@ -1,4 +1,4 @@
-"""Decoded images of a split: in memory up to the source's limit, otherwise in a file that is written once and mapped.
+"""Decoded images of a split, in a file that is written once and mapped.
 
 The file is in the cache folder, with an index beside it. The operating system reads and drops its pages as needed, so a
 data set may be larger than the memory.
@@ -49,7 +49,6 @@ class Source(NamedTuple):
     read: Callable[[range], list[Example]]
     strict: bool  # an image that cannot be decoded is an error; otherwise it is skipped
     remedy: str  # for the message of that error
-    memory: int  # up to this many bytes, decoded images are kept in memory and not on disk
 
 
 class Images(NamedTuple):
@@ -84,7 +83,7 @@ def load_images(source: Source, side: int | None, cache_dir: str | None) -> Imag
     if first is None:
         example = "".join(f", for example {name} ({reason})" for name, reason in list(decoded.unreadable.items())[:1])
         raise UserError(f"None of the {source.size} images of {source.name} can be decoded{example}: check the files.")
-    if folder is None or first.nbytes * source.size <= source.memory:
+    if folder is None:
         return decoded.images(np.stack([first, *decoded]))
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -172,7 +172,6 @@ def _source(config: DataConfig, root: Path, split: str, files: Files, labels: li
         read=read,
         strict=config.strict_images,
         remedy="fix or remove the file, or leave out --strict-images",
-        memory=0,
     )
 
 

@@ -15,8 +15,6 @@ from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.data.decoded_images import NO_LABEL, Example, Images, Source, load_images
 from empssl_jax.runtime.distributed import first_process_first
 
-MEMORY = 2**30  # bytes: the decoded images of larger splits are kept on disk
-
 
 def load_tfds(
     config: DataConfig, split: str, data_dir: str | None, cache_dir: str | None
@@ -40,12 +38,11 @@ def load_tfds(
     source = Source(
         name=f"{name} {split}",
         location=f"{builder.data_dir} {split}",
-        fingerprint=builder.info.as_json,
+        fingerprint=_fingerprint(builder),
         size=size,
         read=_reader(builder, name, split),
         strict=True,
         remedy="prepare the data set again, or choose another",
-        memory=MEMORY,
     )
     images = load_images(source, config.image_size, cache_dir)
     if images.labels.min() < NO_LABEL or images.labels.max() >= len(class_names) > 0:
@@ -54,6 +51,12 @@ def load_tfds(
             f"{len(class_names)} classes from 0: prepare the data set again, or choose another."
         )
     return images, class_names
+
+
+def _fingerprint(builder: tfds.core.DatasetBuilder) -> str:
+    """Changes with the description of the data set and with the sizes and times of its files."""
+    files = sorted((file.name, file.stat().length, file.stat().mtime) for file in builder.data_path.iterdir())
+    return f"{builder.info.as_json} {files}"
 
 
 def find_test_split(config: DataConfig, data_dir: str | None) -> str:
