@@ -24,8 +24,8 @@ import jax
 import tyro
 
 from benchmarks import limits, measure, sizes
-from benchmarks.measure import HAS_TORCH, RESULTS, Row, Work
-from benchmarks.sizes import Sizes
+from benchmarks.measure import HAS_TORCH, RESULTS, Row
+from benchmarks.sizes import Sizes, Work
 from empssl_jax.config.errors import require
 from empssl_jax.runtime.user_errors import user_errors_exit
 

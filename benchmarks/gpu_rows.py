@@ -18,8 +18,7 @@ import jax
 
 from benchmarks import limits, measure, ours, profile_table, sizes
 from benchmarks.budget import Values
-from benchmarks.measure import Work
-from benchmarks.sizes import Sizes
+from benchmarks.sizes import Sizes, Work
 from empssl_jax import training
 from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.config_files import read_config_file

@@ -9,11 +9,13 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
+
+from benchmarks.sizes import Work
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,9 +40,6 @@ class Row(TypedDict):
     target: str  # "" if there is none
     commit: str
     date: str
-
-
-Work = Callable[[], Any]  # returns when the work is done
 
 
 def compare(ours: Work, theirs: Work | None, repeats: int, warm_up: bool = True) -> tuple[list[float], list[float]]:

@@ -11,8 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from benchmarks.measure import Work
-from benchmarks.sizes import Sizes, random_images, random_labels, random_vectors
+from benchmarks.sizes import Sizes, Work, random_images, random_labels, random_vectors
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
 from empssl_jax.data.batches import Batch
 from empssl_jax.data.datasets import ImageDataset

@@ -1,8 +1,12 @@
 """The amount of work in one run of each benchmark."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+Work = Callable[[], Any]  # returns when the work is done
 
 
 @dataclass(frozen=True)

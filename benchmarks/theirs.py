@@ -7,10 +7,8 @@ from typing import Any
 import torch
 
 from benchmarks import baseline_torch as baseline
-from benchmarks.measure import Work
-from benchmarks.sizes import Sizes, random_images, random_labels, random_vectors
+from benchmarks.sizes import Sizes, Work, random_images, random_labels, random_vectors
 from empssl_jax.config import Config
-from empssl_jax.data.datasets import SPLITS, load_datasets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -128,6 +126,8 @@ def linear_probe(sizes: Sizes) -> Work:
 
 def end_to_end(config: Config) -> dict[str, float]:
     """Trains, embeds the images and measures kNN and the linear classifier; returns both accuracies from 0 to 1."""
+    from empssl_jax.data.datasets import SPLITS, load_datasets  # imports JAX, which is no part of the baseline's start
+
     workers = len(os.sched_getaffinity(0))
     model = baseline.Encoder(config.model.width, config.model.hidden_dim, config.model.projection_dim)
     model = model.to(DEVICE, memory_format=torch.channels_last)

@@ -20,6 +20,7 @@ from empssl_jax.parse_options import (
     parse_evaluations,
     parse_export_options,
 )
+from empssl_jax.runtime.imports import quick_imports
 from empssl_jax.runtime.user_errors import escape_unprintable_characters, user_errors_exit
 
 
@@ -57,8 +58,9 @@ def _keep_memory_and_programs() -> None:
 def train(arguments: Sequence[str], prog: str) -> None:
     """Trains or resumes a run."""
     config = parse_train_options(arguments, prog)
-    from empssl_jax import training
-    from empssl_jax.runtime import distributed
+    with quick_imports():
+        from empssl_jax import training
+        from empssl_jax.runtime import distributed
 
     _keep_memory_and_programs()
     with distributed.processes(config.distributed):
@@ -68,9 +70,10 @@ def train(arguments: Sequence[str], prog: str) -> None:
 def evaluate(arguments: Sequence[str], prog: str) -> None:
     """Measures one run, or compares several."""
     options = parse_evaluations(arguments, prog)
-    from empssl_jax.evaluation import comparison
-    from empssl_jax.report.write_report import try_to_report
-    from empssl_jax.runtime import distributed, interruption
+    with quick_imports():
+        from empssl_jax.evaluation import comparison
+        from empssl_jax.report.write_report import try_to_report
+        from empssl_jax.runtime import distributed, interruption
 
     _keep_memory_and_programs()
     with distributed.processes(options[0].distributed):
@@ -89,7 +92,8 @@ def compare(arguments: Sequence[str], prog: str) -> None:
 def embed(arguments: Sequence[str], prog: str) -> None:
     """Embeds a folder of image files."""
     options = parse_embed_options(arguments, prog)
-    from empssl_jax.inference import embed_files
+    with quick_imports():
+        from empssl_jax.inference import embed_files
 
     _keep_memory_and_programs()
     embed_files.embed_files(options)

@@ -146,8 +146,7 @@ def _fit(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: 
         train_step = profiling.with_profiler_trace(train_step, workdir / "profile")
     probe = online_probe(config, datasets, steps.last, mesh)
     with Checkpoints(workdir, config.run.max_to_keep) as store, interruption.stop_requests() as stop_signal:
-        state = _initial_state(config, hyperparameters, store, mesh)
-        first_step = int(state.step)
+        first_step, state = _initial_state(config, hyperparameters, store, mesh)
         if first_step:
             print(f"resuming {workdir} at step {first_step} of {steps.last}")
         batches = device_batches(datasets.train, config.training, first_step, steps.last, mesh)
@@ -162,7 +161,8 @@ def _fit(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: 
             return not stop
 
         with _metrics_writer(config, workdir, first_step, steps.last) as writer:
-            state = _run_steps(train_step, state, batches, writer, after_step, config.distributed.step_timeout)
+            timeout = config.distributed.step_timeout
+            state = _run_steps(train_step, first_step, state, batches, writer, after_step, timeout)
         store.wait()
         if signal := stop_signal(int(state.step)):
             print(f"stopped and saved at step {int(state.step)} of {steps.last}: the same command resumes there")
@@ -172,6 +172,7 @@ def _fit(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: 
 
 def _run_steps(
     train_step: Step,
+    first_step: int,
     state: TrainState,
     batches: Iterator[Batch],
     writer: MetricsWriter,
@@ -179,7 +180,6 @@ def _run_steps(
     timeout: float,
 ) -> TrainState:
     """Trains on each batch until none is left or `after_step` returns False."""
-    first_step = int(state.step)
     with step_watchdog(timeout) as step_done:
         for step, batch in enumerate(batches, start=first_step):
             state, metrics = train_step(state, batch)
@@ -204,11 +204,13 @@ def _metrics_writer(config: Config, workdir: Path, first_step: int, last_step: i
     return MetricsWriter(workdir, first_step, last_step, patches_per_step, bounds, extra_loggers)
 
 
-def _initial_state(config: Config, hyperparameters: Hyperparameters, store: Checkpoints, mesh: Mesh) -> TrainState:
-    """The state of the newest checkpoint, or a fresh state if there is none."""
+def _initial_state(
+    config: Config, hyperparameters: Hyperparameters, store: Checkpoints, mesh: Mesh
+) -> tuple[int, TrainState]:
+    """The step and state of the newest checkpoint, or 0 and a fresh state, which need not be computed yet."""
     if store.latest_step() is None:
-        return create_state(config.model, hyperparameters, mesh)
+        return 0, create_state(config.model, hyperparameters, mesh)
     template, sharding = create_state.eval_shape(config.model, hyperparameters, mesh), replicated(mesh)
     step, encoder, optimizer_state = store.restore(template.encoder, template.optimizer, sharding, "latest")
     store.set_aside_after(step)
-    return TrainState(to_devices(np.array(step, np.int32), sharding), encoder, optimizer_state)
+    return step, TrainState(to_devices(np.array(step, np.int32), sharding), encoder, optimizer_state)

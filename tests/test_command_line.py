@@ -32,6 +32,21 @@ finally:
     assert "usage: empssl" in done.stdout
 
 
+def test_imports_run_without_garbage_collections_and_are_skipped_by_later_ones():
+    code = """
+import gc, sys
+from empssl_jax.runtime.imports import quick_imports
+for _ in range(2):
+    with quick_imports():
+        print(gc.isenabled(), end=" ")
+        import jax
+    print(gc.isenabled(), gc.get_freeze_count() > 10_000, end=" ")
+    gc.unfreeze()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "True", "True", "False"]
+
+
 def help_of(*arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         command_line.main([*arguments, "--help"])

@@ -119,8 +119,8 @@ def test_export_then_import_is_exact(tiny_run, tmp_path, kind):
     # Training starts from the imported encoder.
     hyperparameters = Hyperparameters.of(ours.config.training, 2)
     with Checkpoints(workdir) as store:
-        state = training._initial_state(ours.config, hyperparameters, store, device_mesh())
-    assert int(state.step) == 0
+        step, state = training._initial_state(ours.config, hyperparameters, store, device_mesh())
+    assert step == int(state.step) == 0
     assert_equal(state.encoder, theirs.state)
     other = dataclasses.replace(ours.config, model=dataclasses.replace(ours.config.model, width=8))
     with pytest.raises(UserError, match=r"holds another run: --width 8 \(was 4\)"):
