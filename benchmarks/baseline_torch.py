@@ -187,9 +187,10 @@ def train_step(
     patches: Tensor,
     num_patches: int,
     rate: CodingRate = coding_rate,
+    mixed: bool = False,
 ) -> Tensor:
-    """One update on (P B, 3, H, W) patches; returns the loss on the device."""
-    with torch.autocast(patches.device.type, torch.bfloat16, enabled=patches.is_cuda):
+    """One update on (P B, 3, H, W) patches, in bfloat16 on GPU or if `mixed`; returns the loss on the device."""
+    with torch.autocast(patches.device.type, torch.bfloat16, enabled=mixed or patches.is_cuda):
         _, projections = model(patches)
     loss = emp_ssl_loss(projections.float().unflatten(0, (num_patches, -1)), rate=rate)
     optimizer.zero_grad()

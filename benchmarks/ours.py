@@ -121,7 +121,12 @@ def forward(sizes: Sizes) -> Work:
 
 def train_step(sizes: Sizes, patch_size: int) -> Work:
     """A train step from images on the device to new parameters, patches included."""
-    step, hyperparameters, state, batch = compiled_step(make_config(sizes, patch_size))
+    return step_of(make_config(sizes, patch_size))
+
+
+def step_of(config: Config) -> Work:
+    """The train step of a config, as in `train_step`."""
+    step, hyperparameters, state, batch = compiled_step(config)
     current = [state]
 
     def work() -> dict[str, Array]:

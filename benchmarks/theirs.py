@@ -72,12 +72,15 @@ def forward(sizes: Sizes) -> Work:
     return _until_done(work)
 
 
-def train_step(sizes: Sizes, patch_size: int) -> Work:
-    """A train step from ready patches of 32x32 to new parameters, whatever `patch_size` ours has."""
+def train_step(sizes: Sizes, patch_size: int, mixed: bool = False) -> Work:
+    """A train step from ready patches of 32x32 to new parameters, whatever `patch_size` ours has.
+
+    It is in bfloat16 on GPU or if `mixed`.
+    """
     del patch_size
     model, patches = _model().train(), _patches(sizes, sizes.patch_size)
     optimizer, scheduler = baseline.make_optimizer(model, 500)
-    return _until_done(lambda: baseline.train_step(model, optimizer, scheduler, patches, sizes.patches))
+    return _until_done(lambda: baseline.train_step(model, optimizer, scheduler, patches, sizes.patches, mixed=mixed))
 
 
 def helped_train_step(sizes: Sizes) -> Work:
