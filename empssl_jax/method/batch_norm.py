@@ -58,6 +58,7 @@ def normalise_batch(
     return _forward(x, scale, bias, axis_name)[0]
 
 
+@functools.partial(jax.jit, static_argnums=3)  # traced once for all layers of a shape
 def _forward(
     x: Float[Array, "*batch C"], scale: Float[Array, " C"], bias: Float[Array, " C"], axis_name: str | None
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array, Array]]:
@@ -70,6 +71,7 @@ def _forward(
     return (_affine(x, *_slope_and_offset(mean, var, scale, bias)), mean, var), (x, mean, var, scale)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # likewise
 def _backward(
     axis_name: str | None, residuals: tuple[Array, Array, Array, Array], cotangents: tuple[Array, Array, Array]
 ) -> tuple[Float[Array, "*batch C"], Float[Array, " C"], Float[Array, " C"]]:

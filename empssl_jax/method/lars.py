@@ -69,6 +69,7 @@ def _clipped_trust_ratio(
     ) -> tuple[optax.Updates, ClippedTrustRatioState]:
         rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
 
+        @jax.jit  # traced once for all kernels of a shape
         def adapt(g: jax.Array, w: jax.Array) -> jax.Array:
             w_norm, g_norm = norm_pair(w, g)
             ratio = trust_coefficient * w_norm / (g_norm + weight_decay * w_norm + eps)
