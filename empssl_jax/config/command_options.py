@@ -146,8 +146,8 @@ class FinetuneOptions(Checked):
     batch_size: int = int_field(50, 2, 100_000)
     # Initial learning rate of the encoder (AdamW); it decays to 0 along a half cosine.
     learning_rate: float = float_field(1e-3, 1e-9)
-    # Initial learning rate of the classifier, which starts at zero; it decays likewise.
-    classifier_learning_rate: float = float_field(1e-2, 1e-9)
+    # Initial learning rate of the classifier, which starts as a logistic regression on the run's embeddings.
+    classifier_learning_rate: float = float_field(1e-4, 1e-9)
     # Weight decay of kernels: a step multiplies them by 1 minus this times the learning rate.
     weight_decay: float = float_field(1e-2, 0.0)
     # Area of the random crops, which are mirrored at random, as a fraction of the image. The test images are whole.

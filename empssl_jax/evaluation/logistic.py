@@ -33,8 +33,29 @@ class Examples(NamedTuple):
     weights: Float[Array, " N"]
 
 
+class Classifier(NamedTuple):
+    """A linear classifier of standardised embeddings."""
+
+    mean: Float[np.ndarray, " E"]
+    scale: Float[np.ndarray, " E"]
+    kernel: Float[np.ndarray, "E C"]
+    bias: Float[np.ndarray, " C"]
+    penalty: float
+
+    def logits(self, embeddings: Float[np.ndarray, "N E"]) -> Float[np.ndarray, "N C"]:
+        """The score of each class."""
+        return (embeddings - self.mean) / self.scale @ self.kernel + self.bias
+
+
 def logistic_accuracy(train: LabelledEmbeddings, test: LabelledEmbeddings, mesh: Mesh) -> Accuracy:
-    """Accuracy of logistic regression on standardised embeddings, and the chosen L2 penalty.
+    """Accuracy of logistic regression on standardised embeddings, and the chosen L2 penalty; see `fit_classifier`."""
+    classifier = fit_classifier(train, mesh)
+    accuracy = classifier_accuracy(classifier.logits(test.embeddings), test.labels, train.labels)
+    return accuracy | {"penalty": classifier.penalty}
+
+
+def fit_classifier(train: LabelledEmbeddings, mesh: Mesh) -> Classifier:
+    """Logistic regression on standardised embeddings.
 
     Every tenth training image is held out. From the strongest penalty on, the next one is tried until the accuracy on
     the held-out images falls; then the classifier is fitted to all training images. L-BFGS solves the convex problem,
@@ -42,30 +63,25 @@ def logistic_accuracy(train: LabelledEmbeddings, test: LabelledEmbeddings, mesh:
 
     Args:
         train: embeddings to learn from; they are split over the devices.
-        test: embeddings to measure the accuracy on.
         mesh: the devices.
     """
     mean, deviation = np.mean(train.embeddings, axis=0), np.std(train.embeddings, axis=0)
     scale = np.where(deviation > 0, deviation, 1.0)
-    bank, queries = ((split.embeddings - mean) / scale for split in (train, test))
+    bank = (train.embeddings - mean) / scale
     everything = np.ones(len(bank), bool)
     held_out = np.arange(len(bank)) % HELD_OUT == HELD_OUT - 1 if len(bank) >= HELD_OUT else everything
     kept = ~held_out if len(bank) >= HELD_OUT else everything
-
-    def accuracy(params: Params, embeddings: np.ndarray, labels: np.ndarray) -> Accuracy:
-        return classifier_accuracy(embeddings @ params["kernel"] + params["bias"], labels, train.labels)
-
-    dim = bank.shape[1]
-    best, penalty, start = -1.0, PENALTIES[0], _zeros(dim, train.num_classes)
+    best, penalty, start = -1.0, PENALTIES[0], _zeros(bank.shape[1], train.num_classes)
     examples = to_examples(bank, train.labels, kept, mesh)
     for candidate in PENALTIES:
         params = fit(start, examples, candidate, mesh)
-        held_out_accuracy = accuracy(params, bank[held_out], train.labels[held_out])["top1"]
-        if held_out_accuracy < best:
+        scores = bank[held_out] @ params["kernel"] + params["bias"]
+        accuracy = classifier_accuracy(scores, train.labels[held_out], train.labels)["top1"]
+        if accuracy < best:
             break
-        best, penalty, start = held_out_accuracy, candidate, params
+        best, penalty, start = accuracy, candidate, params
     params = fit(start, examples._replace(weights=_split(everything, np.float32, mesh)), penalty, mesh)
-    return accuracy(params, queries, test.labels) | {"penalty": penalty}
+    return Classifier(mean, scale, np.asarray(params["kernel"]), np.asarray(params["bias"]), penalty)
 
 
 def _zeros(dim: int, num_classes: int) -> Params:

@@ -11,23 +11,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from empssl_jax.config import Config, DataConfig
 from empssl_jax.config.command_options import RUN, FinetuneOptions
 from empssl_jax.config.errors import DivergenceError, UserError
 from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
-from empssl_jax.evaluation.embeddings import embed_images, make_embed, whole_image_size
+from empssl_jax.evaluation.embeddings import LabelledEmbeddings, embed_images, make_embed, whole_image_size
 from empssl_jax.evaluation.few_labels import choose_images, chosen_images
 from empssl_jax.evaluation.knn import classifier_accuracy
+from empssl_jax.evaluation.logistic import fit_classifier
 from empssl_jax.evaluation.measured_images import measured_images
 from empssl_jax.evaluation.trained_encoder import restore_encoder
-from empssl_jax.finetuning.supervised_step import Numbers, SupervisedState, initial_state, logits, make_step
+from empssl_jax.finetuning.supervised_step import (
+    CELLS,
+    LAYER,
+    Numbers,
+    SupervisedState,
+    initial_state,
+    logits,
+    make_step,
+)
 from empssl_jax.inference.export_weights import metadata_of
 from empssl_jax.inference.image_encoder import ImageEncoder
 from empssl_jax.inference.torch_names import to_torch
 from empssl_jax.inference.weight_files import write_weights
 from empssl_jax.method.crops import crop_side
+from empssl_jax.method.encoder import EncoderState
 from empssl_jax.method.random_keys import finetuning_order_key, held_out_key
 from empssl_jax.run_folder.results import Accuracy, add_results, format_table, of_labels, on_dataset
 from empssl_jax.run_folder.saved_config import load_config
@@ -37,6 +47,7 @@ from empssl_jax.runtime.devices import device_mesh
 
 HELD_OUT = 10  # one labelled image out of so many helps to choose the epoch
 
+Embed = Callable[[EncoderState, ImageDataset, Int[np.ndarray, " K"]], Float[np.ndarray, "K E"]]
 Measure = Callable[[SupervisedState, ImageDataset, Int[np.ndarray, " K"]], Accuracy]
 
 
@@ -49,7 +60,7 @@ class Rows(NamedTuple):
 
 
 class FineTuned(NamedTuple):
-    """The state after an epoch, which is counted from 1."""
+    """The state after an epoch, which is counted from 1; 0 is the classifier of the run's own embeddings."""
 
     state: SupervisedState
     epoch: int
@@ -77,8 +88,10 @@ def finetune(options: FinetuneOptions) -> dict[str, Accuracy]:
     rows = divide(datasets, options)
     with locked(output, "output"):
         print(f"fine-tuning step {encoder.step} of {run} on {len(rows.train)} labelled images")
-        measure = _make_measure(config, datasets.bank.labels[rows.train], mesh)
-        state = initial_state(encoder.state, datasets.bank.num_classes, _numbers(options, len(rows.train)))
+        embed, bank = _make_embed(config, mesh), datasets.bank
+        labelled = LabelledEmbeddings(embed(encoder.state, bank, rows.train), bank.labels[rows.train], bank.class_names)
+        state = initial_state(encoder.state, fit_classifier(labelled, mesh), _numbers(options, len(rows.train)))
+        measure = _make_measure(embed, labelled.labels)
         tuned, last = _fit(config, options, datasets.bank, rows, state, measure, mesh)
         accuracies = {
             name: measure(fitted.state, datasets.test, rows.test) | {"epoch": fitted.epoch}
@@ -101,7 +114,7 @@ def _check_empty(output: Path) -> None:
 
 def _embeds_whole_images(trained: Config, options: FinetuneOptions, data: DataConfig) -> Config:
     """The run's config with other images, and with the embedding that the classifier takes: of whole images."""
-    whole: dict[str, Any] = dict(valid_crops="whole", valid_patches=1, embedded_layer="hidden", cells=1)
+    whole: dict[str, Any] = dict(valid_crops="whole", valid_patches=1, embedded_layer=LAYER, cells=CELLS)
     folders = {name: getattr(options, name) or getattr(trained.run, name) for name in ("data_dir", "cache_dir")}
     return dataclasses.replace(
         trained,
@@ -138,17 +151,25 @@ def _numbers(options: FinetuneOptions, num_images: int) -> Numbers:
     return Numbers(*(jnp.array(number, jnp.int32) for number in numbers), *(jnp.float32(rate) for rate in rates))
 
 
-def _make_measure(config: Config, train_labels: Int[np.ndarray, " N"], mesh: Mesh) -> Measure:
-    """The function (state, images, rows) -> accuracy on these images."""
+def _make_embed(config: Config, mesh: Mesh) -> Embed:
+    """The function (encoder, images, rows) -> embeddings of these images."""
     embed, batch_size = make_embed(config, mesh), config.evaluation.embedding_batch_size
 
-    def measure(state: SupervisedState, dataset: ImageDataset, rows: Int[np.ndarray, " K"]) -> Accuracy:
+    def embed_rows(encoder: EncoderState, dataset: ImageDataset, rows: Int[np.ndarray, " K"]) -> np.ndarray:
         def images_at(positions: Int[np.ndarray, " B"]) -> np.ndarray:
             return dataset.images[rows[positions]]
 
-        embeddings = embed_images(embed, state.encoder, images_at, rows.astype(np.int32), batch_size, mesh)
-        scores = np.asarray(logits(state.params["classifier"], jnp.asarray(embeddings)))
-        return classifier_accuracy(scores, dataset.labels[rows], train_labels)
+        return embed_images(embed, encoder, images_at, rows.astype(np.int32), batch_size, mesh)
+
+    return embed_rows
+
+
+def _make_measure(embed: Embed, train_labels: Int[np.ndarray, " N"]) -> Measure:
+    """The function (state, images, rows) -> accuracy on these images."""
+
+    def measure(state: SupervisedState, dataset: ImageDataset, rows: Int[np.ndarray, " K"]) -> Accuracy:
+        scores = logits(state.params["classifier"], jnp.asarray(embed(state.encoder, dataset, rows)))
+        return classifier_accuracy(np.asarray(scores), dataset.labels[rows], train_labels)
 
     return measure
 
@@ -162,10 +183,18 @@ def _fit(
     measure: Measure,
     mesh: Mesh,
 ) -> tuple[FineTuned, FineTuned]:
-    """Runs all epochs, prints a line for each, and returns the best (of equally good ones the last) and the last."""
+    """Runs all epochs, prints a line for each, and returns the best (of equally good ones the last) and the last.
+
+    The best can be that before the first epoch.
+    """
     side, size, num_images = bank.images.shape[1], min(options.batch_size, len(rows.train)), len(rows.train)
     numbers = _numbers(options, num_images)
-    best = last = FineTuned(state, 0, -math.inf)
+
+    def held_out_accuracy(state: SupervisedState) -> float:
+        return measure(state, bank, rows.held_out)["top1"] if len(rows.held_out) else math.nan
+
+    best = last = FineTuned(state, 0, held_out_accuracy(state))
+    print(f"epoch 0 of {options.max_epochs}: {_shown(last)}", flush=True)
     step = make_step(config.model, mesh, size, colours=options.colours, **crops_in_scale(config, options, side))
     for epoch in range(options.max_epochs):
         losses = []
@@ -176,13 +205,16 @@ def _fit(
             raise DivergenceError(
                 f"Epoch {epoch + 1} of fine-tuning has a loss of {losses[-1]}: lower --learning-rate."
             )
-        accuracy = measure(state, bank, rows.held_out)["top1"] if len(rows.held_out) else math.nan
-        held_out = f", held-out top-1 {100 * accuracy:.2f}%" if len(rows.held_out) else ""
-        print(f"epoch {epoch + 1} of {options.max_epochs}: loss {np.mean(losses):.4f}{held_out}", flush=True)
-        last = FineTuned(state, epoch + 1, accuracy)
-        if not accuracy < best.held_out_accuracy:
+        last = FineTuned(state, epoch + 1, held_out_accuracy(state))
+        print(f"epoch {epoch + 1} of {options.max_epochs}: loss {np.mean(losses):.4f}, {_shown(last)}", flush=True)
+        if not last.held_out_accuracy < best.held_out_accuracy:
             best = last
     return best, last
+
+
+def _shown(tuned: FineTuned) -> str:
+    accuracy = tuned.held_out_accuracy
+    return "no image is held out" if math.isnan(accuracy) else f"held-out top-1 {100 * accuracy:.2f}%"
 
 
 def crops_in_scale(config: Config, options: FinetuneOptions, image_side: int) -> dict[str, Any]:
@@ -205,6 +237,8 @@ def _write_weights(output: Path, encoder: ImageEncoder, tuned: FineTuned, bank: 
     """Writes the encoder as `empssl export` does, and the classifier with the names of torch's Linear."""
     weights = to_torch(encoder.state, encoder.config.model, encoder.step)
     write_weights(output / "encoder.safetensors", weights, metadata_of(encoder), "safetensors")
-    kernel, bias = (np.asarray(tuned.state.params["classifier"][name]) for name in ("kernel", "bias"))
+    classifier = {name: np.asarray(array) for name, array in tuned.state.params["classifier"].items()}
+    weight = (classifier["kernel"] / classifier["scale"][:, None]).T
+    arrays = {"weight": weight, "bias": classifier["bias"] - weight @ classifier["mean"]}
     metadata = {"class_names": json.dumps(bank.class_names)}
-    write_weights(output / "classifier.safetensors", {"weight": kernel, "bias": bias}, metadata, "safetensors")
+    write_weights(output / "classifier.safetensors", arrays, metadata, "safetensors")

@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from empssl_jax.config import ModelConfig
+from empssl_jax.evaluation.logistic import Classifier
 from empssl_jax.method.encoder import EncoderState, encoder_graph, encoder_state
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import finetuning_crops_key
 from empssl_jax.runtime.devices import replicated, split_images
 
-Params = dict[str, Any]  # "encoder", and "classifier" with "kernel" (C, E) and "bias" (C,)
+Params = dict[str, Any]  # "encoder", and "classifier" with the arrays of `logistic.Classifier`
+LAYER, CELLS = "stages", 2  # the embedding that is classified: means of all stages, of each quarter of the image
 
 
 class Numbers(NamedTuple):
@@ -49,7 +51,7 @@ Step = Callable[[Numbers, SupervisedState, Any, Any, Any], tuple[SupervisedState
 
 
 def make_optimizer(numbers: Numbers) -> optax.GradientTransformation:
-    """AdamW with a learning rate for the encoder and one for the classifier; the projection head does not change."""
+    """AdamW with a learning rate for the ResNet and one for the classifier; the heads of pretraining do not change."""
 
     def adamw(peak: Float[Array, ""]) -> optax.GradientTransformation:
         def rate(step: Int[Array, ""]) -> Float[Array, ""]:
@@ -71,15 +73,15 @@ def _are_kernels(params: PyTree) -> PyTree:
 
 def _parts(params: Params) -> PyTree:
     """The part of the optimizer that each parameter belongs to."""
-    encoder = {name: "unused" if name.startswith("project") else "encoder" for name in params["encoder"]}
-    return {"encoder": encoder, "classifier": "classifier"}
+    encoder = {name: "encoder" if name == "backbone" else "unused" for name in params["encoder"]}
+    classifier = {name: "classifier" if name in ("kernel", "bias") else "unused" for name in params["classifier"]}
+    return {"encoder": encoder, "classifier": classifier}
 
 
-def initial_state(encoder: EncoderState, num_classes: int, numbers: Numbers) -> SupervisedState:
-    """The state before the first step: a trained encoder, and a classifier of zeros, to which all classes are equal."""
-    dim = len(encoder.params["hidden_norm"]["scale"])
-    classifier = {"kernel": jnp.zeros((num_classes, dim)), "bias": jnp.zeros(num_classes)}
-    params = {"encoder": encoder.params, "classifier": classifier}
+def initial_state(encoder: EncoderState, classifier: Classifier, numbers: Numbers) -> SupervisedState:
+    """The state before the first step: a trained encoder, and a classifier of its embeddings."""
+    arrays = {name: jnp.asarray(value) for name, value in classifier._asdict().items() if name != "penalty"}
+    params = {"encoder": encoder.params, "classifier": arrays}
     return SupervisedState(jnp.zeros([], jnp.int32), params, encoder.batch_stats, make_optimizer(numbers).init(params))
 
 
@@ -103,7 +105,8 @@ def make_step(model: ModelConfig, mesh: Mesh, batch_size: int, **crops: Any) -> 
     ) -> tuple[Float[Array, ""], PyTree]:
         encoder = nnx.merge(graph, params["encoder"], batch_stats)
         encoder.train()
-        scores = logits(params["classifier"], encoder.embed(patches).astype(jnp.float32))
+        embeddings = encoder.embed_cells(patches, LAYER, CELLS).astype(jnp.float32).reshape(len(patches), -1)
+        scores = logits(params["classifier"], embeddings)
         losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
         return jnp.mean(losses), encoder_state(encoder).batch_stats
 
@@ -129,4 +132,5 @@ def make_step(model: ModelConfig, mesh: Mesh, batch_size: int, **crops: Any) -> 
 
 def logits(classifier: dict[str, Array], embeddings: Float[Array, "N E"]) -> Float[Array, "N C"]:
     """The classifier's score of each class."""
-    return embeddings @ classifier["kernel"].T + classifier["bias"][None, :]
+    standardised = (embeddings - classifier["mean"][None, :]) / classifier["scale"][None, :]
+    return standardised @ classifier["kernel"] + classifier["bias"][None, :]
