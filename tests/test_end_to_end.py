@@ -202,7 +202,11 @@ REFUSED = {
     "a pickle": ("eval.py", with_a_pickle, "cannot be read"),
     "wrong shapes": ("eval.py", lambda t: embeddings_folder(t, labels=np.arange(3)), "labels of shape (3,)"),
     "unequal dimensions": ("eval.py", lambda t: embeddings_folder(t, embeddings=np.eye(4, 3)), "dimensions [4, 3]"),
-    "too many neighbours": ("eval.py", lambda t: [*embeddings_folder(t), "--num-neighbours", 5], "only 4 training"),
+    "too many neighbours": (
+        "eval.py",
+        lambda t: [*embeddings_folder(t), "--num-neighbours", 5],
+        "only 4 labelled training",
+    ),
     "no config file": ("train.py", lambda t: ["--config", t / "none.py"], "cannot be used"),
     "a negative rate": ("train.py", lambda t: [*DIGITS, "--learning-rate", -1], "--learning-rate is -1.0: give a"),
     "a large batch": ("train.py", lambda t: [*DIGITS, "--workdir", t / "r", "--batch-size", 1000], "only 200 training"),

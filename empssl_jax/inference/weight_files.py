@@ -23,6 +23,7 @@ Metadata = dict[str, str]
 
 def write_weights(path: Path, weights: Weights, metadata: Metadata, kind: str) -> None:
     """Writes a file of a kind in SUFFIXES, atomically."""
+    weights = {name: np.ascontiguousarray(array) for name, array in weights.items()}  # safetensors ignores strides
     with atomic_write(path) as file:
         if kind == "safetensors":
             file.write(safetensors.numpy.save(weights, metadata))
