@@ -205,7 +205,7 @@ REFUSED = {
     "too many neighbours": (
         "eval.py",
         lambda t: [*embeddings_folder(t), "--num-neighbours", 5],
-        "only 4 labelled training",
+        "only 4 labelled",
     ),
     "no config file": ("train.py", lambda t: ["--config", t / "none.py"], "cannot be used"),
     "a negative rate": ("train.py", lambda t: [*DIGITS, "--learning-rate", -1], "--learning-rate is -1.0: give a"),
