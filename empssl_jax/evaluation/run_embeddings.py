@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError
-from empssl_jax.data.datasets import Datasets, ImageDataset
+from empssl_jax.data.datasets import Datasets, ImageDataset, spread
 from empssl_jax.evaluation.embedding_files import read_origin, read_split, save_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_dataset, make_embed
 from empssl_jax.method.encoder import EncoderState
@@ -53,8 +53,7 @@ def _saved(path: Path, origin: str, images: ImageDataset) -> LabelledEmbeddings 
 
 def _origin(config: Config, encoder_digest: str, images: ImageDataset) -> str:
     """A digest of all that embeddings and their labels depend on."""
-    size = len(images.labels)
-    compared = np.unique(np.linspace(0, size - 1, min(size, COMPARED_IMAGES)).astype(int))
+    compared = spread(len(images.labels), COMPARED_IMAGES)
     arrays = {"images": images.images[compared], "labels": images.labels}
     arrays |= {} if images.names is None else {"names": np.asarray(images.names)}
     parts = {

@@ -32,9 +32,8 @@ from empssl_jax.finetuning.supervised_step import (
     logits,
     make_step,
 )
-from empssl_jax.inference.export_weights import metadata_of
+from empssl_jax.inference.export_weights import write_encoder
 from empssl_jax.inference.image_encoder import ImageEncoder
-from empssl_jax.inference.torch_names import to_torch
 from empssl_jax.inference.weight_files import write_weights
 from empssl_jax.method.crops import crop_side
 from empssl_jax.method.encoder import EncoderState
@@ -85,21 +84,20 @@ def finetune(options: FinetuneOptions) -> dict[str, Accuracy]:
     encoder = restore_encoder(run, options.step, RUN)
     config = _embeds_whole_images(encoder.config, options, measured.data)
     datasets = load_datasets(config)
-    rows = divide(datasets, options)
+    bank, rows, embed = datasets.bank, divide(datasets, options), _make_embed(config, mesh)
     with locked(output, "output"):
         print(f"fine-tuning step {encoder.step} of {run} on {len(rows.train)} labelled images")
-        embed, bank = _make_embed(config, mesh), datasets.bank
         labelled = LabelledEmbeddings(embed(encoder.state, bank, rows.train), bank.labels[rows.train], bank.class_names)
         state = initial_state(encoder.state, fit_classifier(labelled, mesh), _numbers(options, len(rows.train)))
         measure = _make_measure(embed, labelled.labels)
-        tuned, last = _fit(config, options, datasets.bank, rows, state, measure, mesh)
+        tuned, last = _fit(config, options, bank, rows, state, measure, mesh)
         accuracies = {
             name: measure(fitted.state, datasets.test, rows.test) | {"epoch": fitted.epoch}
             for name, fitted in (("fine-tuned", tuned), ("fine-tuned, last epoch", last))
         }
         results = on_dataset(measured.name, of_labels(options.labels, accuracies))
-        size = datasets.bank.images.shape[1]
-        _write_weights(output, ImageEncoder(config, tuned.state.encoder, encoder.step, size), tuned, datasets.bank)
+        fine_tuned = ImageEncoder(config, tuned.state.encoder, encoder.step, bank.images.shape[1])
+        _write_weights(output, fine_tuned, tuned, bank)
         with atomic_write(output / "finetune.json") as file:
             file.write((json.dumps(dataclasses.asdict(options), indent=2) + "\n").encode())
         print(format_table(add_results(output, results)))
@@ -235,8 +233,7 @@ def epoch_batches(
 
 def _write_weights(output: Path, encoder: ImageEncoder, tuned: FineTuned, bank: ImageDataset) -> None:
     """Writes the encoder as `empssl export` does, and the classifier with the names of torch's Linear."""
-    weights = to_torch(encoder.state, encoder.config.model, encoder.step)
-    write_weights(output / "encoder.safetensors", weights, metadata_of(encoder), "safetensors")
+    write_encoder(output / "encoder.safetensors", encoder, "safetensors")
     classifier = {name: np.asarray(array) for name, array in tuned.state.params["classifier"].items()}
     weight = (classifier["kernel"] / classifier["scale"][:, None]).T
     arrays = {"weight": weight, "bias": classifier["bias"] - weight @ classifier["mean"]}

@@ -22,12 +22,16 @@ def export_weights(options: ExportOptions) -> Path:
         import_torch()  # raises UserError before the work begins
     load_config(Path(options.run), RUN)  # likewise
     encoder = load(options.run, options.step)
-    weights = to_torch(encoder.state, encoder.config.model, encoder.step)
     path = Path(options.output or Path(options.run) / f"weights{SUFFIXES[options.format]}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(path, weights, metadata_of(encoder), options.format)
+    write_encoder(path, encoder, options.format)
     print(f"exported step {encoder.step} of {options.run} to {path}")
     return path
+
+
+def write_encoder(path: Path, encoder: ImageEncoder, kind: str) -> None:
+    """Writes an encoder and its metadata to a file of a kind in SUFFIXES, atomically."""
+    write_weights(path, to_torch(encoder.state, encoder.config.model, encoder.step), metadata_of(encoder), kind)
 
 
 def metadata_of(encoder: ImageEncoder) -> Metadata:
