@@ -1,7 +1,7 @@
 """Processor seconds of a train step on CPU, which a busy machine disturbs less than the time that passes.
 
     python -m benchmarks.processor_time ours bfloat16 --width 16 --patch-size 16
-    MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_MAX_=0 MALLOC_ARENA_MAX=1 \
+    MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_ARENA_MAX=1 \
         python -m benchmarks.processor_time theirs bfloat16
 
 The variables of the second line give the baseline the allocator that runtime/memory.py sets up for ours. Prints the

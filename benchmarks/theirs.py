@@ -129,7 +129,7 @@ def linear_probe(sizes: Sizes) -> Work:
 
 def end_to_end(config: Config) -> dict[str, float]:
     """Trains, embeds the images and measures kNN and the linear classifier; returns both accuracies from 0 to 1."""
-    from empssl_jax.data.datasets import SPLITS, load_datasets  # imports JAX, which is no part of the baseline's start
+    from empssl_jax.data.datasets import SPLITS, load_datasets  # here: the baseline's start-up does not import JAX
 
     workers = len(os.sched_getaffinity(0))
     model = baseline.Encoder(config.model.width, config.model.hidden_dim, config.model.projection_dim)

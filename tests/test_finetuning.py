@@ -127,8 +127,8 @@ def result_in(folder):
 def test_fine_tuning_keeps_the_best_epoch(tuned):
     """Guessing gives 0.1 ± 0.02.
 
-    The run has made two steps, so BatchNorm's running statistics, which the logistic regression starts with, are far
-    from those of a batch: fine-tuning loses them first, and the regression, epoch 0, stays the best.
+    After two steps, the run's BatchNorm statistics are far from those of a batch. The logistic regression uses the
+    former and fine-tuning the latter, so the accuracy falls at first, and epoch 0, the regression, stays the best.
     """
     best, last = json.loads((tuned / "results.json").read_text()).values()
     assert best["epoch"] == 0
