@@ -77,6 +77,7 @@ def our_rows(visit: Visit, reserve: float = 0.0) -> dict[str, Row]:
         "embedding_rates": Row(partial(gpu_rows.embedding_rates, visit), 45),
         **{name: Row(partial(gpu_rows.speed, visit, partial(BENCHMARKS[name].work, "ours")), 15) for name in SPEEDS},
         "ten_epochs": Row(accuracy("ten_epochs"), 190),
+        "ten_epochs_published": Row(accuracy("ten_epochs", "random"), 60),
         "golden": Row(partial(gpu_rows.golden_tests, visit), 60),
         "study": Row(partial(gpu_rows.recipe_study, visit, reserve), reserve + 60),
     }
