@@ -110,6 +110,28 @@ def test_the_first_two_steps():
         np.testing.assert_array_equal(second.params["encoder"][name]["kernel"], encoder.params[name]["kernel"])
 
 
+@pytest.mark.long
+def test_a_step_does_not_depend_on_the_number_of_devices():
+    """Compares the moments of AdamW. Its updates turn gradients near 0, which are rounding errors, into whole steps."""
+    model = ModelConfig(width=4, hidden_dim=16, projection_dim=8, precision="float32")
+    random, dim = np.random.default_rng(0), 4 * (4 + 8 + 16 + 32)
+    kernel = random.normal(size=(dim, 3)).astype(np.float32)
+    classifier = Classifier(np.zeros(dim), np.ones(dim), kernel, np.zeros(3, np.float32), penalty=0.1)
+    numbers = Numbers(*map(jnp.int32, (0, 1, 2)), *map(jnp.float32, (0.01, 0.001, 0.5)))
+    images = random.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+    labels = random.integers(0, 3, 16).astype(np.int32)
+
+    def after_a_step(devices):
+        encoder = init_encoder(model, jax.random.key(1))
+        step = make_step(model, device_mesh(devices), 16, patch_area=0.5, patch_size=8, colours=True)
+        state, loss = step(numbers, initial_state(encoder, classifier, numbers), images, np.arange(16), labels)
+        return jax.device_get([loss, state.batch_stats, state.optimizer])
+
+    one, eight = (jax.tree.leaves_with_path(after_a_step(devices)) for devices in (1, 8))
+    for (path, a), (_, b) in zip(one, eight, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-4 * np.abs(a).max(initial=1e-9), err_msg=str(path))
+
+
 @pytest.fixture(scope="module")
 def tuned(tiny_run, tmp_path_factory):
     """The folder of a fine-tuned encoder: 270 labelled digits, 30 held out, 300 test images."""
