@@ -4,8 +4,9 @@ whole image, in 2x2 cells, whitened.
     python train.py --config configs/cifar10_best.py
     python eval.py --workdir runs/cifar10_best
 
-For a GPU or TPU, where it has not been run on the original images yet. Its changes were chosen on training images with
-narrower encoders (docs/recipe.md). configs/cifar10.py is the paper's recipe; training is the same in both.
+One H200: kNN 83.5 % and logistic regression 84.0 % after one epoch (14 s, two seeds), 90.3 % and 91.4 % after ten
+(--max-epochs 10, one seed). Its changes were chosen on training images with narrower encoders (docs/recipe.md).
+configs/cifar10.py is the paper's recipe; training is the same in both.
 """
 
 from empssl_jax.config import Config, EvaluationConfig, RunConfig
