@@ -62,18 +62,19 @@ def our_rows(visit: Visit, reserve: float = 0.0) -> dict[str, Row]:
     """
     accuracy = partial(partial, gpu_rows.accuracy, visit)
     return {
-        "train_step": Row(partial(gpu_rows.train_step, visit), 90),
+        "train_step": Row(partial(gpu_rows.train_step, visit), 65),
         "profile": Row(partial(gpu_rows.profile, visit), 25),
-        "default": Row(accuracy("default", "random"), 100),
+        "default": Row(accuracy("default", "random"), 110),
         "recommended": Row(accuracy("default"), 30),
         "grid": Row(accuracy("default", "grid"), 30),
-        "float32": Row(accuracy("float32"), 90),
-        "half_batch": Row(accuracy("half_batch"), 80),
+        "float32": Row(accuracy("float32"), 150),
+        "half_batch": Row(accuracy("half_batch"), 100),
         "seed_2": Row(accuracy("seed_2", "random"), 70),
         "seed_2_recommended": Row(accuracy("seed_2"), 20),
         "seed_3": Row(accuracy("seed_3", "random"), 70),
         "seed_3_recommended": Row(accuracy("seed_3"), 20),
         "other_numbers": Row(partial(gpu_rows.other_numbers, visit), 45),
+        "flags": Row(partial(gpu_rows.flags, visit), 150),
         "embedding_rates": Row(partial(gpu_rows.embedding_rates, visit), 45),
         **{name: Row(partial(gpu_rows.speed, visit, partial(BENCHMARKS[name].work, "ours")), 15) for name in SPEEDS},
         "ten_epochs": Row(accuracy("ten_epochs"), 190),
@@ -90,7 +91,7 @@ def their_rows(visit: Visit) -> dict[str, Row]:
     return {
         **{THEIRS + name: Row(speed(partial(benchmark.work, "theirs")), 20) for name, benchmark in names.items()},
         THEIRS + "helped_train_step": Row(speed(gpu_rows.helped_train_step), 60),
-        THEIRS + "end_to_end": Row(partial(gpu_rows.their_end_to_end, visit), 200),
+        THEIRS + "end_to_end": Row(partial(gpu_rows.their_end_to_end, visit), 300),
     }
 
 

@@ -39,6 +39,12 @@ RUNS: dict[str, study.Changes] = {
 GOLDEN_TESTS = ("losses", "lars", "encoder", "knn", "augmentations", "crops")
 GOLDEN_SECONDS = 100.0
 STUDY_RUN_SECONDS = 45.0
+# XLA's flags that may shorten the compilation of the train step.
+FLAGS = {
+    "triton off": "--xla_gpu_enable_triton_gemm=false",
+    "autotuning without checks": "--xla_gpu_autotune_level=1",
+    "autotuning off": "--xla_gpu_autotune_level=0",
+}
 TINY: study.Changes = {"images_per_class": 10, "test_images_per_class": 5, "batch_size": 20, "train_patches": 4}
 TINY_EVALUATION: study.Changes = {"num_neighbours": 5, "valid_patches": 2, "linear_epochs": 2}
 
@@ -158,6 +164,20 @@ def other_numbers(visit: Visit) -> Values:
             training.train(study.changed(visit.recipe, one_step | changes | {"workdir": workdir}))
             seconds[f"{name}_seconds"] = read_steps(Path(workdir) / TIMING_FILE)[0]["seconds"]
     return seconds
+
+
+def flags(visit: Visit) -> Values:
+    """The row `train_step` with each of FLAGS, in a process of its own that finds nothing compiled."""
+    found = {}
+    for name, flag in FLAGS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "benchmarks.gpu", folder, "--rows", "train_step"]
+            command += ["--budget", str(visit.left()), *["--tiny"] * visit.tiny]
+            variables = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
+            subprocess.run(command, env=variables, check=True)
+            (line,) = read_lines(Path(folder) / ("tiny" if visit.tiny else "") / "gpu.jsonl")
+        found[name] = {"first_step_seconds": line["first_step_seconds"], "run_seconds": line["run_seconds"]}
+    return {"flags": found}
 
 
 def embedding_rates(visit: Visit) -> Values:

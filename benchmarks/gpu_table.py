@@ -10,17 +10,25 @@ from benchmarks.sizes import Sizes
 Line = Mapping[str, Any]
 
 
+def _milliseconds(line: Line) -> float:
+    """The median of its runs."""
+    return 1e3 * sorted(line["run_seconds"])[len(line["run_seconds"]) // 2]
+
+
 def _train_step(line: Line) -> str:
-    milliseconds = 1e3 * sorted(line["run_seconds"])[len(line["run_seconds"]) // 2]
-    return (
-        f"{milliseconds:.1f} ms, {line['patches_per_second']:,.0f} patches/s, {line['fraction_of_matmul']:.0%} of the "
-        f"rate of a matrix product ({line['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s)"
-    )
+    rate = f"the rate of a matrix product ({line['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s)"
+    speed = f"{line['patches_per_second']:,.0f} patches/s"
+    return f"{_milliseconds(line):.1f} ms, {speed}, {line['fraction_of_matmul']:.0%} of {rate}"
 
 
 def _first_step(line: Line) -> str:
     cached = line["programs_cached_before"]
     return f"{line['first_step_seconds']:.1f} s" + (f", {cached} files cached before" if cached else "")
+
+
+def _flags(line: Line) -> str:
+    parts = ((name, row["first_step_seconds"], _milliseconds(row)) for name, row in line["flags"].items())
+    return "; ".join(f"{name}: {first:.0f} s, step {step:.1f} ms" for name, first, step in parts)
 
 
 def _rates(line: Line) -> str:
@@ -39,6 +47,7 @@ def _tests(line: Line) -> str:
 GOALS: dict[str, tuple[str, str, Callable[[Line], str]]] = {
     "train step": ("train_step", "17.5 ms, 114,000 patches/s, 50 %", _train_step),
     "first step, nothing cached": ("train_step", "20 s", _first_step),
+    "first step with flags of XLA, nothing cached": ("flags", "20 s", _flags),
     "first step with another seed": ("other_numbers", "5 s", lambda line: f"{line['seed_seconds']:.1f} s"),
     "first step with another learning rate": (
         "other_numbers",
