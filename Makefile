@@ -1,4 +1,4 @@
-# make quickstart   installs, trains on scikit-learn's digits and evaluates: 2.5 minutes on two CPU cores after installation
+# make quickstart   installs, trains on scikit-learn's digits and evaluates: about 2.5 minutes on two CPU cores
 # make test         installs and runs lint and the tests
 # make test-long    tests whole runs: killed, out of disk space, or on several processes
 # make lint         runs ruff, mypy and import-linter

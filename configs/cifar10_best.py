@@ -1,12 +1,12 @@
-"""CIFAR-10 as docs/recipe.md recommends: trained as published; embeddings of all stages of a grid's crops and of the
-whole image, in 2x2 cells, whitened.
+"""CIFAR-10 as docs/recipe.md recommends: trained as published, with other embeddings. These are means of all ResNet
+stages, of a grid of crops and of the whole image, in 2x2 cells, whitened for kNN.
 
     python train.py --config configs/cifar10_best.py
     python eval.py --workdir runs/cifar10_best
 
 One H200: kNN 83.5 % and logistic regression 84.0 % after one epoch (14 s, two seeds), 90.3 % and 91.4 % after ten
-(--max-epochs 10, one seed). Its changes were chosen on training images with narrower encoders (docs/recipe.md).
-configs/cifar10.py is the paper's recipe; training is the same in both.
+(--max-epochs 10, one seed). The embeddings were chosen on training images with narrower encoders. configs/cifar10.py is
+the paper's recipe, with the same training.
 """
 
 from empssl_jax.config import Config, EvaluationConfig, RunConfig

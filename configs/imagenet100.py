@@ -3,7 +3,7 @@
     python train.py --config configs/imagenet100.py
     python eval.py --workdir runs/imagenet100
 
-TFDS does not have it. Select the classes from ImageNet (ILSVRC 2012, from image-net.org, one folder a class) with the
+TFDS does not have it. Select the classes from ImageNet (ILSVRC 2012, from image-net.org, one folder per class) with the
 list that the authors refer to, imagenet100.txt in github.com/HobbitLong/CMC. Symbolic links are enough:
 
     mkdir -p imagenet100/train imagenet100/val
@@ -15,13 +15,13 @@ Published, not measured here (linear classifier, top-1). The paper's abstract (a
 and 78.9 % in less than ten. The authors' README: 58.5 % after one epoch with 20 patches (its command has `--epoch 2`,
 which also sets the length of the learning rate's cosine); 78.9 % after 10 with 200 patches.
 
-As in the authors' code, patches have 224x224 pixels; their crops have a quarter of the image's area and a random aspect
-ratio, and are resized bicubically. Unlike in the authors' code, which crops the original files, images are first
-resized to 256x256 pixels, which takes 25 GB on disk.
+As in the authors' code, crops have a quarter of the image's area and a random aspect ratio, and are resized bicubically
+to patches of 224x224 pixels. The authors' code crops the original files; here, images are first resized to 256x256
+pixels, which take 25 GB on disk.
 
 A step has 2,000 patches of 224x224 pixels. XLA's CPU compiler counts 57 GB of temporary memory in float32, so it should
-fit into 80 GB; bfloat16, the default on GPUs, should take less. Not run on a GPU yet. --accumulate 5 needs 12 GB, and
---train-patches 200 --accumulate 10 needs 57 GB, by proportion (docs/performance.md).
+fit into 80 GB; bfloat16, the default on GPUs, should take less. By the same count, --accumulate 5 needs 12 GB, and
+--train-patches 200 --accumulate 10 needs 57 GB, by proportion (docs/performance.md). It has not been run yet.
 """
 
 from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig

@@ -4,7 +4,7 @@
     python eval.py --workdir runs/tiny_imagenet
 
 TFDS does not have it. Unpack cs231n.stanford.edu/tiny-imagenet-200.zip here, and move the validation images, which are
-in one folder, to one folder a class:
+in one folder, to one folder per class:
 
     cd tiny-imagenet-200/val
     while read -r file class _; do mkdir -p $class && mv images/$file $class/; done < val_annotations.txt

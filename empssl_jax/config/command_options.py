@@ -33,9 +33,9 @@ class MeasuredData(Checked):
     image_size: int | None = None
     # Refuse a folder with files that cannot be decoded.
     strict_images: bool = False
-    # Learn from only the first so many images of each class, ordered by id.
+    # Number of images of each class to learn from, the first by id.
     images_per_class: int | None = None
-    # Measure on only the first so many images of each class, ordered by id.
+    # Number of images of each class to measure on, the first by id.
     test_images_per_class: int | None = None
 
 
@@ -43,7 +43,7 @@ class MeasuredData(Checked):
 class EvaluateOptions(Checked):
     """What to evaluate."""
 
-    # Folder of a run of train.py. With several, such as runs/*, missing measurements are made and all are compared.
+    # Folder of a run. With several, such as runs/*, missing measurements are made and all are compared.
     workdir: str = path_field(RunConfig.workdir)
     # Checkpoint to restore: its step, the newest ("latest"), or the one with the lowest loss ("best").
     step: CheckpointChoice = "latest"
@@ -121,7 +121,7 @@ class ImportOptions(Checked):
 class ReportOptions(Checked):
     """Which run to report on."""
 
-    # Folder of a run of train.py.
+    # Folder of a run.
     run: Annotated[Positional[str], arg(metavar=RUN)] = path_field()
     # Where the run's images are now, as folder:PATH, if they have moved.
     dataset: str | None = path_field(None, after=FOLDER)
@@ -150,10 +150,10 @@ class FinetuneOptions(Checked):
     classifier_learning_rate: float = float_field(1e-4, 1e-9)
     # Weight decay of kernels: a step multiplies them by 1 minus this times the learning rate.
     weight_decay: float = float_field(1e-2, 0.0)
-    # Area of the random crops, which are mirrored at random, as a fraction of the image. The test images are whole.
-    # Both are in the scale of the run's patches.
+    # Area of the random crops, which are mirrored at random, as a fraction of the image. Test images are not cropped.
+    # Both are at the scale of the run's patches.
     crop_area: float = float_field(0.6, 1e-9, 1.0)
-    # Also change the colours of crops, blur and solarize them, as patches in training.
+    # Also jitter the colours of crops, blur and solarize them, as in EMP-SSL's training.
     colours: bool = False
     # Seed of the order of the images, their crops, and the choice of those that are held out.
     seed: int = int_field(TrainingConfig.seed, 0)

@@ -16,14 +16,14 @@ class EmbeddingConfig(Checked):
     # Patches averaged into an embedding; 0 skips embeddings and all measurements.
     valid_patches: int = int_field(128, 0, 1_000_000)
     # random: patches made as in training, as in the paper. grid: the crops of a regular grid without augmentation, of
-    # which fewer are enough, with higher accuracy. whole: the whole image at once, in the scale of the patches; needs
-    # --valid-patches 1. grid+whole: both, side by side (docs/recipe.md).
+    # which fewer give higher accuracy. whole, with --valid-patches 1: the whole image at once, at the scale of the
+    # patches. grid+whole: both, concatenated (docs/recipe.md).
     valid_crops: Literal["random", "grid", "whole", "grid+whole"] = "random"
     # What is averaged over the patches. hidden: hidden features, as in the paper. stages: the mean of each ResNet
-    # stage's map, all four concatenated, which is shorter and more accurate (docs/recipe.md).
+    # stage's map, all four concatenated, which is shorter, and with --whiten more accurate (docs/recipe.md).
     embedded_layer: Literal["hidden", "stages"] = "hidden"
     # Cells along each side of the image. Each cell averages its own patches of the grid, or its part of the whole
-    # image's maps; the embedding concatenates the cells' means and keeps where things are. 1 averages all, as in the
+    # image's maps. The embedding concatenates the cells' means, which keeps positions. 1 averages everything, as in the
     # paper.
     cells: int = int_field(1, 1, 10)
 

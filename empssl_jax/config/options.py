@@ -35,9 +35,9 @@ class DataConfig(Checked):
     image_size: int | None = int_field(None, 1, 4096)
     # Refuse a folder with files that cannot be decoded, instead of listing and skipping them.
     strict_images: bool = False
-    # Keep only the first so many training images of each class, ordered by id, and none without a label.
+    # Number of training images to keep of each class, the first by id. Images without a label are left out.
     images_per_class: int | None = int_field(None, 1)
-    # Keep only the first so many test images of each class, ordered by id.
+    # Number of test images to keep of each class, the first by id.
     test_images_per_class: int | None = int_field(None, 1)
 
     @property
@@ -101,8 +101,8 @@ class ModelConfig(Checked):
     # Type of activations and matrix products; auto is bfloat16 on GPU and TPU and float32 on CPU. Parameters,
     # statistics and the loss are always float32.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Mean of red, green and blue, as fractions of the highest pixel, that the encoder subtracts from its input. Weights
-    # that were trained elsewhere need the mean and standard deviation that they were trained with.
+    # Mean of red, green and blue, from 0 to 1, that the encoder subtracts from its input. Weights that were trained
+    # elsewhere need the mean and standard deviation that they were trained with.
     input_mean: tuple[float, float, float] = channels_field((0.5, 0.5, 0.5), 0.0, 1.0)
     # Standard deviation of red, green and blue that the encoder then divides by.
     input_std: tuple[float, float, float] = channels_field((0.5, 0.5, 0.5), 0.001, 1.0)
@@ -114,9 +114,9 @@ class TrainingConfig(Checked):
 
     # Images in a step, over all devices.
     batch_size: int = int_field(100, 2, 100_000)
-    # Pieces that a step's patches are embedded in, one after the other: less memory, a third more work. Each piece has
-    # all images and an equal share of --train-patches. The loss is that of the whole batch, but BatchNorm normalises
-    # each piece by its own statistics.
+    # Number of pieces in which a step's patches are embedded, one after the other: less memory, a third more work. Each
+    # piece has all images and an equal share of --train-patches. The loss is that of the whole batch, but BatchNorm
+    # normalises each piece by its own statistics.
     accumulate: int = int_field(1, 1, 1000)
     # Passes over the training images.
     max_epochs: int = int_field(1, 1, 100_000)
@@ -153,17 +153,17 @@ class RunConfig(Checked):
     data_dir: str | None = path_field(None)
     # Folder for decoded images, which need not fit into memory. Default: empssl_jax/images in the user's cache folder.
     cache_dir: str | None = path_field(None)
-    # Save a checkpoint every so many steps, besides the end of each epoch.
+    # Steps between checkpoints, besides those at the end of each epoch.
     checkpoint_every: int | None = int_field(None, 1)
     # Newest checkpoints to keep, besides the one with the lowest loss.
     max_to_keep: int = int_field(2, 1)
-    # Keep only the inputs of the residual blocks for the backward pass and compute the rest again. Takes less memory
-    # (for 200 patches an image, say) and more time.
+    # Keep only the inputs of the residual blocks for the backward pass and recompute the rest. Takes less memory (for
+    # 200 patches per image, say) and more time.
     remat: bool = False
     # Write a trace of steps 10 to 15 into profile/ of the workdir, for TensorBoard's profile plugin.
     profile: bool = False
-    # Every so many steps and at the end, measure kNN and the effective rank on a few of the images, and write them with
-    # the seconds of training to probe.jsonl. Training stays bit-identical.
+    # Steps between measurements of kNN and the effective rank on a few of the images, also made at the end. Writes them
+    # with the seconds of training to probe.jsonl. Training stays bit-identical.
     probe_every: int | None = int_field(None, 1)
     # Also log to Weights & Biases (needs the extra of that name).
     wandb: bool = False
