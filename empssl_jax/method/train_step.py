@@ -133,7 +133,7 @@ def _in_pieces(
     """`project` of all pieces, one after the other: all projections, and the mean of the statistics.
 
     The backward pass computes each piece again, so activations of only one piece are in memory. The loss and its
-    gradient by the projections are those of the whole batch (Gao et al. 2021, arXiv 2101.06983).
+    gradient w.r.t. the projections are those of the whole batch (Gao et al. 2021, arXiv 2101.06983).
 
     BatchNorm normalises each piece by its own statistics: those of the whole batch would need a pass for every layer.
     Pieces split the patches, not the images: then each has all images, as has each determinant and each device's share.
