@@ -15,7 +15,7 @@ import tyro
 from empssl_jax.config import RunConfig
 from empssl_jax.config.config_files import read_config_file
 from empssl_jax.config.pretrained import FOLDER
-from empssl_jax.inference.export_weights import metadata_of
+from empssl_jax.inference.export_weights import torch_metadata
 from empssl_jax.inference.image_encoder import load
 from empssl_jax.inference.torch_names import COUNTER, RESNET, to_torch
 from empssl_jax.inference.weight_files import write_weights
@@ -44,8 +44,7 @@ def main(options: Options) -> None:
         evaluation=read_config_file("cifar10_cpu").evaluation,
         run=RunConfig(workdir=f"runs/{options.name}"),
     )
-    metadata = {name: value for name, value in metadata_of(encoder).items() if name != "embedding"}
-    write_weights(FOLDER / f"{options.name}.safetensors", weights, metadata, "safetensors")
+    write_weights(FOLDER / f"{options.name}.safetensors", weights, torch_metadata(encoder), "safetensors")
 
 
 if __name__ == "__main__":

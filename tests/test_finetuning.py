@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import empssl_jax
@@ -162,6 +163,9 @@ def test_fine_tuning_keeps_the_best_epoch(tuned):
 def test_what_is_written_gives_the_measured_accuracy(tuned, tmp_path):
     """By the way of a user: import the encoder, embed the test images, apply the classifier."""
     import_weights(ImportOptions(str(tuned / "encoder.safetensors"), str(tmp_path / "run")))
+    with safe_open(tuned / "encoder.safetensors", framework="numpy") as file:
+        assert file.metadata()["embedding"] == "the whole image, stages, 2x2 cells"
+        assert file.metadata()["features"].startswith("means of layer1, layer2, layer3 and layer4;")
     encoder, classifier = empssl_jax.load(tmp_path / "run"), load_file(tuned / "classifier.safetensors")
     test = load_datasets(encoder.config).test
     scores = encoder.embed(test.images) @ classifier["weight"].T + classifier["bias"]

@@ -139,6 +139,10 @@ def test_metadata_say_how_to_build_the_encoder(tiny_run):
         "2",
     )
     assert json.loads(metadata["config"])["patches"]["patch_size"] == 16
+    assert (metadata["embedding"], metadata["features"]) == (
+        "2 random patches, hidden",
+        "relu(pre_feature(mean of layer4)); patches are averaged, cells concatenated",
+    )
 
 
 def test_a_torchvision_resnet_gets_the_initial_heads_of_training(tmp_path):

@@ -56,6 +56,14 @@ class EmbeddingConfig(Checked):
         """Crops along each side of a grid of `valid_patches`."""
         return math.isqrt(self.valid_patches)
 
+    @property
+    def embeddings(self) -> str:
+        """How images are embedded, in words."""
+        views = [f"{self.valid_patches} {self.valid_crops.split('+')[0]} patches"] * self.has_patches
+        views += ["the whole image"] * self.has_whole_image
+        parts = [" and ".join(views), self.embedded_layer] + [f"{self.cells}x{self.cells} cells"] * (self.cells > 1)
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True)
 class LabelConfig(Checked):
@@ -113,8 +121,4 @@ class EvaluationConfig(LabelConfig, EmbeddingConfig):
     @property
     def embeddings(self) -> str:
         """How the measured embeddings are made, in words."""
-        views = [f"{self.valid_patches} {self.valid_crops.split('+')[0]} patches"] * self.has_patches
-        views += ["the whole image"] * self.has_whole_image
-        parts = [" and ".join(views), self.embedded_layer]
-        parts += [f"{self.cells}x{self.cells} cells"] * (self.cells > 1) + ["whitened for kNN"] * self.whiten
-        return ", ".join(parts)
+        return super().embeddings + ", whitened for kNN" * self.whiten

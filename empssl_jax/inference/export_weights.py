@@ -10,6 +10,11 @@ from empssl_jax.inference.torch_names import to_torch
 from empssl_jax.inference.weight_files import SUFFIXES, Metadata, import_torch, write_weights
 from empssl_jax.run_folder.saved_config import load_config, to_json
 
+FEATURES = {  # by `embedded_layer`, with the names of the file's arrays
+    "hidden": "relu(pre_feature(mean of layer4))",
+    "stages": "means of layer1, layer2, layer3 and layer4",
+}
+
 
 def export_weights(options: ExportOptions) -> Path:
     """Writes the file atomically and returns its path.
@@ -31,21 +36,28 @@ def export_weights(options: ExportOptions) -> Path:
 
 def write_encoder(path: Path, encoder: ImageEncoder, kind: str) -> None:
     """Writes an encoder and its metadata to a file of a kind in SUFFIXES, atomically."""
-    write_weights(path, to_torch(encoder.state, encoder.config.model, encoder.step), metadata_of(encoder), kind)
+    write_weights(path, to_torch(encoder.state, encoder.config.model, encoder.step), torch_metadata(encoder), kind)
+
+
+def torch_metadata(encoder: ImageEncoder) -> Metadata:
+    """Describes the encoder for users of a file for PyTorch: `metadata_of`, its input, and what it embeds."""
+    config, metadata = encoder.config, metadata_of(encoder)
+    size, mean, std = config.patches.patch_size, metadata["input_mean"], metadata["input_std"]
+    return metadata | {
+        "input": f"RGB patches (N, 3, {size}, {size}), (pixels / 255 - mean) / std, mean {mean}, std {std}",
+        "features": f"{FEATURES[config.evaluation.embedded_layer]}; patches are averaged, cells concatenated",
+    }
 
 
 def metadata_of(encoder: ImageEncoder) -> Metadata:
-    """Describes the encoder for users of the file, as strings; also contains the run's config as JSON."""
+    """Describes the encoder for users of any file, as strings; also contains the run's config as JSON."""
     config = encoder.config
     model = {
         name: " ".join(words(value)) for name, value in dataclasses.asdict(config.model).items() if name != "precision"
     }
-    size = config.patches.patch_size
-    mean, std = model["input_mean"], model["input_std"]
     return model | {
         "step": str(encoder.step),
         "image_size": str(encoder.image_size),
-        "input": f"RGB patches (N, 3, {size}, {size}), (pixels / 255 - mean) / std, mean {mean}, std {std}",
-        "embedding": "relu(pre_feature(backbone(patch))), for an image the mean over its patches",
+        "embedding": config.evaluation.embedding.embeddings,
         "config": to_json(config),
     }

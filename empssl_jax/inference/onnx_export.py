@@ -25,14 +25,13 @@ def export_embedder(options: ExportOptions) -> Path:
     except ImportError as error:
         raise UserError(f"--format onnx needs the package onnx: {install('onnx')}.") from error
     encoder = load(options.run, options.step, **dataclasses.asdict(options.embedding))
-    side, evaluation = encoder.image_size, dataclasses.replace(encoder.config.evaluation, whiten=False)
-    described = {"input": f"RGB images (N, {side}, {side}, 3), uint8", "embedding": evaluation.embeddings}
-    content = to_onnx(encoder, metadata_of(encoder) | described)
+    side = encoder.image_size
+    content = to_onnx(encoder, metadata_of(encoder) | {"input": f"RGB images (N, {side}, {side}, 3), uint8"})
     path = Path(options.output or Path(options.run) / "embedder.onnx")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(content)
-    print(f"exported step {encoder.step} of {options.run} to {path}, embedding {evaluation.embeddings}")
+    print(f"exported step {encoder.step} of {options.run} to {path}, embedding {options.embedding.embeddings}")
     return path
 
 
