@@ -11,21 +11,13 @@ the clock and by the processor time of all threads, which other programs on the 
 import dataclasses
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
-
-from benchmarks.tpu_aot import IMAGE_SIDE, STEPS_PER_EPOCH, compile_train_step
-from empssl_jax.config import Config
+from benchmarks.measure import run_times, temporary_bytes
+from benchmarks.train_step import compile_step, step_arguments, work_of
 from empssl_jax.config.config_files import first_options, parse_train_options
-from empssl_jax.data.batches import Batch
 from empssl_jax.method.encoder import default_precision
-from empssl_jax.method.hyperparameters import Hyperparameters
-from empssl_jax.method.train_step import create_state
-from empssl_jax.runtime.devices import device_mesh, replicated, split_images
+from empssl_jax.runtime.devices import device_mesh
 from empssl_jax.runtime.user_errors import user_errors_exit
 
 PIECES = (1, 2, 5, 10)
@@ -39,23 +31,6 @@ class Options:
     steps: int = 0
 
 
-def median_seconds(step: jax.stages.Compiled, config: Config, mesh: Mesh, steps: int) -> tuple[float, float]:
-    """Median seconds of a step on random images and of its processor time, after a warm-up."""
-    hyperparameters = jax.device_put(Hyperparameters.of(config.training, STEPS_PER_EPOCH), replicated(mesh))
-    state = create_state(config.model, hyperparameters, mesh)
-    size, side = config.training.batch_size, config.data.image_size or IMAGE_SIDE
-    images = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
-    batch = jax.device_put(Batch(images, np.arange(size, dtype=np.int32)), split_images(mesh))
-    times = []
-    for _ in range(steps + 1):
-        start = time.perf_counter(), time.process_time()
-        state, metrics = step(hyperparameters, state, batch)
-        jax.block_until_ready(metrics)
-        times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    wall, processor = map(statistics.median, zip(*times[1:], strict=True))
-    return wall, processor
-
-
 def main(arguments: list[str]) -> None:
     """Prints a table with a row for each number of pieces that divides the config's patches."""
     options, rest = first_options(Options, arguments)
@@ -67,9 +42,11 @@ def main(arguments: list[str]) -> None:
     for pieces in PIECES:
         if config.patches.train_patches % pieces == 0:
             config = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=pieces))
-            step = compile_train_step(config, mesh)
-            row = [str(pieces), f"{step.memory_analysis().temp_size_in_bytes / 1e6:,.0f}"]
-            row += [f"{x:.3f}" for x in median_seconds(step, config, mesh, options.steps)] if options.steps else []
+            step = compile_step(config, mesh)
+            row = [str(pieces), f"{temporary_bytes(step) / 1e6:,.0f}"]
+            if options.steps:
+                times = run_times(work_of(step, step_arguments(config, mesh)), options.steps)
+                row += [f"{statistics.median(column):.3f}" for column in zip(*times, strict=True)]
             print(f"| {' | '.join(row)} |", flush=True)
 
 

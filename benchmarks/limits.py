@@ -1,7 +1,6 @@
 """The machine's peak rates and the cost of a train step, which give the fraction of the peak that training reaches."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,18 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import ours
+from benchmarks.measure import run_times, temporary_bytes
 from benchmarks.sizes import Sizes
+from benchmarks.train_step import compile_step
 from empssl_jax.config import ModelConfig, RunConfig
+from empssl_jax.runtime.devices import device_mesh
 
 
 def best_seconds(work: Callable[[], jax.Array], repeats: int = 10) -> float:
-    """Seconds of the fastest of several runs after a warm-up, since a limit is the best case, not the typical one."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(work())
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    """Seconds of the fastest of several runs, since a limit is the best case, not the typical one."""
+    return min(times.wall for times in run_times(lambda: jax.block_until_ready(work()), repeats))
 
 
 def matmul_flops(precision: str) -> float:
@@ -64,21 +61,18 @@ def flops_per_patch(config: ModelConfig, patch_size: int, training: bool = True)
     return 2 * stem + 3 * rest
 
 
-def temporary_bytes(sizes: Sizes, num_patches: int, remat: bool) -> int:
-    """XLA's temporary memory of the train step with `num_patches` patches per image, in bytes."""
+def step_memory(sizes: Sizes, num_patches: int, remat: bool) -> int:
+    """Temporary memory of the train step with `num_patches` patches per image, in bytes."""
     config = ours.make_config(sizes, sizes.patch_size)
     patches = dataclasses.replace(config.patches, train_patches=num_patches)
     config = dataclasses.replace(config, patches=patches, run=RunConfig(remat=remat))
-    step, *_ = ours.traced_step(config)
-    analysis: Any = step.lower().compile().memory_analysis()
-    return analysis.temp_size_in_bytes
+    return temporary_bytes(compile_step(config, device_mesh(1)))
 
 
 def measure(sizes: Sizes) -> dict[str, float]:
     """Peak rates, FLOPs per patch of the train step by XLA's count and by hand, and memory with and without remat."""
     config = ours.make_config(sizes, sizes.patch_size)
-    step, *_ = ours.compiled_step(config)
-    cost: Any = step.cost_analysis()
+    cost: Any = compile_step(config, device_mesh(1)).cost_analysis()
     patches = sizes.images * sizes.patches
     many_patches = 10 * sizes.patches
     return {
@@ -89,6 +83,6 @@ def measure(sizes: Sizes) -> dict[str, float]:
         "embedding_flops_per_patch_by_hand": flops_per_patch(config.model, sizes.patch_size, training=False),
         "images": sizes.images,
         "patches": many_patches,
-        "temporary_bytes": temporary_bytes(sizes, many_patches, remat=False),
-        "temporary_bytes_with_remat": temporary_bytes(sizes, many_patches, remat=True),
+        "temporary_bytes": step_memory(sizes, many_patches, remat=False),
+        "temporary_bytes_with_remat": step_memory(sizes, many_patches, remat=True),
     }

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 
@@ -42,6 +42,25 @@ class Row(TypedDict):
     date: str
 
 
+class Seconds(NamedTuple):
+    """The time of a run."""
+
+    wall: float
+    processor: float  # of all threads, which other programs on the machine disturb less
+
+
+def timed(work: Work) -> Seconds:
+    """Does the work once."""
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    return Seconds(time.perf_counter() - wall, time.process_time() - processor)
+
+
+def run_times(work: Work, repeats: int) -> list[Seconds]:
+    """The times of several runs after one that is not measured, in which programs are compiled."""
+    return [timed(work) for _ in range(repeats + 1)][1:]
+
+
 def compare(ours: Work, theirs: Work | None, repeats: int, warm_up: bool = True) -> tuple[list[float], list[float]]:
     """Seconds of the runs of each, which alternate; the second list is empty without `theirs`.
 
@@ -55,11 +74,16 @@ def compare(ours: Work, theirs: Work | None, repeats: int, warm_up: bool = True)
     for repeat in range(0 if warm_up else 1, repeats + 1):
         for times, work in zip(seconds, (ours, theirs), strict=True):
             if work is not None:
-                start = time.perf_counter()
-                work()
+                taken = timed(work).wall
                 if repeat > 0:
-                    times.append(time.perf_counter() - start)
+                    times.append(taken)
     return seconds
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """XLA's temporary memory of a compiled program, per device."""
+    analysis: Any = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes
 
 
 def make_row(

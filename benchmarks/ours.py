@@ -12,21 +12,16 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 
 from benchmarks.sizes import Sizes, Work, random_images, random_labels, random_vectors
+from benchmarks.train_step import STEPS_PER_EPOCH, ready_step, work_of
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
-from empssl_jax.data.batches import Batch
 from empssl_jax.data.datasets import ImageDataset
 from empssl_jax.evaluation import embeddings, knn, linear
 from empssl_jax.method import losses, patches
 from empssl_jax.method.encoder import EncoderState, default_precision, encoder_graph, init_encoder
 from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.random_keys import classifier_key
-from empssl_jax.method.train_step import (
-    TrainState,
-    create_state,
-    make_optimizer,
-    make_train_step,
-)
-from empssl_jax.runtime.devices import device_mesh, replicated, split_images, to_devices
+from empssl_jax.method.train_step import create_state, make_optimizer
+from empssl_jax.runtime.devices import device_mesh
 
 CLASSES = tuple("0123456789")
 
@@ -43,26 +38,6 @@ def make_config(sizes: Sizes, patch_size: int) -> Config:
         training=TrainingConfig(batch_size=sizes.images),
         evaluation=EvaluationConfig(valid_patches=sizes.embedded_patches, linear_epochs=sizes.linear_epochs),
     )
-
-
-def traced_step(config: Config, num_devices: int = 1) -> tuple[jax.stages.Traced, Hyperparameters, TrainState, Batch]:
-    """The train step, traced but not compiled, and its arguments on the devices."""
-    mesh, steps_per_epoch = device_mesh(num_devices), 500
-    hyperparameters = to_devices(Hyperparameters.of(config.training, steps_per_epoch), replicated(mesh))
-    state = create_state(config.model, hyperparameters, mesh)
-    size = config.training.batch_size
-    batch = Batch(random_images(size), np.arange(size, dtype=np.int32))
-    batch = jax.device_put(batch, split_images(mesh))
-    step: Any = make_train_step(config, mesh)
-    return step.trace(hyperparameters, state, batch), hyperparameters, state, batch
-
-
-def compiled_step(
-    config: Config, num_devices: int = 1
-) -> tuple[jax.stages.Compiled, Hyperparameters, TrainState, Batch]:
-    """`traced_step`, compiled."""
-    step, hyperparameters, state, batch = traced_step(config, num_devices)
-    return step.lower().compile(), hyperparameters, state, batch
 
 
 def augmentation(sizes: Sizes) -> Work:
@@ -83,7 +58,7 @@ def loss_and_gradient(sizes: Sizes, num_images: int) -> Work:
 def lars_update(sizes: Sizes) -> Work:
     """The optimizer's update of the full model, from gradients to new parameters."""
     config = make_config(sizes, sizes.patch_size)
-    hyperparameters = Hyperparameters.of(config.training, 500)
+    hyperparameters = Hyperparameters.of(config.training, STEPS_PER_EPOCH)
     optimizer, state = make_optimizer(hyperparameters), create_state(config.model, hyperparameters, device_mesh(1))
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))
@@ -121,19 +96,7 @@ def forward(sizes: Sizes) -> Work:
 
 def train_step(sizes: Sizes, patch_size: int) -> Work:
     """A train step from images on the device to new parameters, patches included."""
-    return step_of(make_config(sizes, patch_size))
-
-
-def step_of(config: Config) -> Work:
-    """The train step of a config, as in `train_step`."""
-    step, hyperparameters, state, batch = compiled_step(config)
-    current = [state]
-
-    def work() -> dict[str, Array]:
-        current[0], metrics = step(hyperparameters, current[0], batch)
-        return metrics
-
-    return _until_done(work)
+    return work_of(*ready_step(make_config(sizes, patch_size)))
 
 
 def embedding(sizes: Sizes, batch_size: int = 250) -> Work:

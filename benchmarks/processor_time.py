@@ -10,12 +10,12 @@ lowest and the median of several steps after the first. Alternate the commands t
 
 import dataclasses
 import statistics
-import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
+from benchmarks.measure import run_times
 from benchmarks.sizes import Sizes, Work
 from empssl_jax.config import ModelConfig
 
@@ -44,22 +44,19 @@ def train_step(options: Options) -> Work:
 
         return theirs.train_step(sizes, options.patch_size, mixed=options.precision == "bfloat16")
     from benchmarks import ours
+    from benchmarks.train_step import ready_step, work_of
     from empssl_jax.runtime import memory
 
     memory.keep_freed_memory()
     width = options.width
     model = ModelConfig(width=width, hidden_dim=64 * width, projection_dim=16 * width, precision=options.precision)
-    return ours.step_of(dataclasses.replace(ours.make_config(sizes, options.patch_size), model=model))
+    return work_of(*ready_step(dataclasses.replace(ours.make_config(sizes, options.patch_size), model=model)))
 
 
 def main(options: Options) -> None:
     """Measures the steps and prints their processor seconds."""
-    work, seconds = train_step(options), []
-    for _ in range(options.repeats + 1):
-        start = time.process_time()
-        work()
-        seconds.append(time.process_time() - start)
-    lowest, median = min(seconds[1:]), statistics.median(seconds[1:])
+    seconds = [times.processor for times in run_times(train_step(options), options.repeats)]
+    lowest, median = min(seconds), statistics.median(seconds)
     print(f"{options.side} {options.precision}: lowest {lowest:.3f} s, median {median:.3f} s", flush=True)
 
 

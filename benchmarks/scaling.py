@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import os
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks import measure, ours
-from benchmarks.measure import RESULTS
+from benchmarks import measure
+from benchmarks.measure import RESULTS, temporary_bytes
+from benchmarks.train_step import ready_step, work_of
 from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig, TrainingConfig
 from empssl_jax.evaluation import embeddings, knn
 from empssl_jax.method.encoder import init_encoder
@@ -67,20 +67,10 @@ def varied(config: Config, quantity: str, value: int) -> Config:
 
 def step_cost(config: Config, num_devices: int) -> dict[str, float]:
     """Median seconds of a step, and XLA's temporary memory per device in bytes."""
-    step, hyperparameters, state, batch = ours.compiled_step(config, num_devices)
-    times = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        state, metrics = step(hyperparameters, state, batch)
-        jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times[1:]), "temporary_bytes": temporary_bytes(step)}
-
-
-def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """XLA's temporary memory of a compiled program, per device."""
-    analysis: Any = compiled.memory_analysis()
-    return analysis.temp_size_in_bytes
+    step, arguments = ready_step(config, num_devices)
+    times = measure.run_times(work_of(step, arguments), REPEATS)
+    seconds = statistics.median(run.wall for run in times)
+    return {"seconds": seconds, "temporary_bytes": temporary_bytes(step)}
 
 
 def exponent(values: list[int], costs: list[float]) -> float:

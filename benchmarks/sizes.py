@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 Work = Callable[[], Any]  # returns when the work is done
+IMAGE_SIDE = 32  # of CIFAR-10, where a config names no other
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ ACCELERATOR = Sizes(images=100, augmented_images=100, repeats=20, long_repeats=3
 TINY = Sizes(2, 2, 8, 8, 4, 6, 4, 4, 2, 20, 40, 64, 40, 2, 1, 1)  # for a rehearsal
 
 
-def random_images(count: int) -> np.ndarray:
-    """Noise (count, 32, 32, 3), since the work does not depend on the content."""
-    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+def random_images(count: int, side: int = IMAGE_SIDE) -> np.ndarray:
+    """Noise (count, side, side, 3), since the work does not depend on the content."""
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
 
 
 def random_vectors(*shape: int, seed: int = 0) -> np.ndarray:

@@ -24,21 +24,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import numpy as np
 import tyro
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
+from benchmarks.train_step import compile_step
 from empssl_jax.config import Config, ModelConfig, PatchConfig, TrainingConfig
 from empssl_jax.config.errors import UserError, install, require
-from empssl_jax.data.batches import Batch
-from empssl_jax.method.hyperparameters import Hyperparameters
-from empssl_jax.method.train_step import create_state, make_train_step
-from empssl_jax.runtime.devices import DATA_AXIS, replicated, split_images
+from empssl_jax.runtime.devices import DATA_AXIS
 from empssl_jax.runtime.user_errors import user_errors_exit
 
-IMAGE_SIDE = 32  # of CIFAR-10, where the config names no other
-STEPS_PER_EPOCH = 100  # a constant in the program; its value has no effect on the size
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 # An asynchronous collective has a -start and a -done. The -done is counted, because its shape is that of the result
@@ -95,22 +90,6 @@ def tpu_mesh(topology: str) -> Mesh:
     return jax.make_mesh((len(devices),), (DATA_AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)
 
 
-def compile_train_step(config: Config, mesh: Mesh) -> Any:
-    """The train step compiled for the devices of a mesh, which need not exist: a `jax.stages.Compiled`."""
-    step: Any = make_train_step(config, mesh)
-    hyperparameters = Hyperparameters.of(config.training, STEPS_PER_EPOCH)
-    state = create_state.eval_shape(config.model, hyperparameters, mesh)
-    size, side = config.training.batch_size, config.data.image_size or IMAGE_SIDE
-    batch = Batch(np.empty((size, side, side, 3), np.uint8), np.empty(size, np.int32))
-    copied = (_abstract(tree, replicated(mesh)) for tree in (hyperparameters, state))
-    return step.lower(*copied, _abstract(batch, split_images(mesh))).compile()
-
-
-def _abstract(arrays: Any, sharding: NamedSharding) -> Any:
-    """The arrays' shapes and types, with a sharding."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays)
-
-
 def measure(options: Options, topology: str, mesh: Mesh) -> dict[str, Any]:
     """The compiler's figures for one topology. Bytes and FLOPs are per chip and step.
 
@@ -127,7 +106,7 @@ def measure(options: Options, topology: str, mesh: Mesh) -> dict[str, Any]:
     config = Config(patches=options.patches, model=model, training=TrainingConfig(batch_size=batch_size))
     start = time.process_time()
     try:
-        compiled = compile_train_step(config, mesh)
+        compiled: Any = compile_step(config, mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -2,11 +2,13 @@
 
 import gzip
 
+import jax
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks import limits, measure, profile_table, scaling
-from empssl_jax.config import EvaluationConfig, ModelConfig
+from benchmarks import limits, measure, profile_table, scaling, train_step
+from empssl_jax.config import Config, EvaluationConfig, ModelConfig, TrainingConfig
+from empssl_jax.runtime.devices import device_mesh
 from experiments import study
 
 
@@ -32,6 +34,21 @@ def test_ours_and_theirs_run_in_turn():
     seconds = measure.compare(lambda: calls.append("ours"), None, repeats=2, warm_up=False)
     assert calls == ["ours"] * 2
     assert list(map(len, seconds)) == [2, 0]
+
+
+def test_the_first_run_is_not_measured():
+    calls = []
+    assert len(measure.run_times(lambda: calls.append(1), repeats=3)) == 3
+    assert len(calls) == 4
+
+
+def test_abstract_arguments_are_those_of_a_step_without_values():
+    model = ModelConfig(width=4, hidden_dim=8, projection_dim=4, precision="float32")
+    config, mesh = Config(model=model, training=TrainingConfig(batch_size=2)), device_mesh(1)
+    made, abstract = train_step.step_arguments(config, mesh), train_step.abstract_arguments(config, mesh)
+    assert jax.tree.structure(made) == jax.tree.structure(abstract)
+    for array, shape in zip(jax.tree.leaves(made), jax.tree.leaves(abstract), strict=True):
+        assert (array.shape, array.dtype, array.sharding) == (shape.shape, shape.dtype, shape.sharding)
 
 
 def test_flops_of_a_resnet_18_on_32x32():
