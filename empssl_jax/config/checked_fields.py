@@ -90,12 +90,13 @@ def _allowed(field: dataclasses.Field, annotation: object) -> _Allowed | None:
     return Text() if annotation in (str, str | None) else None
 
 
+@dataclass(frozen=True)
 class Checked:
     """Checks the fields of a dataclass when it is created, and expands ~ in its paths."""
 
     def __post_init__(self) -> None:
         annotations = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), _allowed(field, annotations[field.name])
             optional = field.default is None
             if allowed is None or value is tyro.MISSING or (optional and value is None):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from empssl_jax.config.checked_fields import Checked, channels_field, float_field, int_field, path_field
 from empssl_jax.config.errors import UserError, require
 
+BackboneName = Literal["resnet18", "resnet34", "resnet50"]
 TRAIN = "train"  # the default training split
 FOLDER = "folder:"  # before the path of a folder of image files
 
@@ -88,7 +89,7 @@ class ModelConfig(Checked):
     """The encoder."""
 
     # The ResNet. 18 and 34 have two convolutions a block, in 8 and 16 blocks; 50 has three, in 16 blocks.
-    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    backbone: BackboneName = "resnet18"
     # First layers of the ResNet: cifar is a 3x3 convolution, for patches of about 32 pixels; imagenet is a 7x7
     # convolution and pooling, which reduce the side to a quarter, for larger patches.
     stem: Literal["cifar", "imagenet"] = "cifar"

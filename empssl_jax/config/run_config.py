@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import cast
 
 from tyro.conf import OmitArgPrefixes
 
@@ -37,10 +38,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            group, kind = getattr(self, field.name), field.default_factory
-            if not isinstance(group, kind):  # type: ignore[arg-type]
-                name = kind.__name__  # type: ignore[union-attr]
-                raise UserError(f"Config's {field.name} is {one_line(group)}: give {name}(...).")
+            group, kind = getattr(self, field.name), cast(type, field.default_factory)
+            if not isinstance(group, kind):
+                raise UserError(f"Config's {field.name} is {one_line(group)}: give {kind.__name__}(...).")
         smallest = self.model.projection_dim * SMALLEST_EPS
         remedy = f"give at least {smallest:.3g}, since float32 is not precise enough for less at --projection-dim "
         remedy += str(self.model.projection_dim)

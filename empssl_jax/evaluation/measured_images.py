@@ -45,14 +45,12 @@ def measured_images(options: MeasuredData, trained: DataConfig, workdir: Path) -
     }
     size = load_image_size(workdir)
     own = trained if options.dataset is None else at_place(trained, options.dataset, workdir)
-    chosen.pop("dataset", None)
-    if own is not None:
-        data = dataclasses.replace(own, **chosen)
+    if own is None:
+        data = dataclasses.replace(DataConfig(image_size=size), **chosen).with_absolute_folder()
+    else:
+        data = dataclasses.replace(own, **chosen | {"dataset": own.dataset})
         if _comparable(data, size) == _comparable(own, size):
             return MeasuredImages(data, None)
-    else:
-        other = DataConfig(dataset=options.dataset, image_size=size)  # type: ignore[arg-type]
-        data = dataclasses.replace(other, **chosen).with_absolute_folder()
     return MeasuredImages(data, _name(_comparable(data, size), size))
 
 
@@ -76,7 +74,7 @@ def at_place(trained: DataConfig, dataset: str, workdir: Path) -> DataConfig | N
 
 
 def _comparable(data: DataConfig, size: int) -> DataConfig:
-    """The data without what does not tell images apart."""
+    """The data without differences between options that choose the same images."""
     split = None if data.train_split == TRAIN else data.train_split
     return dataclasses.replace(data, strict_images=False, image_size=data.image_size or size, train_split=split)
 

@@ -11,6 +11,7 @@ Therefore reading subtracts each bias from the running mean, and writing sets it
 
 import functools
 from collections.abc import Iterable
+from typing import Literal
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from empssl_jax.config import ModelConfig
 from empssl_jax.config.errors import UserError
+from empssl_jax.config.options import BackboneName
 from empssl_jax.inference.weight_files import Weights
 from empssl_jax.inference.wrappers import Unwrapped
 from empssl_jax.method.encoder import EncoderState, encoder_template, init_encoder
@@ -122,16 +124,16 @@ def _names(state: EncoderState, config: ModelConfig) -> list[str]:
 
 
 @functools.cache
-def _expected_names(backbone: str, alone: bool) -> frozenset[str]:
+def _expected_names(backbone: BackboneName, alone: bool) -> frozenset[str]:
     """The names of an encoder, or of its ResNet alone."""
-    config = ModelConfig(backbone=backbone, width=1, hidden_dim=1, projection_dim=2, precision="float32")  # type: ignore[arg-type]
+    config = ModelConfig(backbone=backbone, width=1, hidden_dim=1, projection_dim=2, precision="float32")
     names = [*_names(encoder_template(config), config), *FOLDED]
     return (
         frozenset(name.removeprefix(RESNET) for name in names if name.startswith(RESNET)) if alone else frozenset(names)
     )
 
 
-def _backbone(weights: Weights, alone: bool) -> str:
+def _backbone(weights: Weights, alone: bool) -> BackboneName:
     """The backbone of an encoder with these arrays, or of a ResNet alone."""
     expected = {backbone: _expected_names(backbone, alone) for backbone in BACKBONES}
     names = {name for name in weights if not name.endswith(COUNTERS)}
@@ -149,15 +151,10 @@ def _backbone(weights: Weights, alone: bool) -> str:
     return backbone
 
 
-def _config(backbone: str, stem_shape: tuple[int, ...], **heads: int) -> ModelConfig:
+def _config(backbone: BackboneName, stem_shape: tuple[int, ...], hidden_dim: int, projection_dim: int) -> ModelConfig:
+    stem: Literal["imagenet", "cifar"] = "imagenet" if stem_shape[-1] == 7 else "cifar"
     try:
-        return ModelConfig(
-            backbone=backbone,  # type: ignore[arg-type]
-            stem="imagenet" if stem_shape[-1] == 7 else "cifar",
-            width=stem_shape[0],
-            precision="float32",
-            **heads,  # type: ignore[arg-type]
-        )
+        return ModelConfig(backbone, stem, stem_shape[0], hidden_dim, projection_dim, precision="float32")
     except UserError as error:
         raise UserError(f"The file's encoder has a size that is not supported: {error}") from error
 

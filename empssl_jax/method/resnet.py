@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from empssl_jax.config import ModelConfig
+from empssl_jax.config.options import BackboneName
 from empssl_jax.method.batch_norm import BatchNorm
 from empssl_jax.method.xla_cpu import convolution_to_2x2
 
@@ -100,7 +101,7 @@ class Backbone(NamedTuple):
     stage_sizes: tuple[int, int, int, int]  # blocks in each stage
 
 
-BACKBONES = {
+BACKBONES: dict[BackboneName, Backbone] = {
     "resnet18": Backbone(BasicBlock, (2, 2, 2, 2)),
     "resnet34": Backbone(BasicBlock, (3, 4, 6, 3)),
     "resnet50": Backbone(Bottleneck, (3, 4, 6, 3)),

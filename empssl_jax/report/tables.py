@@ -104,7 +104,7 @@ def options(config: Config) -> list[tuple[str, Any, bool]]:
     found = []
     for group in dataclasses.fields(config):
         if group.name != "distributed":
-            values, defaults = getattr(config, group.name), group.default_factory()  # type: ignore[misc,operator]
+            values, defaults = (getattr(source, group.name) for source in (config, Config()))
             for field in dataclasses.fields(values):
                 value = getattr(values, field.name)
                 found.append((flag(field.name), value, value != getattr(defaults, field.name)))
