@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from empssl_jax.config import Config
+from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.data.datasets import Datasets, ImageDataset, first_of_each_class, spread
 from empssl_jax.evaluation.effective_rank import effective_rank
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_images, make_embed
@@ -45,14 +45,7 @@ def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh)
         return lambda steps_done, encoder, writer: None
     bank, test = _first_images(datasets.bank, BANK_SIZE), _first_images(datasets.test, TEST_SIZE)
     have_labels = all((split.labels >= 0).any() for split in (bank, test))
-    options = dataclasses.replace(
-        config.evaluation,
-        valid_patches=PATCHES if config.evaluation.has_patches else 1,
-        cells=1,
-        whiten=False,  # so few images give a poor estimate of the covariance
-        num_neighbours=min(config.evaluation.num_neighbours, len(bank.labels)),
-        label_fraction=1.0,
-    )
+    options = _probe_options(config.evaluation, len(bank.labels))
     embed = make_embed(dataclasses.replace(config, evaluation=options), mesh)
 
     def embeddings(encoder: EncoderState, images: ImageDataset) -> LabelledEmbeddings:
@@ -76,6 +69,18 @@ def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh)
         writer.add_probe(steps_done, measured)
 
     return probe
+
+
+def _probe_options(evaluation: EvaluationConfig, bank_size: int) -> EvaluationConfig:
+    """The run's options of evaluation, made cheaper."""
+    return dataclasses.replace(
+        evaluation,
+        valid_patches=PATCHES if evaluation.has_patches else 1,
+        cells=1,
+        whiten=False,  # so few images give a poor estimate of the covariance
+        num_neighbours=min(evaluation.num_neighbours, bank_size),
+        label_fraction=1.0,
+    )
 
 
 def _first_images(dataset: ImageDataset, size: int) -> ImageDataset:

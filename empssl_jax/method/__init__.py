@@ -1,5 +1,4 @@
-"""The method. Read it in this order: losses -> patches -> encoder -> train_step ->
-hyperparameters -> lars.
+"""The method. Read it in this order: losses -> patches -> encoder -> train_step -> hyperparameters -> lars.
 
 EMP-SSL cuts every image of a batch into P random patches, 20 by default. It trains an encoder to give the patches of
 one image similar projections (similarity) while projections of different images spread out (coding rate).

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from empssl_jax.config import TrainingConfig
 from empssl_jax.method.xla_cpu import norm_pair
 
+EPSILON = 1e-8  # keeps the trust ratio finite
 Scalar = float | Float[Array | np.ndarray, ""]
 
 
@@ -25,7 +26,6 @@ def lars(
     weight_decay: Scalar,
     momentum: Scalar = TrainingConfig.momentum,
     trust_coefficient: Scalar = TrainingConfig.trust_coefficient,
-    eps: float = 1e-8,
 ) -> optax.GradientTransformation:
     """LARS as in EMP-SSL's reference implementations.
 
@@ -41,9 +41,8 @@ def lars(
         weight_decay: L2 penalty on kernels, at least 0.
         momentum: decay of the accumulated updates, in [0, 1).
         trust_coefficient: eta in the LARS paper.
-        eps: keeps the ratio finite.
     """
-    adapt = _clipped_trust_ratio(learning_rate, weight_decay, trust_coefficient, eps)
+    adapt = _clipped_trust_ratio(learning_rate, weight_decay, trust_coefficient)
     return optax.chain(
         optax.masked(adapt, lambda params: jax.tree.map(lambda w: w.ndim > 1, params)),
         optax.trace(decay=momentum, nesterov=True),
@@ -52,9 +51,9 @@ def lars(
 
 
 def _clipped_trust_ratio(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: Scalar, trust_coefficient: Scalar, eps: float
+    learning_rate: optax.ScalarOrSchedule, weight_decay: Scalar, trust_coefficient: Scalar
 ) -> optax.GradientTransformation:
-    """Turns g into (g + wd w) * min(ratio / lr, 1), where ratio = trust_coefficient |w| / (|g| + wd |w| + eps).
+    """Turns g into (g + wd w) * min(ratio / lr, 1), where ratio = trust_coefficient |w| / (|g| + wd |w| + 1e-8).
 
     The learning rate lr multiplies the result later, so the adapted rate min(ratio, lr) never exceeds that of SGD.
     Where w or g is zero, g stays as it is.
@@ -72,7 +71,7 @@ def _clipped_trust_ratio(
         @jax.jit  # traced once for all kernels of a shape
         def adapt(g: jax.Array, w: jax.Array) -> jax.Array:
             w_norm, g_norm = norm_pair(w, g)
-            ratio = trust_coefficient * w_norm / (g_norm + weight_decay * w_norm + eps)
+            ratio = trust_coefficient * w_norm / (g_norm + weight_decay * w_norm + EPSILON)
             clipped = jnp.minimum(ratio / rate, 1.0)
             return jnp.where((w_norm > 0) & (g_norm > 0), (g + weight_decay * w) * clipped, g)
 
