@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from benchmarks.measure import run_times, temporary_bytes
 from benchmarks.train_step import compile_step, step_arguments, work_of
 from empssl_jax.config.config_files import first_options, parse_train_options
-from empssl_jax.method.encoder import default_precision
+from empssl_jax.method.encoder import with_known_precision
 from empssl_jax.runtime.devices import device_mesh
 from empssl_jax.runtime.user_errors import user_errors_exit
 
@@ -35,8 +35,7 @@ def main(arguments: list[str]) -> None:
     """Prints a table with a row for each number of pieces that divides the config's patches."""
     options, rest = first_options(Options, arguments)
     config, mesh = parse_train_options(rest), device_mesh(1)
-    if config.model.precision == "auto":
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=default_precision()))
+    config = dataclasses.replace(config, model=with_known_precision(config.model))
     columns = ["--accumulate", "temporary MB", *["seconds", "processor seconds"] * bool(options.steps)]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for pieces in PIECES:

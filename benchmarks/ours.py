@@ -17,7 +17,7 @@ from empssl_jax.config import Config, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.data.datasets import ImageDataset
 from empssl_jax.evaluation import embeddings, knn, linear
 from empssl_jax.method import losses, patches
-from empssl_jax.method.encoder import EncoderState, default_precision, encoder_graph, init_encoder
+from empssl_jax.method.encoder import EncoderState, encoder_graph, init_encoder, with_known_precision
 from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.random_keys import classifier_key
 from empssl_jax.method.train_step import create_state, make_optimizer
@@ -34,7 +34,7 @@ def make_config(sizes: Sizes, patch_size: int) -> Config:
     """The full model at the benchmark's sizes, in the device's default precision."""
     return Config(
         patches=PatchConfig(train_patches=sizes.patches, patch_size=patch_size),
-        model=ModelConfig(precision=default_precision()),
+        model=with_known_precision(ModelConfig()),
         training=TrainingConfig(batch_size=sizes.images),
         evaluation=EvaluationConfig(valid_patches=sizes.embedded_patches, linear_epochs=sizes.linear_epochs),
     )

@@ -97,7 +97,7 @@ def parse_embed_options(arguments: Sequence[str], prog: str | None = None) -> Em
 @dataclass(frozen=True)
 class _UncheckedEmbedding(EmbeddingConfig):
     def __post_init__(self) -> None:
-        """Options that fit together only with those of the run are accepted."""
+        """Accepts options that are valid only together with those of the run."""
 
 
 @dataclass(frozen=True)

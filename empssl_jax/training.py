@@ -19,7 +19,7 @@ from empssl_jax.evaluation.evaluate import check_neighbours, have_labels, knn_re
 from empssl_jax.evaluation.online_probe import online_probe
 from empssl_jax.evaluation.run_embeddings import run_embeddings
 from empssl_jax.evaluation.untrained_baseline import measure_untrained
-from empssl_jax.method.encoder import EncoderState, default_precision
+from empssl_jax.method.encoder import EncoderState, with_known_precision
 from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.losses import coding_rate_bounds
 from empssl_jax.method.train_step import TrainState, create_state, make_train_step
@@ -44,9 +44,8 @@ def train(config: Config) -> None:
         DivergenceError: the loss, an update or a parameter is NaN or infinite.
         StorageError: the folder can no longer be written to.
     """
-    config = dataclasses.replace(config, data=config.data.with_absolute_folder())
-    if config.model.precision == "auto":
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=default_precision()))
+    data, model = config.data.with_absolute_folder(), with_known_precision(config.model)
+    config = dataclasses.replace(config, data=data, model=model)
     mesh, workdir = device_mesh(), Path(config.run.workdir)
     _check_devices(config, mesh)
     loggers.check_wandb(config)

@@ -212,3 +212,11 @@ def test_the_user_s_xla_flags_are_kept():
     ]:
         printed = subprocess.check_output([sys.executable, "-c", code], env={"XLA_FLAGS": given}, text=True)
         assert printed.strip() == expected
+
+
+@pytest.mark.parametrize(("crops", "example"), [("random", 128), ("grid", 16), ("grid+whole", 16), ("whole", 1)])
+def test_the_example_for_no_patches_is_valid(crops, example):
+    remedy = f"^--valid-patches is 0: give the number of patches, such as {example}.$"
+    with pytest.raises(UserError, match=remedy):
+        config.EvaluationConfig(valid_crops=crops, valid_patches=0).require_patches()
+    config.EvaluationConfig(valid_crops=crops, valid_patches=example).require_patches()

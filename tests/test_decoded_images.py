@@ -82,7 +82,7 @@ def fail(*_):
 
 
 def test_images_are_decoded_once(stored, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_store, "decode", fail)
+    monkeypatch.setattr(image_store, "decode_or_reason", fail)
     again = load_images(source_of(CONTENTS), None, str(tmp_path))
     np.testing.assert_array_equal(stored.images, again.images)
 

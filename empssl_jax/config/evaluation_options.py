@@ -41,6 +41,11 @@ class EmbeddingConfig(Checked):
         remedy = f"the cells divide the grid's {side} crops a side equally, so give a divisor of {side}"
         require(side % self.cells == 0, "cells", self.cells, remedy)
 
+    def require_patches(self) -> None:
+        """Raises UserError if `valid_patches` is 0, which skips embeddings at the end of training only."""
+        example = {"random": 128, "whole": 1}.get(self.valid_crops, 16)
+        require(self.valid_patches > 0, "valid_patches", 0, f"give the number of patches, such as {example}")
+
     @property
     def has_patches(self) -> bool:
         """Whether the embedding contains features of patches."""

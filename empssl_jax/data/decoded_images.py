@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Int32, Shaped, UInt8
 
 from empssl_jax.config.errors import UserError
-from empssl_jax.data.decoding import UnreadableError, decode
-from empssl_jax.runtime.atomic_write import atomic_write
+from empssl_jax.data.decoding import UnreadableError, decode_or_reason
+from empssl_jax.runtime.atomic_write import atomic_write, write_text
 from empssl_jax.runtime.compilation import user_cache
 from empssl_jax.runtime.file_locks import lock_file
 from empssl_jax.runtime.progress import image_progress
@@ -137,20 +137,13 @@ class _Decoded:
 
     def _decode_chunk(self, start: int) -> list[tuple[Example, np.ndarray | UnreadableError]]:
         examples = self._source.read(range(start, min(start + CHUNK, self._source.size)))
-        return [(example, _decode_or_reason(example.image, self._side)) for example in examples]
+        return [(example, decode_or_reason(example.image, self._side)) for example in examples]
 
     def _skip(self, name: str | int, reason: UnreadableError) -> None:
         if self._source.strict:
             where = f"Image {name} of {self._source.name}"
             raise UserError(f"{where} cannot be decoded ({reason}): {self._source.remedy}.") from reason
         self.unreadable[str(name)] = str(reason)
-
-
-def _decode_or_reason(encoded: bytes | Path, side: int | None) -> np.ndarray | UnreadableError:
-    try:
-        return decode(encoded, side)
-    except UnreadableError as reason:
-        return reason
 
 
 def _check_shapes(shapes: set[tuple[int, ...]], source: Source) -> None:
@@ -191,8 +184,7 @@ def _write(folder: Path, fingerprint: str, first: np.ndarray, decoded: _Decoded)
         "ids": None if done.ids is None else done.ids.tolist(),
         "unreadable": done.unreadable,
     }
-    with atomic_write(folder / "index.json") as file:
-        file.write(json.dumps(index).encode())
+    write_text(folder / "index.json", json.dumps(index))
     stored = _open(folder, fingerprint)
     if stored is None:
         raise UserError(f"--cache-dir {folder.parent} does not keep what is written to it: give another folder.")

@@ -29,7 +29,7 @@ class UnreadableError(ValueError):
 
 
 def decode(encoded: bytes | Path, side: int | None) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels of an encoded image; those that `to_pixels` gives for the image that PIL opens.
+    """The pixels of an encoded image: `to_pixels` of the image that PIL opens.
 
     Args:
         encoded: the content of a file, or its path.
@@ -45,6 +45,14 @@ def decode(encoded: bytes | Path, side: int | None) -> UInt8[np.ndarray, "H W 3"
         raise UnreadableError(reason) from error
     with image:
         return to_pixels(image, side)
+
+
+def decode_or_reason(encoded: bytes | Path, side: int | None) -> UInt8[np.ndarray, "H W 3"] | UnreadableError:
+    """The pixels as `decode` returns them, or the error that it raises."""
+    try:
+        return decode(encoded, side)
+    except UnreadableError as reason:
+        return reason
 
 
 def to_pixels(image: PIL.Image.Image, side: int | None) -> UInt8[np.ndarray, "H W 3"]:

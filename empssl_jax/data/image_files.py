@@ -92,7 +92,7 @@ def _status(path: Path | os.DirEntry[str]) -> os.stat_result | None:
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, os.stat_result | None]]:
-    """The files under a folder that are not hidden, and pipes and the like; a link back above is not followed."""
+    """All files of any kind under a folder that are not hidden. Links to a folder above are not followed."""
     pending: list[tuple[Path, frozenset[str]]] = [(root, frozenset())]
     while pending:
         folder, above = pending.pop()

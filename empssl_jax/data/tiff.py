@@ -1,4 +1,4 @@
-"""What PIL leaves to its users, or reads wrongly without a word, in TIFF files."""
+"""Pixels of TIFF files that PIL reads wrongly without an error, or leaves to its users to convert."""
 
 import numpy as np
 import PIL.Image

@@ -16,7 +16,7 @@ from empssl_jax.evaluation.evaluate import WriteReport
 from empssl_jax.evaluation.measured_images import measured_images
 from empssl_jax.run_folder.results import Accuracy, by_dataset, load_results, measure_name
 from empssl_jax.run_folder.saved_config import load_config, load_fingerprints
-from empssl_jax.runtime.atomic_write import atomic_write
+from empssl_jax.runtime.atomic_write import write_text
 from empssl_jax.runtime.distributed import is_first_process
 
 BySeed = dict[int, dict[str, Accuracy]]  # the results of runs that differ only in their seed
@@ -85,8 +85,7 @@ def _write(path: Path, table: str) -> None:
     """Writes the table, and prints it even if the disk is full."""
     try:
         if is_first_process():
-            with atomic_write(path) as file:
-                file.write(table.encode())
+            write_text(path, table)
     finally:
         print(f"\n{table}")
     print(f"wrote {path}")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int, Int32, Key, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped, UInt8
 
 from empssl_jax.config import Config, EmbeddingConfig, ModelConfig, PatchConfig
 from empssl_jax.config.errors import UserError
@@ -36,6 +36,11 @@ class LabelledEmbeddings(NamedTuple):
         """Number of classes, including empty ones."""
         return len(self.class_names)
 
+    def take(self, rows: Bool[np.ndarray, " N"] | Int[np.ndarray, " K"]) -> "LabelledEmbeddings":
+        """The embeddings with these indices, or for which a mask is true."""
+        names = None if self.names is None else self.names[rows]
+        return LabelledEmbeddings(self.embeddings[rows], self.labels[rows], self.class_names, names)
+
 
 class Embeddings(NamedTuple):
     """The embeddings of a run."""
@@ -47,10 +52,7 @@ class Embeddings(NamedTuple):
 def labelled(split: LabelledEmbeddings) -> LabelledEmbeddings:
     """The embeddings of the images that have a label."""
     has_label = split.labels >= 0
-    if has_label.all():
-        return split
-    names = None if split.names is None else split.names[has_label]
-    return LabelledEmbeddings(split.embeddings[has_label], split.labels[has_label], split.class_names, names)
+    return split if has_label.all() else split.take(has_label)
 
 
 Embed = Callable[[EncoderState, UInt8[Array, "B H W 3"], Int[Array, " B"]], Float[Array, "B E"]]

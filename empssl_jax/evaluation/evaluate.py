@@ -60,7 +60,7 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
         return _measure(folder, load_both_embeddings(folder), Config(evaluation=options.evaluation), mesh)
     folder = Path(options.workdir)
     trained = load_config(folder)
-    require(options.evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches, such as 128")
+    options.evaluation.require_patches()
     run = dataclasses.replace(trained.run, data_dir=options.data_dir, cache_dir=options.cache_dir)
     measured = measured_images(options.data, trained.data, folder)
     config = dataclasses.replace(trained, data=measured.data, evaluation=options.evaluation, run=run)

@@ -38,6 +38,4 @@ def few_labels(bank: LabelledEmbeddings, options: LabelConfig) -> LabelledEmbedd
     """The embeddings of the labelled images that the options choose."""
     if options.label_fraction == 1:
         return labelled(bank)  # copies nothing where all images have a label
-    chosen = chosen_images(bank.labels, options)
-    names = None if bank.names is None else bank.names[chosen]
-    return LabelledEmbeddings(bank.embeddings[chosen], bank.labels[chosen], bank.class_names, names)
+    return bank.take(chosen_images(bank.labels, options))

@@ -41,7 +41,7 @@ from empssl_jax.method.random_keys import finetuning_order_key, held_out_key
 from empssl_jax.run_folder.results import Accuracy, add_results, format_table, of_labels, on_dataset
 from empssl_jax.run_folder.saved_config import load_config
 from empssl_jax.run_folder.workdir import LOCK_FILE, locked
-from empssl_jax.runtime.atomic_write import atomic_write
+from empssl_jax.runtime.atomic_write import write_text
 from empssl_jax.runtime.devices import device_mesh
 
 HELD_OUT = 10  # one labelled image out of so many helps to choose the epoch
@@ -98,8 +98,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Accuracy]:
         results = on_dataset(measured.name, of_labels(options.labels, accuracies))
         fine_tuned = ImageEncoder(config, tuned.state.encoder, encoder.step, bank.images.shape[1])
         _write_weights(output, fine_tuned, tuned, bank)
-        with atomic_write(output / "finetune.json") as file:
-            file.write((json.dumps(dataclasses.asdict(options), indent=2) + "\n").encode())
+        write_text(output / "finetune.json", json.dumps(dataclasses.asdict(options), indent=2) + "\n")
         print(format_table(add_results(output, results)))
     print(f"wrote {output}")
     return results
@@ -154,10 +153,8 @@ def _make_embed(config: Config, mesh: Mesh) -> Embed:
     embed, batch_size = make_embed(config, mesh), config.evaluation.embedding_batch_size
 
     def embed_rows(encoder: EncoderState, dataset: ImageDataset, rows: Int[np.ndarray, " K"]) -> np.ndarray:
-        def images_at(positions: Int[np.ndarray, " B"]) -> np.ndarray:
-            return dataset.images[rows[positions]]
-
-        return embed_images(embed, encoder, images_at, rows.astype(np.int32), batch_size, mesh)
+        indices = rows.astype(np.int32)
+        return embed_images(embed, encoder, lambda chosen: dataset.images[rows[chosen]], indices, batch_size, mesh)
 
     return embed_rows
 

@@ -17,12 +17,12 @@ from jaxtyping import Float32, UInt8
 from empssl_jax.config.command_options import EmbedOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.decoded_images import VERSION
-from empssl_jax.data.decoding import UnreadableError, decode
+from empssl_jax.data.decoding import UnreadableError, decode_or_reason
 from empssl_jax.data.image_files import Files, list_images, look_at
 from empssl_jax.inference.image_encoder import ImageEncoder, load
 from empssl_jax.run_folder.digests import array_digests
 from empssl_jax.run_folder.workdir import locked
-from empssl_jax.runtime.atomic_write import atomic_write
+from empssl_jax.runtime.atomic_write import atomic_write, write_text
 from empssl_jax.runtime.progress import image_progress
 
 BATCHES = 4  # in a part, which is what an interruption loses at most
@@ -91,8 +91,7 @@ def _begin(folder: Path, encoder: ImageEncoder, embedding: dict[str, Any], files
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     path = folder / "plan"
     if not path.exists():
-        with atomic_write(path) as file:
-            file.write(digest.encode())
+        write_text(path, digest)
     elif path.read_bytes() != digest.encode():
         raise UserError(
             f"{folder} holds parts of other images or by another encoder: run the command that wrote them again, give "
@@ -109,7 +108,7 @@ def _embed_parts(encoder: ImageEncoder, files: Files, folder: Path, title: str) 
             part = _load_part(path)
             if part is None:
                 chosen = files[start : start + size]
-                read = list(threads.map(lambda file: _read(file.path, encoder.image_size), chosen))
+                read = list(threads.map(lambda file: decode_or_reason(file.path, encoder.image_size), chosen))
                 part = _embed_part(encoder, read, start)
                 with atomic_write(path) as file:
                     np.savez(file, embeddings=part.embeddings, reasons=np.array(part.reasons))
@@ -123,13 +122,6 @@ def _embed_part(encoder: ImageEncoder, read: list[UInt8[np.ndarray, "S S 3"] | U
     images = {start + number: image for number, image in enumerate(read) if not isinstance(image, UnreadableError)}
     embeddings = encoder.embed(list(images.values()), indices=np.array(list(images), np.int32))
     return Part(embeddings, [str(image) if isinstance(image, UnreadableError) else "" for image in read])
-
-
-def _read(file: Path, side: int) -> UInt8[np.ndarray, "S S 3"] | UnreadableError:
-    try:
-        return decode(file, side)
-    except UnreadableError as error:
-        return error
 
 
 def _load_part(path: Path) -> Part | None:

@@ -72,7 +72,7 @@ class ImageEncoder:
         evaluation = self.config.evaluation
         if patches is not None:
             evaluation = dataclasses.replace(evaluation, valid_patches=patches)
-        require(evaluation.valid_patches > 0, "valid_patches", 0, "give the number of patches, such as 128")
+        evaluation.require_patches()
         listed = _listed(images)
         positions = np.arange(len(listed), dtype=np.int32) if indices is None else _checked(indices, len(listed))
         if len(listed) == 0:
@@ -97,7 +97,7 @@ class ImageEncoder:
             ) from error
 
 
-def _listed(images: object) -> Sequence[Image]:
+def _listed(images: Any) -> Sequence[Image]:
     """The images in a sequence; one image becomes a sequence of one."""
     if isinstance(images, PIL.Image.Image):
         return [images]
@@ -105,14 +105,14 @@ def _listed(images: object) -> Sequence[Image]:
         if not hasattr(images, "__array__"):
             if isinstance(images, str | bytes):
                 raise TypeError("a name is not an image")
-            return images if isinstance(images, Sequence) else list(images)  # type: ignore[call-overload]
-        array = np.asarray(images)
+            return images if isinstance(images, Sequence) else list(images)
+        array: Any = np.asarray(images)
         if array.ndim == 0:
             raise TypeError("it has no rows and columns")
     except TypeError as error:
         raise UserError(f"images is {type(images).__name__} ({one_line(error)}): give {ACCEPTED}.") from error
     is_one = array.ndim == 2 or (array.ndim == 3 and array.shape[2] <= CHANNELS)
-    return array[None] if is_one else array  # type: ignore[return-value]
+    return array[None] if is_one else array
 
 
 def _checked(indices: object, size: int) -> Int32[np.ndarray, " N"]:

@@ -18,7 +18,7 @@ from empssl_jax.config.pretrained import pretrained_file
 from empssl_jax.inference.torch_names import from_torch, listed, with_fresh_heads
 from empssl_jax.inference.weight_files import Metadata, read_weights
 from empssl_jax.inference.wrappers import unwrap
-from empssl_jax.method.encoder import EncoderState, default_precision
+from empssl_jax.method.encoder import EncoderState, with_known_precision
 from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.random_keys import parameters_key
 from empssl_jax.method.train_step import make_optimizer
@@ -76,7 +76,7 @@ def read_run(options: ImportOptions) -> ImportedRun:
         weights, dropped = with_fresh_heads(unwrapped, config.model, parameters_key(config.training.seed))
         notes.append(f"arrays without a place in the encoder: {listed('dropped', dropped)}")
     model, encoder = from_torch(weights)
-    precision = default_precision() if config.model.precision == "auto" else config.model.precision
+    precision = with_known_precision(config.model).precision
     model = dataclasses.replace(model, precision=precision, **normalisation)
     sizes = ", ".join(f"{name} {' '.join(words(value))}" for name, value in dataclasses.asdict(model).items())
     config = dataclasses.replace(config, model=model, run=dataclasses.replace(config.run, workdir=options.workdir))

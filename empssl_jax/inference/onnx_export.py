@@ -38,4 +38,4 @@ def export_embedder(options: ExportOptions) -> Path:
 def _check_views(embedding: EmbeddingConfig) -> None:
     remedy = "an ONNX file cannot draw JAX's random numbers, so add --valid-crops grid --valid-patches 16, for example"
     require(embedding.valid_crops != "random", "valid_crops", embedding.valid_crops, remedy)
-    require(embedding.valid_patches > 0, "valid_patches", 0, "give the number of patches, such as 16")
+    embedding.require_patches()

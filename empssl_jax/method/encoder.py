@@ -1,5 +1,6 @@
 """The encoder of EMP-SSL: a ResNet, a hidden layer whose output is the embedding, and a projection head."""
 
+import dataclasses
 import functools
 import math
 from typing import Literal, NamedTuple
@@ -80,9 +81,11 @@ class Encoder(nnx.Module):
         return nnx.relu(self.hidden_norm(self.hidden(means[-1])))
 
 
-def default_precision() -> Literal["float32", "bfloat16"]:
-    """The precision that "auto" selects on this machine: float32 on CPU, bfloat16 on accelerators."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+def with_known_precision(config: ModelConfig) -> ModelConfig:
+    """The config with what "auto" selects on this machine: float32 on CPU, bfloat16 on accelerators."""
+    if config.precision != "auto":
+        return config
+    return dataclasses.replace(config, precision="float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
 def encoder_graph(config: ModelConfig, axis_name: str | None = None, remat: bool = False) -> nnx.GraphDef:

@@ -17,7 +17,7 @@ from empssl_jax.report.pictures import training_patches
 from empssl_jax.report.run import read_run
 from empssl_jax.report.tensorboard import write_pictures
 from empssl_jax.run_folder.saved_config import load_config
-from empssl_jax.runtime.atomic_write import atomic_write
+from empssl_jax.runtime.atomic_write import write_text
 from empssl_jax.runtime.distributed import is_first_process
 
 REPORT_FILE = "report.html"
@@ -39,8 +39,7 @@ def write_report(workdir: Path, config: Config, datasets: Datasets | None) -> Pa
         findings = examine(run.embeddings, config.evaluation, seed) if run.embeddings else None
     directions = None if run.test_embeddings is None else spectrum(run.test_embeddings)
     path = workdir / REPORT_FILE
-    with atomic_write(path) as file:
-        file.write(render(run, sheet, findings, directions).encode())
+    write_text(path, render(run, sheet, findings, directions))
     write_pictures(run, sheet, findings)
     return path
 

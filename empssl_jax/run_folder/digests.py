@@ -13,12 +13,13 @@ Digests = dict[str, str]
 
 def array_digests(tree: PyTree) -> Digests:
     """SHA-256 of each array of a pytree, including its shape and type, by its path."""
-    return {jax.tree_util.keystr(path): _digest(np.asarray(leaf)) for path, leaf in _leaves(tree)}
+    return {jax.tree_util.keystr(path): _digest(np.asarray(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def first_not_finite(tree: PyTree) -> str | None:
     """Path of the first array of a pytree that holds NaN or an infinity, None if there is none."""
-    bad = (jax.tree_util.keystr(path) for path, leaf in _leaves(tree) if not np.isfinite(np.asarray(leaf)).all())
+    leaves = jax.tree.leaves_with_path(tree)
+    bad = (jax.tree_util.keystr(path) for path, leaf in leaves if not np.isfinite(np.asarray(leaf)).all())
     return next(bad, None)
 
 
@@ -38,11 +39,6 @@ def is_sealed(record: object) -> bool:
 def text_digest(record: dict[str, Any]) -> str:
     """SHA-256 of a JSON-serializable record, whatever the order of its entries."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
-    """The leaves of a pytree and their paths."""
-    return jax.tree_util.tree_leaves_with_path(tree)
 
 
 def _digest(array: np.ndarray) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from empssl_jax.config import LabelConfig
 from empssl_jax.config.errors import UserError, one_line
-from empssl_jax.runtime.atomic_write import atomic_write
+from empssl_jax.runtime.atomic_write import write_text
 from empssl_jax.runtime.distributed import is_first_process
 
 RESULTS_FILE = "results.json"
@@ -46,12 +46,11 @@ def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accurac
 
     Args:
         folder: folder of the run, or of the embeddings.
-        results: accuracies by the name of the measure.
+        results: accuracies and effective ranks by the name of the measure.
     """
     merged = load_results(folder) | results
     if is_first_process():
-        with atomic_write(folder / RESULTS_FILE) as file:
-            file.write((json.dumps(merged, indent=2) + "\n").encode())
+        write_text(folder / RESULTS_FILE, json.dumps(merged, indent=2) + "\n")
     return merged
 
 
@@ -79,7 +78,7 @@ def on_dataset(name: str | None, results: dict[str, Accuracy]) -> dict[str, Accu
 
 
 def by_dataset(results: dict[str, Accuracy]) -> dict[str | None, dict[str, Accuracy]]:
-    """The accuracies by the name of the measure, for each data set; None for the run's own, which is always there."""
+    """The results by the name of the measure, for each data set; None for the run's own, which is always there."""
     parts: dict[str | None, dict[str, Accuracy]] = {None: {}}
     for name, accuracy in results.items():
         dataset = accuracy.get("dataset")

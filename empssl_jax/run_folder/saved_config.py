@@ -10,7 +10,7 @@ import safetensors
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.config.pretrained import pretrained_file
-from empssl_jax.runtime.atomic_write import atomic_write
+from empssl_jax.runtime.atomic_write import write_text
 
 CONFIG_FILE = "config.json"
 IMAGES_FILE = "images.json"
@@ -28,8 +28,8 @@ def from_json(text: str | bytes, source: object) -> Config:
     """Parses the output of `to_json`; raises UserError, naming `source`, for any other text."""
     try:
         groups = json.loads(text)
-        types = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-        return Config(**{name: types[name](**_tuples(values)) for name, values in groups.items()})  # type: ignore[operator]
+        types: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+        return Config(**{name: types[name](**_tuples(values)) for name, values in groups.items()})
     except UserError as error:
         raise UserError(f"{source} has a wrong value: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -44,8 +44,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def save_config(workdir: Path, config: Config) -> None:
     """Writes the config of a run into its folder."""
-    with atomic_write(workdir / CONFIG_FILE) as file:
-        file.write(to_json(config).encode())
+    write_text(workdir / CONFIG_FILE, to_json(config))
 
 
 def load_config(workdir: Path, argument: str = "--workdir") -> Config:
@@ -74,15 +73,14 @@ def pretrained_config(file: Path) -> Config:
 
 
 def save_images(workdir: Path, size: int, fingerprints: dict[str, str] | None = None) -> None:
-    """Saves what the config does not say of a run's images.
+    """Saves what the config does not say about a run's images.
 
     Args:
         workdir: folder of the run.
         size: side of the training images in pixels, which the config may leave to the data set.
         fingerprints: see `folder_fingerprints`; none for other data sets.
     """
-    with atomic_write(workdir / IMAGES_FILE) as file:
-        file.write(json.dumps({"size": size, "fingerprints": fingerprints or {}}).encode())
+    write_text(workdir / IMAGES_FILE, json.dumps({"size": size, "fingerprints": fingerprints or {}}))
 
 
 def load_image_size(workdir: Path) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from empssl_jax.runtime.atomic_write import atomic_write
+from empssl_jax.runtime.atomic_write import write_text
 
 METRICS_FILE = "metrics.jsonl"
 PROBE_FILE = "probe.jsonl"
@@ -26,8 +26,7 @@ def drop_steps_from(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text(errors="replace").split("\n") if _step_of(line) < first_step]
-    with atomic_write(path) as file:
-        file.write("".join(line + "\n" for line in kept).encode())
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

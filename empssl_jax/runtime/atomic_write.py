@@ -16,3 +16,9 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes or replaces a file atomically, in UTF-8."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
