@@ -1,12 +1,16 @@
 """empssl embed: folders of image files to embeddings, after an interruption and with unreadable files."""
 
+import os
+import re
 import shutil
+import stat
 
 import numpy as np
 import PIL.Image
 import pytest
 
 import empssl_jax
+from empssl_jax import command_line
 from empssl_jax.config.errors import UserError
 from empssl_jax.inference import embed_files as embed
 from empssl_jax.inference.image_encoder import ImageEncoder
@@ -141,7 +145,7 @@ def test_unreadable_files_are_listed_with_their_number(photos, tiny_run, tmp_pat
         shutil.copy(photos / name, tmp_path / "in" / name)
     arrays = run(tmp_path / "in", tiny_run, tmp_path / "out.npz")
     assert arrays["files"].tolist() == ["a/000.png"]
-    assert "skipped 1 of 2 files that cannot be read:\na/017.png: no known format" in capsys.readouterr().err
+    assert "skipped 1 of 2 files that cannot be read:\n'a/017.png': no known format" in capsys.readouterr().err
 
 
 def test_other_files_are_counted(photos, tiny_run, tmp_path, capsys):
@@ -159,6 +163,31 @@ def test_folders_without_pictures_are_refused(photos, tiny_run, tmp_path, kept, 
     with pytest.raises(UserError, match=message):
         run(tmp_path / "in", tiny_run, tmp_path / "out.npz")
     assert not (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.parametrize("name", ["folder", "pipe", "."])
+def test_an_output_that_is_no_file_is_refused_before_the_work(photos, tiny_run, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo("pipe")
+    message = f"--output is '{name}': that is a folder or a device, so give the name of a file"
+    for command in (
+        ["embed", "--workdir", tiny_run, "--images", photos],
+        ["export", tiny_run],
+        ["export", tiny_run, "--format", "onnx", *(f"--{option}={value}" for option, value in GRID.items())],
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            command_line.COMMANDS[command[0]].run([*map(str, command[1:]), "--output", name], "empssl")
+    assert sorted(os.listdir()) == ["folder", "pipe"]
+    assert stat.S_ISFIFO(os.stat("pipe").st_mode)
+
+
+def test_names_of_unreadable_files_stay_on_one_line(tiny_run, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    PIL.Image.new("RGB", (32, 32)).save(tmp_path / "in" / "b.png")
+    (tmp_path / "in" / "a\nc.png").touch()
+    run(tmp_path / "in", tiny_run, tmp_path / "out.npz")
+    assert "\n'a\\nc.png': no known format\n" in capsys.readouterr().err
 
 
 def test_one_file(photos, tiny_run, tmp_path):

@@ -15,14 +15,14 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from empssl_jax.config.command_options import EmbedOptions
-from empssl_jax.config.errors import UserError
+from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.data.decoded_images import VERSION
 from empssl_jax.data.decoding import UnreadableError, decode_or_reason
 from empssl_jax.data.image_files import Files, list_images, look_at
 from empssl_jax.inference.image_encoder import ImageEncoder, load
 from empssl_jax.run_folder.digests import array_digests
 from empssl_jax.run_folder.workdir import locked
-from empssl_jax.runtime.atomic_write import atomic_write, write_text
+from empssl_jax.runtime.atomic_write import atomic_write, check_output, write_text
 from empssl_jax.runtime.progress import image_progress
 
 BATCHES = 4  # in a part, which is what an interruption loses at most
@@ -41,10 +41,11 @@ def embed_files(options: EmbedOptions) -> None:
     The position of a file in this order decides its random patches. Files that cannot be read are listed and skipped.
 
     Raises:
-        UserError: the run, the checkpoint or the folder does not exist, no image can be read, or an interrupted command
-            for other images or another encoder left its parts beside the output.
+        UserError: the run, the checkpoint or the folder does not exist, no image can be read, the output is a folder or
+            a device, or an interrupted command for other images or another encoder left its parts beside the output.
     """
     root, output = Path(options.images), Path(options.output)
+    check_output(output)
     files = _find_images(root)
     embedding = dataclasses.asdict(options.embedding) | {"embedding_batch_size": options.embedding_batch_size}
     encoder = load(options.workdir, options.step, **embedding)
@@ -135,7 +136,7 @@ def _load_part(path: Path) -> Part | None:
 
 def _report_unreadable(names: list[str], reasons: list[str], root: Path) -> None:
     """Prints the files that cannot be read, with the reasons; raises UserError if these are all."""
-    skipped = [f"{name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
+    skipped = [f"{one_line(name)}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
     if len(skipped) == len(names):
         raise UserError(f"--images {root}: none of {len(names)} files can be read ({skipped[0]}): give other images.")
     if skipped:

@@ -9,6 +9,7 @@ from empssl_jax.inference.image_encoder import ImageEncoder, load
 from empssl_jax.inference.torch_names import to_torch
 from empssl_jax.inference.weight_files import SUFFIXES, Metadata, import_torch, write_weights
 from empssl_jax.run_folder.saved_config import load_config, to_json
+from empssl_jax.runtime.atomic_write import check_output
 
 FEATURES = {  # by `embedded_layer`, with the names of the file's arrays
     "hidden": "relu(pre_feature(mean of layer4))",
@@ -20,14 +21,16 @@ def export_weights(options: ExportOptions) -> Path:
     """Writes the file atomically and returns its path.
 
     Raises:
-        UserError: the run or the checkpoint does not exist or is damaged, or PyTorch is needed but not installed.
+        UserError: the run or the checkpoint does not exist or is damaged, the output is a folder or a device, or
+            PyTorch is needed but not installed.
         OSError: the file cannot be written.
     """
     if options.format == "torch":
         import_torch()  # raises UserError before the work begins
     load_config(Path(options.run), RUN)  # likewise
-    encoder = load(options.run, options.step)
     path = Path(options.output or Path(options.run) / f"weights{SUFFIXES[options.format]}")
+    check_output(path)  # likewise
+    encoder = load(options.run, options.step)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_encoder(path, encoder, options.format)
     print(f"exported step {encoder.step} of {options.run} to {path}")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from empssl_jax.config.errors import require
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
@@ -22,3 +24,9 @@ def write_text(path: Path, text: str) -> None:
     """Writes or replaces a file atomically, in UTF-8."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def check_output(path: Path, option: str = "output") -> None:
+    """Raises UserError if `path`, the value of `option`, is a folder or a device, which no file should replace."""
+    remedy = "that is a folder or a device, so give the name of a file"
+    require(path.is_file() or not path.exists(), option, str(path), remedy)
