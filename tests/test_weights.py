@@ -363,6 +363,10 @@ REFUSED = {
     "no encoder": (lambda arrays: {"x": np.eye(2)}, "1 unexpected: x"),
     "another shape": (with_array("module.pre_feature.1.bias", np.zeros(3)), r"pre_feature.1.bias has shape \(3,\)"),
     "a flat kernel": (with_array("module.pre_feature.0.weight", np.zeros(3)), r"kernels have shapes .*\(3,\)"),
+    "whole numbers": (
+        with_array("module.projection.3.bias", np.ones(32, np.int8)),
+        "projection.3.bias has type int8 instead of floating point: give a file that is not quantised",
+    ),
     "NaN": (with_array("module.pre_feature.1.running_var", np.full(64, np.nan)), "running_var is not finite"),
     "beyond float32": (with_array("module.projection.3.bias", np.full(32, 1e300)), "projection.3.bias is not finite"),
     "a mean that overflows": (

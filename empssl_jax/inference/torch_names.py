@@ -163,6 +163,9 @@ def _check_arrays(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             raise UserError(f"{name} has shape {weights[name].shape} instead of {shape}: give another file.")
+        if weights[name].dtype.kind != "f":
+            kind = weights[name].dtype
+            raise UserError(f"{name} has type {kind} instead of floating point: give a file that is not quantised.")
         if not np.isfinite(weights[name]).all():
             raise UserError(f"{name} is not finite: give a file from before training went wrong.")
         if name.endswith("running_var") and (weights[name] < 0).any():

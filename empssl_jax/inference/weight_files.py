@@ -34,7 +34,7 @@ def write_weights(path: Path, weights: Weights, metadata: Metadata, kind: str) -
 
 
 def read_weights(path: Path) -> tuple[Weights, Metadata]:
-    """Reads the arrays of a file, as float32, and its metadata if it has any.
+    """Reads the arrays of a file, and its metadata if it has any. Numbers of floating point become float32.
 
     In a file of torch.save, the state dictionary may lie in other dictionaries.
 
@@ -102,11 +102,13 @@ def _from_tensor(name: object, tensor: Any) -> Array:
         raise TypeError(f"{one_line(name)} is no tensor")
     if tensor.is_complex():
         raise TypeError(f"{name} is complex")
-    return tensor.detach().float().numpy()
+    return (tensor.detach().float() if tensor.is_floating_point() else tensor.detach()).numpy()
 
 
 def _float32(name: str, array: Array) -> Array:
     if np.iscomplexobj(array):
         raise TypeError(f"{name} is complex")
+    if array.dtype.kind in "iub":
+        return array
     with np.errstate(over="ignore"):  # what is too large becomes infinite, which is refused later
         return array.astype(np.float32)
