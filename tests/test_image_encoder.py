@@ -145,6 +145,10 @@ TRUNCATED = half_a_file()
         (Path("cat.jpg"), r"^images is PosixPath \(.*not iterable\): give a list"),
         (None, r"^images is NoneType \(.*not iterable\): give a list"),
         (np.uint8(3), r"^images is uint8 \(it has no rows and columns\): give a list"),
+        (
+            np.zeros((3, 32, 32), np.uint8),
+            r"^images has shape \(3, 32, 32\), which .*channels first: give list\(images\)",
+        ),
         (TRUNCATED, r"Image 0 has type PngImageFile \(.*truncated.*\): give"),
         ([PIL.Image.new("F", (8, 8))], "instead of 8 or 16 bits"),
     ],
@@ -166,6 +170,7 @@ def test_every_sequence_of_images_is_accepted(loaded, digits):
     expected = loaded.embed(digits)
     for images in (iter(digits), tuple(digits), map(PIL.Image.fromarray, digits), jnp.asarray(digits), digits[..., 0]):
         np.testing.assert_array_equal(loaded.embed(images), expected)
+    np.testing.assert_array_equal(loaded.embed(list(digits[:4, ..., 0])), loaded.embed(digits[:4]))
     assert loaded.embed(iter(())).shape == (0, 32)
 
 

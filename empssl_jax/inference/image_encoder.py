@@ -26,6 +26,7 @@ from empssl_jax.runtime.devices import device_mesh, replicated
 Image = np.ndarray | jax.Array | PIL.Image.Image
 ACCEPTED = "a list of uint8 arrays (H, W, 3) and PIL images, or a uint8 array (N, H, W, 3)"
 CHANNELS = 4  # at most, in an array of one image; more are the columns of a stack of gray images
+CHANNELS_FIRST = (3, 4)  # numbers of gray images that are refused as an array, since PyTorch's images have these shapes
 MAX_INDEX = 2**31 - 1
 
 
@@ -111,6 +112,11 @@ def _listed(images: Any) -> Sequence[Image]:
             raise TypeError("it has no rows and columns")
     except TypeError as error:
         raise UserError(f"images is {type(images).__name__} ({one_line(error)}): give {ACCEPTED}.") from error
+    if array.ndim == 3 and len(array) in CHANNELS_FIRST and array.shape[2] > CHANNELS:
+        raise UserError(
+            f"images has shape {array.shape}, which may be gray images or one image with its channels first: give "
+            "list(images) for gray images, or an array (H, W, 3) for one image."
+        )
     is_one = array.ndim == 2 or (array.ndim == 3 and array.shape[2] <= CHANNELS)
     return array[None] if is_one else array
 
