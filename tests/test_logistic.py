@@ -59,3 +59,13 @@ def test_a_class_without_training_images_is_not_predicted():
     test = LabelledEmbeddings(np.eye(2, dtype=np.float32), np.array([0, 7], np.int32), NAMES)
     accuracy = logistic.logistic_accuracy(bank, test, device_mesh(1))
     assert (accuracy["top1"], accuracy["top5"]) == (0.5, 0.5)
+
+
+def test_a_dimension_that_does_not_vary_in_training_decides_nothing():
+    """float32's mean of 60 times 0.1 is not 0.1, which must not make 0.1 and 0.2 thousands of deviations apart."""
+    labels = np.arange(60, dtype=np.int32) % 3
+    vectors = np.concatenate([np.eye(3, dtype=np.float32)[labels], np.full((60, 1), 0.1, np.float32)], axis=1)
+    assert vectors.std(axis=0)[3] > 0
+    other = vectors + np.array([[0, 0, 0, 0.1]], np.float32)
+    bank, test = (LabelledEmbeddings(array, labels, NAMES[:3]) for array in (vectors, other))
+    assert logistic.logistic_accuracy(bank, test, device_mesh(1))["top1"] == 1

@@ -66,7 +66,9 @@ def fit_classifier(train: LabelledEmbeddings, mesh: Mesh) -> Classifier:
         mesh: the devices.
     """
     mean, deviation = np.mean(train.embeddings, axis=0), np.std(train.embeddings, axis=0)
-    scale = np.where(deviation > 0, deviation, 1.0)
+    # Rounding can give a dimension that does not vary a tiny deviation, but no range. Where the squares of a range are
+    # too small for float32, the deviation is 0.
+    scale = np.where((np.ptp(train.embeddings, axis=0) > 0) & (deviation > 0), deviation, 1.0)
     bank = (train.embeddings - mean) / scale
     everything = np.ones(len(bank), bool)
     held_out = np.arange(len(bank)) % HELD_OUT == HELD_OUT - 1 if len(bank) >= HELD_OUT else everything
