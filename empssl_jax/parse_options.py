@@ -14,7 +14,7 @@ from empssl_jax.config.command_options import RUN, EmbedOptions, EvaluateOptions
 from empssl_jax.config.config_files import first_options
 from empssl_jax.config.errors import UserError, require
 from empssl_jax.config.pretrained import pretrained_file
-from empssl_jax.run_folder.saved_config import CONFIG_FILE, load_config, pretrained_config
+from empssl_jax.run_folder.saved_config import CONFIG_FILE, check_not_pretrained, load_config, pretrained_config
 
 HELP = ("-h", "--help")
 
@@ -56,12 +56,14 @@ def parse_evaluations(arguments: Sequence[str], prog: str = "empssl eval") -> li
     If several folders are given, those without a config.json (runs/* may match some) are skipped with a message.
 
     Raises:
-        UserError: none of several folders is a run.
+        UserError: none of several folders is a run, or one is the name of a pretrained encoder.
     """
     chosen, rest = (_Workdirs(), []) if asks_for_help(arguments) else first_options(_Workdirs, arguments)
     if len(chosen.workdir) == 1:
         return [parse_evaluate_options(arguments, prog)]
     folders = [expand(folder) for folder in chosen.workdir]
+    for folder in folders:
+        check_not_pretrained(folder, _argument(prog))
     runs = [folder for folder in folders if (Path(folder) / CONFIG_FILE).is_file()]
     if skipped := sorted(set(folders) - set(runs)):
         print(f"skipping folders that are not runs: {', '.join(skipped)}")

@@ -98,12 +98,17 @@ def test_load_refuses_what_it_lacks(options, message):
         empssl_jax.load(NAME, **options)
 
 
-@pytest.mark.parametrize("command", ["eval", "export", "report"])
+@pytest.mark.parametrize("command", ["eval", "export", "finetune", "report", "compare"])
 def test_commands_that_need_a_run_say_how_to_make_one(command):
     with pytest.raises(
         UserError, match="not a run: `empssl import cifar10-small --fresh-heads --workdir RUN` makes one"
     ):
         run(command, *(["--workdir"] * (command == "eval")), NAME)
+
+
+def test_a_comparison_with_a_run_says_how_to_make_one(tiny_run):
+    with pytest.raises(UserError, match="RUN cifar10-small is an encoder that comes with the package"):
+        run("compare", str(tiny_run), NAME)
 
 
 def test_a_folder_of_the_same_name_is_a_run(tiny_run, tmp_path, monkeypatch):

@@ -58,12 +58,17 @@ def load_config(workdir: Path, argument: str = "--workdir") -> Config:
         UserError: the folder holds no valid config.
     """
     path = workdir / CONFIG_FILE
-    if pretrained_file(workdir):
-        command = f"`empssl import {workdir} --fresh-heads --workdir RUN` makes one"
-        raise UserError(f"{argument} {workdir} is an encoder that comes with the package, not a run: {command}.")
+    check_not_pretrained(workdir, argument)
     if not path.is_file():
         raise UserError(f"{argument} {workdir} has no {CONFIG_FILE}: give the folder of a run.")
     return from_json(path.read_bytes(), path)
+
+
+def check_not_pretrained(workdir: str | Path, argument: str) -> None:
+    """Raises UserError if the value of `argument`, which needs a run, is the name of a pretrained encoder."""
+    if pretrained_file(workdir):
+        command = f"`empssl import {workdir} --fresh-heads --workdir RUN` makes one"
+        raise UserError(f"{argument} {workdir} is an encoder that comes with the package, not a run: {command}.")
 
 
 def pretrained_config(file: Path) -> Config:
