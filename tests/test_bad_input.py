@@ -110,6 +110,21 @@ def test_labels_that_are_not_classes_are_refused(tmp_path, labels, num_names):
         embedding_files.load_embeddings(tmp_path / "test.npz")
 
 
+@pytest.mark.parametrize(
+    ("arrays", "expected"),
+    [
+        ({"labels": np.zeros(3)}, r"labels has shape \(3,\), type float64 .* instead of 1 dimension of whole numbers"),
+        ({"labels": np.zeros((3, 1), int)}, "instead of 1 dimension of whole numbers"),
+        ({"embeddings": np.eye(3, dtype=bool)}, "instead of 2 dimensions of real numbers"),
+        ({"class_names": np.array([b"a"])}, r"instead of 1 dimension of text \(numpy.str_\)"),
+    ],
+)
+def test_arrays_of_another_type_are_refused_with_the_one_to_give(tmp_path, arrays, expected):
+    np.savez(tmp_path / "test.npz", **{"embeddings": np.eye(3), "labels": np.arange(3)} | arrays)
+    with pytest.raises(UserError, match=expected):
+        embedding_files.load_embeddings(tmp_path / "test.npz")
+
+
 @pytest.mark.parametrize(("given", "expected"), [(["a", "b"], "a b 2 3"), (None, "0 1 2 3"), (["a"] * 5, "a a a a a")])
 def test_classes_without_a_name_are_called_by_their_numbers(tmp_path, given, expected):
     names = {} if given is None else {"class_names": np.array(given)}

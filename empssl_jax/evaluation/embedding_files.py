@@ -15,6 +15,7 @@ from empssl_jax.runtime.atomic_write import atomic_write
 
 MAX_CLASSES = 100_000  # memory use grows with the number of classes
 MAX_COMPRESSION = 200  # deflate compresses zeros 1000-fold: without a limit, a small file could fill the memory
+KINDS = {"fiu": "real numbers", "iu": "whole numbers", "U": "text (numpy.str_)"}  # by NumPy's codes
 REMEDY = "give a folder with train.npz and test.npz, or leave --embeddings out to compute them"
 
 
@@ -115,8 +116,9 @@ def _read_array(archive: zipfile.ZipFile, name: str, dim: int, kinds: str) -> np
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(file)
-        expected = dtype.itemsize * math.prod(shape)
-        if len(shape) != dim or dtype.kind not in kinds or expected != entry.file_size - file.tell():
-            raise ValueError(f"{name} has shape {shape}, type {dtype} and {entry.file_size - file.tell()} bytes")
+        size = entry.file_size - file.tell()
+        if len(shape) != dim or dtype.kind not in kinds or dtype.itemsize * math.prod(shape) != size:
+            wanted = f"{dim} dimension{'s' * (dim > 1)} of {KINDS[kinds]}"
+            raise ValueError(f"{name} has shape {shape}, type {dtype} and {size} bytes instead of {wanted}")
     with archive.open(entry) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
