@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from empssl_jax.evaluation import comparison
 from empssl_jax.evaluation import evaluate as evaluation
 from empssl_jax.parse_options import parse_evaluations
 from empssl_jax.run_folder import saved_config
-from empssl_jax.run_folder.results import add_results, of_embeddings, on_dataset
+from empssl_jax.run_folder.results import add_results, load_results, of_embeddings, on_dataset
 
 KNN = {0: (0.30, 0.80), 1: (0.34, 0.84), 2: (0.44, 0.88)}  # top-1 and top-5 by seed
 
@@ -102,6 +103,37 @@ def test_results_of_other_embeddings_are_measured_again(tmp_path, no_evaluation)
     assert no_evaluation == []
     header = (tmp_path / "comparison.md").read_text().splitlines()[0]
     assert cells(header)[3:] == ["kNN top-1", "kNN top-5"]
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "again"),
+    [
+        ([], {}, False),
+        (["--num-neighbours=3"], {"num_neighbours": 3}, True),
+        (["--temperature=0.5"], {"temperature": 0.5}, True),
+        (["--linear-learning-rate=0.01"], {"linear_learning_rate": 0.01}, True),
+        (["--step=1"], {"step": 1}, True),
+    ],
+)
+def test_results_of_other_options_or_checkpoints_are_measured_again(
+    tiny_run, tmp_path, monkeypatch, options, changed, again
+):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    config = saved_config.load_config(folder)
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, linear_epochs=1))
+    saved_config.save_config(folder, config)
+    compare(folder, options=[*options, "--no-report"])
+    measured = load_results(folder)
+    assert {measured[name]["step"] for name in ("effective rank", "kNN", "linear")} == {changed.get("step", 2)}
+    recorded = measured["kNN"]["options"] | measured["linear"]["options"]
+    own = dataclasses.asdict(config.evaluation)
+    differing = {name: value for name, value in recorded.items() if value != own[name]}
+    assert differing == {name: value for name, value in changed.items() if name != "step"}
+    evaluated = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda options, write_report: evaluated.append(options))
+    compare(folder, folder)
+    assert len(evaluated) == 2 * again
 
 
 def test_one_run_is_evaluated_without_a_comparison(tmp_path, no_evaluation):

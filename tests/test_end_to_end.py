@@ -102,12 +102,12 @@ def test_evaluation_repeats_training_s_embeddings_and_adds_the_linear_classifier
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(before["embeddings"], arrays_of(workdir / "embeddings" / "test.npz")["embeddings"])
     after = json.loads((workdir / "results.json").read_text())
-    assert after["kNN"] == results["kNN"]
+    assert results["kNN"].items() <= after["kNN"].items()
     assert {"linear", "linear, best epoch on test"} <= set(after)
     assert f"<dd>{100 * after['linear']['top1']:.1f} %</dd>" in (workdir / "report.html").read_text()
     again = run("eval.py", "--embeddings", workdir / "embeddings", "--linear-epochs", 5)
     given = json.loads((workdir / "embeddings" / "results.json").read_text())["linear"]
-    assert after["linear"] == given | {"embeddings": "2 random patches, hidden"}, again.stderr
+    assert (given | {"embeddings": "2 random patches, hidden"}).items() <= after["linear"].items(), again.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from empssl_jax.config import Config
+from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError, flag
 from empssl_jax.config.options import TRAIN
 from empssl_jax.evaluation import evaluate
 from empssl_jax.evaluation.evaluate import WriteReport
 from empssl_jax.evaluation.measured_images import measured_images
+from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.run_folder.results import Accuracy, by_dataset, load_results, measure_name
 from empssl_jax.run_folder.saved_config import load_config, load_fingerprints
 from empssl_jax.runtime.atomic_write import write_text
@@ -92,10 +93,18 @@ def _write(path: Path, table: str) -> None:
 
 
 def _results(options: EvaluateOptions) -> dict[str, Accuracy]:
-    """The run's accuracies on embeddings made as the options say; those that do not record how are included."""
-    made = options.evaluation.embeddings
+    """The run's results that were measured as the options say; those that do not record how are included."""
     results = load_results(Path(options.workdir))
-    return {name: accuracy for name, accuracy in results.items() if accuracy.get("embeddings", made) == made}
+    return {name: value for name, value in results.items() if _agrees(value, options.evaluation)}
+
+
+def _agrees(value: Accuracy, evaluation: EvaluationConfig) -> bool:
+    """Whether all that a result records of its embeddings and options is as in `evaluation`."""
+    made = evaluation.embeddings
+    recorded = value.get("options", {}).items()
+    return value.get("embeddings", made) == made and all(
+        getattr(evaluation, name, None) == chosen for name, chosen in recorded
+    )
 
 
 def _is_complete(options: EvaluateOptions, config: Config, results: dict[str, Accuracy]) -> bool:
@@ -105,7 +114,15 @@ def _is_complete(options: EvaluateOptions, config: Config, results: dict[str, Ac
     there = by_dataset(results).get(images.name, {})
     wanted = {"kNN": True, "linear": config.evaluation.linear_epochs > 0, "logistic": config.evaluation.logistic}
     names = [measure_name(name, config.evaluation) for name, is_wanted in wanted.items() if is_wanted]
-    return as_trained and all(name in there for name in names)
+    if not (as_trained and all(name in there for name in names)):
+        return False
+    steps = {there[name]["step"] for name in names if "step" in there[name]}
+    return not steps or steps == {_newest_step(Path(options.workdir))}
+
+
+def _newest_step(folder: Path) -> int | None:
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.latest_step()
 
 
 def _of_the_same_images(runs: Sequence[Measured]) -> list[Measured]:

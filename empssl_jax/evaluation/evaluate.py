@@ -1,7 +1,7 @@
 """Measures a trained encoder: computes embeddings, their effective rank and accuracies, and writes results.json."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from empssl_jax.run_folder.results import (
     add_results,
     format_table,
     load_results,
+    of_checkpoint,
     of_embeddings,
     of_labels,
     on_dataset,
@@ -38,6 +39,8 @@ from empssl_jax.run_folder.saved_config import load_config
 from empssl_jax.run_folder.workdir import locked, storage_errors
 from empssl_jax.runtime.devices import device_mesh
 
+KNN_OPTIONS = ("num_neighbours", "temperature")
+LINEAR_OPTIONS = ("linear_epochs", "linear_learning_rate", "linear_weight_decay", "linear_batch_size")
 WriteReport = Callable[[Path, Config, Datasets | None], None]  # the run's folder, config and images, if available
 
 
@@ -72,7 +75,8 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
         datasets = load_datasets(config)
         check_neighbours(config, datasets)
         embeddings = run_embeddings(config, encoder.state, datasets, mesh, measured.embeddings_folder(folder))
-        results = _measure(folder, embeddings, config, mesh, config.evaluation.embeddings, measured.name)
+        made = config.evaluation.embeddings
+        results = _measure(folder, embeddings, config, mesh, made, measured.name, encoder.step)
         if options.evaluation.report:
             own = dataclasses.replace(trained, run=run)  # the report is about the data set of the run
             is_own = measured.name is None
@@ -87,6 +91,7 @@ def _measure(
     mesh: Mesh,
     made: str | None = None,
     dataset: str | None = None,
+    step: int | None = None,
 ) -> dict[str, Accuracy]:
     """Measures embeddings and writes the results into the folder, even if a part of them fails.
 
@@ -97,20 +102,25 @@ def _measure(
         mesh: the devices.
         made: how the embeddings were made, which is saved with the results; None if unknown.
         dataset: the data set, None for the run's own.
+        step: the checkpoint, None for embeddings of no run.
     """
 
-    def named(accuracies: dict[str, Accuracy]) -> dict[str, Accuracy]:
-        return on_dataset(dataset, of_embeddings(made, of_labels(config.evaluation, accuracies)))
+    def named(measured: dict[str, Accuracy], names: Sequence[str] = ()) -> dict[str, Accuracy]:
+        options = {name: getattr(config.evaluation, name) for name in names}
+        return on_dataset(dataset, of_checkpoint(step, options, of_embeddings(made, measured)))
 
-    results = on_dataset(dataset, of_embeddings(made, measure_rank(embeddings)))
+    results = named(measure_rank(embeddings))
     has_labels = have_labels(embeddings)
     if has_labels:
-        results |= named({"kNN": measure_knn(embeddings, config.evaluation, mesh)})
+        accuracies = of_labels(config.evaluation, {"kNN": measure_knn(embeddings, config.evaluation, mesh)})
+        results |= named(accuracies, KNN_OPTIONS)
     try:
         if has_labels and config.evaluation.linear_epochs > 0:
-            results |= named(measure_linear(embeddings, config.evaluation, config.training.seed, mesh))
+            accuracies = measure_linear(embeddings, config.evaluation, config.training.seed, mesh)
+            results |= named(of_labels(config.evaluation, accuracies), LINEAR_OPTIONS)
         if has_labels and config.evaluation.logistic:
-            results |= named({"logistic": measure_logistic(embeddings, config.evaluation, mesh)})
+            accuracies = {"logistic": measure_logistic(embeddings, config.evaluation, mesh)}
+            results |= named(of_labels(config.evaluation, accuracies))
     finally:  # kNN is kept even if the linear classifier diverges, and shown even if the disk is full
         try:
             add_results(folder, results)

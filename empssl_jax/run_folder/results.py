@@ -13,7 +13,8 @@ RESULTS_FILE = "results.json"
 EFFECTIVE_RANK = "effective rank"  # the name of the measure
 # "top1" and "top5" as fractions. An effective rank has "rank" instead, with the numbers of "images" and "dimensions" of
 # the embeddings. For runs also "embeddings": how these were made, in words, and "dataset": the name of the data set, if
-# it is not the run's own; and "label_fraction" and "label_seed", if not all labels were used.
+# it is not the run's own; and "label_fraction" and "label_seed", if not all labels were used. `eval` of a run adds the
+# "step" of the checkpoint and the "options" of the measure. Without them, the result is of the training's end.
 Accuracy = dict[str, Any]
 
 
@@ -59,6 +60,12 @@ def of_embeddings(made: str | None, results: dict[str, Accuracy]) -> dict[str, A
     return {name: accuracy | ({} if made is None else {"embeddings": made}) for name, accuracy in results.items()}
 
 
+def of_checkpoint(step: int | None, options: dict[str, Any], results: dict[str, Accuracy]) -> dict[str, Accuracy]:
+    """The results, each with its checkpoint and options; unchanged if `step` is None (embeddings of no run)."""
+    added = {} if step is None else {"step": step, "options": options}
+    return {name: accuracy | added for name, accuracy in results.items()}
+
+
 def of_labels(options: LabelConfig, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
     """The results of measures that learned from the labels that the options choose; unchanged if these are all."""
     chosen = {"label_fraction": options.label_fraction, "label_seed": options.label_seed} if options.labels else {}
@@ -94,6 +101,7 @@ def load_results(folder: Path) -> dict[str, Accuracy]:
         if results:
             format_table(results)
             by_dataset(results)
+            [dict(value.get("options", {})) for value in results.values()]
         return results
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
