@@ -79,6 +79,8 @@ def test_another_data_set_is_embedded_as_from_python_and_kept_apart(run, picture
         "top5": pytest.approx(5 / 6),
         "embeddings": "4 grid patches, hidden",
         "dataset": name,
+        "step": 2,
+        "options": {"num_neighbours": 1, "temperature": 0.07},
     }
     values = np.linalg.svd(np.float64(stored["test"]["embeddings"]), compute_uv=False)
     shares = values / values.sum()
@@ -88,6 +90,8 @@ def test_another_data_set_is_embedded_as_from_python_and_kept_apart(run, picture
         "dimensions": stored["test"]["embeddings"].shape[1],
         "embeddings": "4 grid patches, hidden",
         "dataset": name,
+        "step": 2,
+        "options": {},
     }
     assert results == before | {f"{name}: kNN": accuracy, f"{name}: effective rank": rank}
     assert {path: path.read_bytes() for path in own} == own
