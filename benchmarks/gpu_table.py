@@ -1,5 +1,6 @@
 """The lines of benchmarks/gpu.py as the Markdown tables of docs/performance.md."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ Line = Mapping[str, Any]
 
 def _milliseconds(line: Line) -> float:
     """The median of its runs."""
-    return 1e3 * sorted(line["run_seconds"])[len(line["run_seconds"]) // 2]
+    return 1e3 * statistics.median(line["run_seconds"])
 
 
 def _train_step(line: Line) -> str:
