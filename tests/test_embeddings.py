@@ -127,6 +127,21 @@ def test_cells_of_the_whole_image_average_their_quarter_of_its_maps(encoder_stat
     np.testing.assert_allclose(both, np.concatenate([grid, whole], axis=1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("crops", "patches", "views"), [("grid", 16, 1), ("whole", 1, 1), ("grid+whole", 16, 2)])
+def test_hidden_features_follow_the_stages_and_are_averaged_over_all_cells(
+    encoder_state, digits, crops, patches, views
+):
+    options = {"valid_crops": crops, "valid_patches": patches, "cells": 2}
+    stages, hidden = (
+        embed_grid(encoder_state, digits, embedded_layer=layer, **options) for layer in ("stages", "hidden")
+    )
+    both = embed_grid(encoder_state, digits, embedded_layer="stages+hidden", **options)
+    mean = np.mean(hidden.reshape(20, 4 * views, -1), axis=1)
+    np.testing.assert_allclose(both, np.concatenate([stages, mean], axis=1), rtol=1e-5, atol=1e-6)
+    evaluation = EvaluationConfig(embedded_layer="stages+hidden", **options)
+    assert embeddings.embedding_dim(dataclasses.replace(CONFIG, evaluation=evaluation)) == both.shape[1]
+
+
 def test_the_whole_image_has_the_scale_of_the_patches(encoder_state, digits):
     """Crops of half of the side, resized to 32, become twice as large; so does the image, as PIL does it."""
     config = dataclasses.replace(

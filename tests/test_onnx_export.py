@@ -43,7 +43,13 @@ def assert_computes(model, encoder):
 
 @pytest.mark.parametrize(
     ("crops", "patches", "layer", "cells"),
-    [("grid", 1, "hidden", 1), ("grid", 16, "stages", 2), ("whole", 1, "stages", 3), ("grid+whole", 9, "hidden", 3)],
+    [
+        ("grid", 1, "hidden", 1),
+        ("grid", 16, "stages", 2),
+        ("whole", 1, "stages", 3),
+        ("grid+whole", 9, "hidden", 3),
+        ("grid+whole", 4, "stages+hidden", 2),
+    ],
 )
 def test_a_run_s_embedder(tiny_run, tmp_path, crops, patches, layer, cells):
     pytest.importorskip("onnx")

@@ -5,7 +5,7 @@ evaluation_options.py. command_options.py has those of the other commands, check
 errors a user sees.
 """
 
-from empssl_jax.config.evaluation_options import EmbeddingConfig, EvaluationConfig, LabelConfig
+from empssl_jax.config.evaluation_options import EmbeddedLayer, EmbeddingConfig, EvaluationConfig, LabelConfig
 from empssl_jax.config.options import (
     DataConfig,
     DistributedConfig,
@@ -20,6 +20,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DistributedConfig",
+    "EmbeddedLayer",
     "EmbeddingConfig",
     "EvaluationConfig",
     "LabelConfig",

@@ -8,6 +8,8 @@ from typing import Literal
 from empssl_jax.config.checked_fields import Checked, float_field, int_field
 from empssl_jax.config.errors import require
 
+EmbeddedLayer = Literal["hidden", "stages", "stages+hidden"]
+
 
 @dataclass(frozen=True)
 class EmbeddingConfig(Checked):
@@ -20,11 +22,12 @@ class EmbeddingConfig(Checked):
     # patches. grid+whole: both, concatenated (docs/recipe.md).
     valid_crops: Literal["random", "grid", "whole", "grid+whole"] = "random"
     # What is averaged over the patches. hidden: hidden features, as in the paper. stages: the mean of each ResNet
-    # stage's map, all four concatenated, which is shorter, and with --whiten more accurate (docs/recipe.md).
-    embedded_layer: Literal["hidden", "stages"] = "hidden"
+    # stage's map, all four concatenated, which is shorter, and with --whiten more accurate. stages+hidden: both,
+    # concatenated, which is the most accurate (docs/recipe.md).
+    embedded_layer: EmbeddedLayer = "hidden"
     # Cells along each side of the image. Each cell averages its own patches of the grid, or its part of the whole
-    # image's maps. The embedding concatenates the cells' means, which keeps positions. 1 averages everything, as in the
-    # paper.
+    # image's maps. The embedding concatenates the cells' means, which keeps positions; stages+hidden concatenates only
+    # those of the stages. 1 averages everything, as in the paper.
     cells: int = int_field(1, 1, 10)
 
     def __post_init__(self) -> None:

@@ -62,8 +62,8 @@ MakePatch = Callable[[UInt8[Array, "B H W 3"], Int[Array, " B"], Int[Array, ""]]
 def make_embed(config: Config, mesh: Mesh) -> Embed:
     """The compiled function (encoder_state, images, indices) -> embeddings, with the images split over the devices.
 
-    An embedding concatenates the cells' mean features: means over `valid_patches` patches, over the maps of the whole
-    image, or both. A loop encodes one patch of every image at a time, so memory does not grow with their number.
+    Cells have mean features over `valid_patches` patches, over the maps of the whole image, or both; `join_cells` makes
+    them an embedding. A loop encodes one patch of every image at a time, so memory does not grow with their number.
     Configs with equal patches, encoders and embeddings share one compiled function, whatever their seeds.
     """
     seed = to_devices(np.array(config.training.seed, np.int32), replicated(mesh))
@@ -96,7 +96,7 @@ def _compiled_embed(
 
         views = [mean_over_patches()] if options.has_patches else []
         views += [encode(_whole_image(images, patches), options.cells)] if options.has_whole_image else []
-        return jnp.concatenate(views, axis=1).reshape(len(images), -1)
+        return join_cells(jnp.concatenate(views, axis=1), model, options)
 
     copied, split = replicated(mesh), split_images(mesh)
     return jax.jit(embed, in_shardings=(copied, copied, split, split), out_shardings=split)
@@ -104,13 +104,23 @@ def _compiled_embed(
 
 def embedding_dim(config: Config) -> int:
     """E, the dimension of embeddings."""
-    options = config.evaluation
-    return (options.has_patches + options.has_whole_image) * options.cells**2 * num_features(config.model, options)
+    num_cells = (config.evaluation.has_patches + config.evaluation.has_whole_image) * config.evaluation.cells**2
+    cells = jax.ShapeDtypeStruct((1, num_cells, num_features(config.model, config.evaluation)), jnp.float32)
+    return jax.eval_shape(lambda cells: join_cells(cells, config.model, config.evaluation), cells).shape[1]
 
 
 def num_features(model: ModelConfig, options: EmbeddingConfig) -> int:
     """F, the number of features of a cell."""
-    return model.hidden_dim if options.embedded_layer == "hidden" else sum(stage_dims(model))
+    dims = {"hidden": model.hidden_dim, "stages": sum(stage_dims(model))}
+    return sum(dims[layer] for layer in options.embedded_layer.split("+"))
+
+
+def join_cells(cells: Float[Array, "B K F"], model: ModelConfig, options: EmbeddingConfig) -> Float[Array, "B E"]:
+    """The features of all cells, concatenated; with "stages+hidden", the mean of their hidden features comes last."""
+    if options.embedded_layer != "stages+hidden":
+        return cells.reshape(len(cells), -1)
+    stages, hidden = jnp.split(cells, [sum(stage_dims(model))], axis=-1)
+    return jnp.concatenate([stages.reshape(len(cells), -1), jnp.mean(hidden, axis=1)], axis=1)
 
 
 def _patch_maker(patches: PatchConfig, options: EmbeddingConfig, key: Key[Array, ""]) -> MakePatch:

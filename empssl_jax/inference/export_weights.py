@@ -12,8 +12,10 @@ from empssl_jax.run_folder.saved_config import load_config, to_json
 from empssl_jax.runtime.atomic_write import check_output
 
 FEATURES = {  # by `embedded_layer`, with the names of the file's arrays
-    "hidden": "relu(pre_feature(mean of layer4))",
-    "stages": "means of layer1, layer2, layer3 and layer4",
+    "hidden": "relu(pre_feature(mean of layer4)); patches are averaged, cells concatenated",
+    "stages": "means of layer1, layer2, layer3 and layer4; patches are averaged, cells concatenated",
+    "stages+hidden": "means of layer1, layer2, layer3 and layer4; patches are averaged, cells concatenated; "
+    "then relu(pre_feature(mean of layer4)), averaged over patches and cells",
 }
 
 
@@ -48,7 +50,7 @@ def torch_metadata(encoder: ImageEncoder) -> Metadata:
     size, mean, std = config.patches.patch_size, metadata["input_mean"], metadata["input_std"]
     return metadata | {
         "input": f"RGB patches (N, 3, {size}, {size}), (pixels / 255 - mean) / std, mean {mean}, std {std}",
-        "features": f"{FEATURES[config.evaluation.embedded_layer]}; patches are averaged, cells concatenated",
+        "features": FEATURES[config.evaluation.embedded_layer],
     }
 
 

@@ -24,7 +24,7 @@ from empssl_jax.method.batch_norm import BatchNorm
 from empssl_jax.method.crops import Interpolation, crop_side, resize_matrix
 from empssl_jax.method.encoder import Encoder, EncoderState, encoder_graph
 from empssl_jax.method.patches import grid_offsets
-from empssl_jax.method.resnet import BACKBONES, BasicBlock, Bottleneck, Convolution, ResNet, cell_means
+from empssl_jax.method.resnet import BACKBONES, BasicBlock, Bottleneck, Convolution, ResNet, cell_means, stage_dims
 
 OPSET, FORMAT_VERSION = 17, 8  # of 2022, which more programs read than newer ones
 MAX_BYTES = 2**31 - 1  # of one file
@@ -63,8 +63,7 @@ def to_onnx(encoder: ImageEncoder, metadata: dict[str, str]) -> bytes:
     """
     config, side, dim = encoder.config, encoder.image_size, embedding_dim(encoder.config)
     graph = Graph()
-    cells = _embed(graph, config, encoder.state, "images", side)
-    graph.add("Reshape", cells, np.array([-1, dim]), output="embeddings")
+    _join_cells(graph, config, _embed(graph, config, encoder.state, "images", side))
     size = sum(array.nbytes for array in graph.constants.values())
     if size > MAX_BYTES:
         raise UserError(f"The encoder has {size} bytes and an ONNX file at most {MAX_BYTES}: give another --format.")
@@ -79,7 +78,7 @@ def to_onnx(encoder: ImageEncoder, metadata: dict[str, str]) -> bytes:
 
 
 def _embed(graph: Graph, config: Config, state: EncoderState, images: str, side: int) -> str:
-    """The embeddings (N, K, F) of images (N, S, S, 3), as `embeddings.make_embed` computes them."""
+    """The features (N, K, F) of all cells of images (N, S, S, 3), as `embeddings.make_embed` computes them."""
     encoder = nnx.merge(encoder_graph(dataclasses.replace(config.model, precision="float32")), *state)
     encoder.eval()
     evaluation, patches, layer = config.evaluation, config.patches, config.evaluation.embedded_layer
@@ -98,6 +97,17 @@ def _embed(graph: Graph, config: Config, state: EncoderState, images: str, side:
         whole = _grid(graph, planes, side, side, 1, size, patches.interpolation)
         views.append(_embed_cells(graph, encoder, whole, size, layer, evaluation.cells))
     return graph.add("Concat", *views, axis=1)
+
+
+def _join_cells(graph: Graph, config: Config, cells: str) -> None:
+    """As `embeddings.join_cells`: (N, K, F) -> `embeddings` (N, E)."""
+    if config.evaluation.embedded_layer != "stages+hidden":
+        graph.add("Reshape", cells, np.array([-1, embedding_dim(config)]), output="embeddings")
+        return
+    begin, split, end, axis = (np.array([n]) for n in (0, sum(stage_dims(config.model)), MAX_BYTES, 2))
+    stages = graph.add("Flatten", graph.add("Slice", cells, begin, split, axis), axis=1)
+    hidden = graph.add("ReduceMean", graph.add("Slice", cells, split, end, axis), axes=[1], keepdims=0)
+    graph.add("Concat", stages, hidden, axis=1, output="embeddings")
 
 
 def _grid(
@@ -124,11 +134,12 @@ def _embed_cells(graph: Graph, encoder: Encoder, images: str, side: int, layer: 
     sides = [shape.shape[1] for shape in jax.eval_shape(encoder.backbone.stage_maps, shape)]
     maps = _stage_maps(graph, encoder.backbone, images)
     means = [_cell_means(graph, *of_stage, cells) for of_stage in zip(maps, sides, strict=True)]
-    if layer == "stages":
-        return graph.add("Concat", *means, axis=-1)
-    slope, offset = encoder.hidden_norm.running_slope_and_offset()
-    hidden = graph.add("MatMul", means[-1], encoder.hidden.kernel[...] * slope)
-    return graph.add("Relu", graph.add("Add", hidden, offset))
+    features = [] if layer == "hidden" else means
+    if layer != "stages":
+        slope, offset = encoder.hidden_norm.running_slope_and_offset()
+        hidden = graph.add("MatMul", means[-1], encoder.hidden.kernel[...] * slope)
+        features.append(graph.add("Relu", graph.add("Add", hidden, offset)))
+    return graph.add("Concat", *features, axis=-1)
 
 
 def _cell_means(graph: Graph, x: str, side: int, cells: int) -> str:

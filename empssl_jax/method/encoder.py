@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
-from empssl_jax.config import ModelConfig
+from empssl_jax.config import EmbeddedLayer, ModelConfig
 from empssl_jax.method.batch_norm import BatchNorm
 from empssl_jax.method.resnet import ZEROS, ResNet, cell_means
 
@@ -68,17 +68,15 @@ class Encoder(nnx.Module):
         """Embeddings alone, in the encoder's dtype."""
         return nnx.relu(self.hidden_norm(self.hidden(self.backbone(patches))))
 
-    def embed_cells(
-        self, images: Float[Array, "N H W 3"], layer: Literal["hidden", "stages"], cells: int
-    ) -> Float[Array, "N K E"]:
-        """Embeddings of K equal cells of images of any size, `cells` along each side, in the encoder's dtype.
+    def embed_cells(self, images: Float[Array, "N H W 3"], layer: EmbeddedLayer, cells: int) -> Float[Array, "N K F"]:
+        """Features of K equal cells of images of any size, `cells` along each side, in the encoder's dtype.
 
-        They are hidden features or, with "stages", the cell's mean of each stage's map, all stages concatenated.
+        They are hidden features, or the cell's means of the stages' maps, all stages concatenated; or these and then
+        those.
         """
         means = [cell_means(x, cells) for x in self.backbone.stage_maps(images)]
-        if layer == "stages":
-            return jnp.concatenate(means, axis=-1)
-        return nnx.relu(self.hidden_norm(self.hidden(means[-1])))
+        hidden = [] if layer == "stages" else [nnx.relu(self.hidden_norm(self.hidden(means[-1])))]
+        return jnp.concatenate(hidden if layer == "hidden" else means + hidden, axis=-1)
 
 
 def with_known_precision(config: ModelConfig) -> ModelConfig:
