@@ -79,6 +79,8 @@ def our_rows(visit: Visit, reserve: float = 0.0) -> dict[str, Row]:
         **{name: Row(partial(gpu_rows.speed, visit, partial(BENCHMARKS[name].work, "ours")), 15) for name in SPEEDS},
         "ten_epochs": Row(accuracy("ten_epochs"), 190),
         "ten_epochs_published": Row(accuracy("ten_epochs", "random"), 60),
+        "thirty_epochs": Row(accuracy("thirty_epochs"), 420),
+        "thirty_epochs_published": Row(accuracy("thirty_epochs", "random"), 60),
         "golden": Row(partial(gpu_rows.golden_tests, visit), 60),
         "study": Row(partial(gpu_rows.recipe_study, visit, reserve), reserve + 60),
     }

@@ -36,6 +36,7 @@ RUNS: dict[str, study.Changes] = {
     "seed_2": {"seed": 2},
     "seed_3": {"seed": 3},
     "ten_epochs": {"max_epochs": 10},
+    "thirty_epochs": {"max_epochs": 30},
 }
 GOLDEN_TESTS = ("losses", "lars", "encoder", "knn", "augmentations", "crops")
 GOLDEN_SECONDS = 100.0

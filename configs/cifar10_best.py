@@ -13,7 +13,7 @@ from empssl_jax.config import Config, EvaluationConfig, RunConfig
 
 config = Config(
     evaluation=EvaluationConfig(
-        valid_crops="grid+whole", valid_patches=16, embedded_layer="stages", cells=2, whiten=True, logistic=True
+        valid_crops="grid+whole", valid_patches=16, embedded_layer="stages+hidden", cells=2, whiten=True, logistic=True
     ),
     run=RunConfig(workdir="runs/cifar10_best"),
 )
