@@ -66,3 +66,21 @@ def test_matrices_applied_to_both_axes(height, width):
     planes, rows, columns = (RANDOM.random(shape) for shape in ((3, height, width), (9, height), (7, width)))
     ours = xla_cpu.apply_to_axes(*in_float32(planes, rows, columns))
     np.testing.assert_allclose(ours, np.einsum("chw,ih,jw->cij", planes, rows, columns), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "loops"), [("cpu", 0), ("gpu", 1)])
+def test_maps_one_after_the_other(backend, loops, monkeypatch):
+    """The values and the gradient agree with `jax.lax.map`, and only accelerators have a loop."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    (xs,) = in_float32(RANDOM.normal(size=(3, 4)))
+
+    def f(x):
+        return {"sines": jnp.sin(x), "sum": jnp.sum(x**3)}
+
+    ours, pull_back = jax.vjp(lambda xs: xla_cpu.sequential_map(f, xs), xs)
+    expected, plain_pull_back = jax.vjp(lambda xs: jax.lax.map(f, xs), xs)
+    results = (ours, pull_back(ours)), (expected, plain_pull_back(ours))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert jax.jit(lambda xs: xla_cpu.sequential_map(f, xs)).lower(xs).as_text().count("stablehlo.while") == loops

@@ -115,9 +115,10 @@ class TrainingConfig(Checked):
 
     # Images in a step, over all devices.
     batch_size: int = int_field(100, 2, 100_000)
-    # Number of pieces in which a step's patches are embedded, one after the other: less memory, a third more work (for
-    # accelerators: on CPU, more than one piece takes many times as long). Each piece has all images and an equal share
-    # of --train-patches. The loss is that of the whole batch, but BatchNorm uses the statistics of each piece.
+    # Number of pieces in which a step's patches are embedded, one after the other: less memory, a third more work. On
+    # CPU, compiling takes longer with each piece, and more than about five save nothing. Each piece has all images and
+    # an equal share of --train-patches. The loss is that of the whole batch, but BatchNorm uses the statistics of each
+    # piece.
     accumulate: int = int_field(1, 1, 1000)
     # Passes over the training images.
     max_epochs: int = int_field(1, 1, 100_000)

@@ -19,7 +19,7 @@ from empssl_jax.method.lars import lars
 from empssl_jax.method.losses import Loss, emp_ssl_loss, normalise
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import parameters_key, training_patches_key
-from empssl_jax.method.xla_cpu import norm_pair
+from empssl_jax.method.xla_cpu import norm_pair, sequential_map
 from empssl_jax.runtime.devices import DATA_AXIS, replicated
 
 
@@ -138,7 +138,7 @@ def _in_pieces(
     BatchNorm normalises each piece by its own statistics: those of the whole batch would need a pass for every layer.
     Pieces split the patches, not the images: then each has all images, as has each determinant and each device's share.
     """
-    projections, batch_stats = jax.lax.map(jax.checkpoint(project), jnp.arange(pieces))
+    projections, batch_stats = sequential_map(jax.checkpoint(project), jnp.arange(pieces))
     mean_stats = jax.tree.map(lambda stats: jnp.mean(stats, axis=0), batch_stats)
     return projections.reshape(-1, *projections.shape[2:]), mean_stats
 
