@@ -397,6 +397,18 @@ def test_what_does_not_fit_is_refused_by_name(official, tmp_path, case):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "F4"])
+def test_safetensors_of_at_most_8_bits_are_refused(tmp_path, kind):
+    """The file is written by hand: the length of its header, the header, and 16 bytes of numbers."""
+    shape = [32] if kind == "F4" else [16]
+    header = json.dumps({"conv1.weight": {"dtype": kind, "shape": shape, "data_offsets": [0, 16]}}).encode()
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    message = f"a.safetensors has arrays of type {kind}, such as 'conv1.weight': give a file that is not quantised"
+    with pytest.raises(UserError, match=message):
+        read(file)
+
+
 def test_a_folder_with_a_run_is_refused(official, tiny_run, tmp_path):
     file = save(tmp_path / "a.safetensors", official[1])
     with pytest.raises(UserError, match=r"--workdir is .*: that folder holds a run, so give another one"):
@@ -452,6 +464,7 @@ def test_torch_files_may_nest_the_state_dictionary(official, tmp_path):
         ({"model": tensors, "ema": ema}, "contains 2 ResNets, for example in 'model', 'ema': save one"),
         (tensors | {"epoch": 3}, "'epoch' is no tensor"),
         (tensors | {"x": torch.zeros(3, dtype=torch.complex64)}, "x is complex"),
+        (tensors | {"x": torch.zeros(3, dtype=torch.float8_e5m2)}, "arrays of type torch.float8_e5m2, such as 'x'"),
         (torch.zeros(3), "contains a Tensor"),
         ({"state_dict": tensors, "metadata": 3}, "cannot be read"),
         ({"state_dict": tensors, "metadata": {"image_size": -3}}, "`image_size` in .* is '-3'"),

@@ -3,6 +3,7 @@
 A .safetensors file needs only this package; a .pt file needs PyTorch. Reading executes no code that a file holds.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def read_weights(path: Path) -> tuple[Weights, Metadata]:
     In a file of torch.save, the state dictionary may lie in other dictionaries.
 
     Raises:
-        UserError: there is no such file, it cannot be read, or it has several state dictionaries.
+        UserError: there is no such file, it cannot be read, it has several state dictionaries, or numbers of 8 bits.
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}: give a file written by `export` or by the authors' code.")
@@ -48,11 +49,15 @@ def read_weights(path: Path) -> tuple[Weights, Metadata]:
     try:
         if is_torch:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            weights = {name: _from_tensor(name, tensor) for name, tensor in _state_dict(content, path).items()}
+            tensors = _state_dict(content, path)
+            _check_types(path, {name: getattr(tensor, "dtype", None) for name, tensor in tensors.items()})
+            weights = {name: _from_tensor(name, tensor) for name, tensor in tensors.items()}
             metadata = {str(name): str(value) for name, value in content.get("metadata", {}).items()}
         else:
             with safetensors.safe_open(path, framework="numpy") as file:
-                weights = {name: _float32(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+                names = list(file.keys())
+                _check_types(path, {name: file.get_slice(name).get_dtype() for name in names})
+                weights = {name: _float32(name, file.get_tensor(name)) for name in names}
                 metadata = file.metadata() or {}
         return weights, metadata
     except UserError:
@@ -95,6 +100,15 @@ def _state_dicts(content: dict[Any, Any], place: str) -> Iterator[tuple[str, dic
     for name, value in content.items():
         if isinstance(value, dict):
             yield from _state_dicts(value, f"{place}.{name}" if place else str(name))
+
+
+def _check_types(path: Path, types: dict[Any, object]) -> None:
+    """Raises UserError for floating point of at most 8 bits: NumPy has no such type, and files scale its numbers."""
+    for name, kind in types.items():
+        if re.match(r"(torch\.float|F)[468]_", str(kind)) or str(kind) == "F4":
+            raise UserError(
+                f"{path} has arrays of type {kind}, such as {one_line(name)}: give a file that is not quantised."
+            )
 
 
 def _from_tensor(name: object, tensor: Any) -> Array:
