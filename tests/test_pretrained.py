@@ -80,6 +80,12 @@ def test_import_makes_a_run_with_new_heads(tmp_path):
     arrays = to_torch(encoder.state, encoder.config.model, 0)
     for name, array in safetensors.numpy.load_file(FILE).items():
         np.testing.assert_array_equal(arrays[f"backbone.{name}"], array.astype(np.float32), err_msg=name)
+    loaded = to_torch(empssl_jax.load(NAME).state, encoder.config.model, 0)
+    assert loaded.keys() == arrays.keys()
+    for name, array in loaded.items():
+        if name.startswith("backbone."):
+            np.testing.assert_array_equal(array, arrays[name], err_msg=name)
+    assert np.std(arrays["pre_feature.0.weight"]) > 0, "those of a run can be trained"
 
 
 @pytest.mark.parametrize(

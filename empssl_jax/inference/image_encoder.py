@@ -178,7 +178,8 @@ def load(workdir: str | Path, step: CheckpointChoice = "latest", **evaluation: A
 
 
 def _load_pretrained(name: str, step: CheckpointChoice, evaluation: dict[str, Any]) -> ImageEncoder:
-    config, state, image_size, _ = read_run(ImportOptions(name, workdir=name, fresh_heads=True))
+    """The ResNet of the encoder with this name; its heads, which nothing uses, are zeros."""
+    config, state, image_size, _ = read_run(ImportOptions(name, workdir=name, fresh_heads=True), draw_heads=False)
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **evaluation))
     require(step in ("latest", "best"), "step", step, f"{name} has one checkpoint, so leave it out")
     layer = config.evaluation.embedded_layer

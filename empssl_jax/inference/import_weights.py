@@ -57,10 +57,14 @@ class ImportedRun(NamedTuple):
     notes: list[str]  # what was found and assumed, the sizes first
 
 
-def read_run(options: ImportOptions) -> ImportedRun:
+def read_run(options: ImportOptions, draw_heads: bool = True) -> ImportedRun:
     """Reads a file of weights, or the pretrained encoder of that name, and checks all that is in it.
 
     Nothing is written.
+
+    Args:
+        options: the file, and what to make of it.
+        draw_heads: whether fresh heads are drawn at random, to be trained; else they are zeros, which takes no time.
 
     Raises:
         UserError: the file cannot be read, does not hold an encoder or has wrong metadata.
@@ -73,7 +77,8 @@ def read_run(options: ImportOptions) -> ImportedRun:
     if unwrapped.removed:
         notes.append(f"prefixes removed from the names: {', '.join(unwrapped.removed)}")
     if options.fresh_heads:
-        weights, dropped = with_fresh_heads(unwrapped, config.model, parameters_key(config.training.seed))
+        key = parameters_key(config.training.seed) if draw_heads else None
+        weights, dropped = with_fresh_heads(unwrapped, config.model, key)
         notes.append(f"arrays without a place in the encoder: {listed('dropped', dropped)}")
     model, encoder = from_torch(weights)
     precision = with_known_precision(config.model).precision

@@ -80,8 +80,8 @@ def from_torch(weights: Weights) -> tuple[ModelConfig, EncoderState]:
     return config, jax.tree.unflatten(jax.tree.structure(template), arrays)
 
 
-def with_fresh_heads(unwrapped: Unwrapped, model: ModelConfig, key: Key[Array, ""]) -> tuple[Weights, list[str]]:
-    """Adds initial heads, with the dimensions of `model`, to a ResNet, which has its own sizes.
+def with_fresh_heads(unwrapped: Unwrapped, model: ModelConfig, key: Key[Array, ""] | None) -> tuple[Weights, list[str]]:
+    """Adds initial heads, with the dimensions of `model`, to a ResNet, which has its own sizes; without a key, zeros.
 
     Returns a state dictionary for `from_torch`, and the names of the arrays that are dropped: those of the ResNet's
     classifier and of everything outside the ResNet.
@@ -98,7 +98,9 @@ def with_fresh_heads(unwrapped: Unwrapped, model: ModelConfig, key: Key[Array, "
     if stem.ndim != 4:
         raise UserError(f"conv1.weight has shape {stem.shape}, which no convolution has: give another file.")
     config = _config(backbone, stem.shape, hidden_dim=model.hidden_dim, projection_dim=model.projection_dim)
-    fresh = to_torch(init_encoder(config, key), config, 0)
+    template = encoder_template(config)
+    heads = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template) if key is None else init_encoder(config, key)
+    fresh = to_torch(heads, config, 0)
     own = {name.removeprefix(RESNET): array.shape for name, array in fresh.items() if name.startswith(RESNET)}
     _check_arrays(resnet, {name: shape for name, shape in own.items() if not name.endswith(COUNTERS)})
     dropped = {name for name in unwrapped.weights if name not in inside or name.startswith(f"{prefix}{CLASSIFIER}")}
