@@ -12,7 +12,7 @@ from empssl_jax.config import Config, EmbeddingConfig
 from empssl_jax.config.checked_fields import Checked, expand, path_field
 from empssl_jax.config.command_options import RUN, EmbedOptions, EvaluateOptions, ExportOptions
 from empssl_jax.config.config_files import first_options
-from empssl_jax.config.errors import UserError, require
+from empssl_jax.config.errors import UserError, counted, require
 from empssl_jax.config.pretrained import pretrained_file
 from empssl_jax.run_folder.saved_config import CONFIG_FILE, check_not_pretrained, load_config, pretrained_config
 
@@ -68,7 +68,8 @@ def parse_evaluations(arguments: Sequence[str], prog: str = "empssl eval") -> li
     if skipped := sorted(set(folders) - set(runs)):
         print(f"skipping folders that are not runs: {', '.join(skipped)}")
     if not runs:
-        raise UserError(f"{_argument(prog)} names {len(folders)} folders, and none has a {CONFIG_FILE}: give runs.")
+        named = counted(len(folders), "folder")
+        raise UserError(f"{_argument(prog)} names {named}, and none has a {CONFIG_FILE}: give runs.")
     return [parse_evaluate_options([*rest, "--workdir", folder], prog, is_alone=False) for folder in runs]
 
 

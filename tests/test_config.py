@@ -10,13 +10,19 @@ from empssl_jax import config
 from empssl_jax.config import Config, training_differences
 from empssl_jax.config.command_options import EvaluateOptions, ExportOptions, ImportOptions, ReportOptions
 from empssl_jax.config.config_files import parse_train_options, read_config_file
-from empssl_jax.config.errors import UserError
+from empssl_jax.config.errors import UserError, counted
 from empssl_jax.parse_options import parse_embed_options, parse_evaluate_options, parse_evaluations
 from empssl_jax.report import tables
 from empssl_jax.run_folder import saved_config
 
 REPOSITORY = Path(__file__).parent.parent
 GROUPS = [field.default_factory for field in dataclasses.fields(Config)]
+
+
+def test_nouns_after_numbers():
+    assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert [counted(number, "class") for number in (1, 3)] == ["1 class", "3 classes"]
+    assert [counted(number, "random patch") for number in (1, 3)] == ["1 random patch", "3 random patches"]
 
 
 def out_of_range():

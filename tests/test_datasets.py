@@ -60,7 +60,7 @@ def test_first_of_each_class_follows_the_ids():
 
 
 def test_a_batch_larger_than_the_data_is_refused(digits):
-    with pytest.raises(UserError, match="--batch-size is 1438: there are only 1437 training images"):
+    with pytest.raises(UserError, match="--batch-size is 1438: that is more than the 1437 training images"):
         count_steps(digits, 1438)
 
 

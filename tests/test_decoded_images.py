@@ -159,7 +159,7 @@ def test_strict_sources_refuse_what_cannot_be_decoded(tmp_path):
 
 
 def test_a_data_set_without_decodable_images_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^None of the 3 images of pictures train can be decoded, for example 000\.p"):
+    with pytest.raises(UserError, match=r"^pictures train has 3 images, none of which can be decoded, for example 000"):
         load_images(source_of(BAD), None, str(tmp_path))
 
 

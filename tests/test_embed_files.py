@@ -156,7 +156,7 @@ def test_other_files_are_counted(photos, tiny_run, tmp_path, capsys):
     assert f"left out 2 other files of {tmp_path / 'in'} (images end in .bmp, " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("kept", "message"), [("a/017.png", "none of 1 files can be read"), ("notes.txt", "no image")])
+@pytest.mark.parametrize(("kept", "message"), [("a/017.png", "1 file, none of which can"), ("notes.txt", "no image")])
 def test_folders_without_pictures_are_refused(photos, tiny_run, tmp_path, kept, message):
     (tmp_path / "in").mkdir()
     shutil.copy(photos / kept, tmp_path / "in")

@@ -183,7 +183,7 @@ def test_indices_that_are_not_whole_numbers_of_32_bits_are_refused(loaded, digit
 def test_wrong_numbers_are_refused(loaded, digits):
     with pytest.raises(UserError, match="--valid-patches is 0"):
         loaded.embed(digits, patches=0)
-    with pytest.raises(UserError, match="There are 1 indices for 10 images"):
+    with pytest.raises(UserError, match="indices has length 1 for 10 images: give one for each"):
         loaded.embed(digits, indices=np.array([1]))
 
 

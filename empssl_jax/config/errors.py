@@ -39,6 +39,13 @@ def flag(option: str) -> str:
     return "--" + option.replace("_", "-")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as "1 image" and "2 images"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}{'es' if noun.endswith(('s', 'ch')) else 's'}"
+
+
 def words(value: object) -> list[str]:
     """The value of an option as on the command line: one word, or one for each number."""
     return [str(part) for part in value] if isinstance(value, tuple) else [str(value)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from empssl_jax.config.checked_fields import Checked, float_field, int_field
-from empssl_jax.config.errors import require
+from empssl_jax.config.errors import counted, require
 
 EmbeddedLayer = Literal["hidden", "stages", "stages+hidden"]
 
@@ -67,7 +67,7 @@ class EmbeddingConfig(Checked):
     @property
     def embeddings(self) -> str:
         """How images are embedded, in words."""
-        views = [f"{self.valid_patches} {self.valid_crops.split('+')[0]} patches"] * self.has_patches
+        views = [counted(self.valid_patches, f"{self.valid_crops.split('+')[0]} patch")] * self.has_patches
         views += ["the whole image"] * self.has_whole_image
         parts = [" and ".join(views), self.embedded_layer] + [f"{self.cells}x{self.cells} cells"] * (self.cells > 1)
         return ", ".join(parts)

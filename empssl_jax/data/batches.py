@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, Int32, UInt8
 
 from empssl_jax.config import TrainingConfig
-from empssl_jax.config.errors import require
+from empssl_jax.config.errors import counted, require
 from empssl_jax.data.datasets import ImageDataset
 from empssl_jax.runtime.devices import own_rows, rows_to_devices
 
@@ -67,6 +67,6 @@ def device_batches(
 
 def count_steps(dataset: ImageDataset, batch_size: int) -> int:
     """Number of full batches in an epoch; raises UserError if there is none."""
-    remedy = f"there are only {len(dataset.labels)} training images, so give at most that many"
+    remedy = f"that is more than the {counted(len(dataset.labels), 'training image')}, so give at most that many"
     require(batch_size <= len(dataset.labels), "batch_size", batch_size, remedy)
     return len(dataset.labels) // batch_size

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 from jaxtyping import Int32, Shaped, UInt8
 
-from empssl_jax.config.errors import UserError
+from empssl_jax.config.errors import UserError, counted
 from empssl_jax.data.decoding import UnreadableError, decode_or_reason
 from empssl_jax.runtime.atomic_write import atomic_write, write_text
 from empssl_jax.runtime.compilation import user_cache
@@ -82,7 +82,8 @@ def load_images(source: Source, side: int | None, cache_dir: str | None) -> Imag
     first = next(iter(decoded), None)
     if first is None:
         example = "".join(f", for example {name} ({reason})" for name, reason in list(decoded.unreadable.items())[:1])
-        raise UserError(f"None of the {source.size} images of {source.name} can be decoded{example}: check the files.")
+        found = counted(source.size, "image")
+        raise UserError(f"{source.name} has {found}, none of which can be decoded{example}: check the files.")
     if folder is None:
         return decoded.images(np.stack([first, *decoded]))
     try:

@@ -152,7 +152,7 @@ def _check_classes(config: DataConfig, files: Files, classes: Sequence[str]) -> 
         if label == NO_LABEL and "/" in file.name:
             raise UserError(
                 f"--dataset {config.dataset!r} has test images in a folder {one_line(file.name.split('/')[0])}, but "
-                f"its {len(classes)} classes are folders such as {one_line(classes[0])}: use the same names."
+                f"its classes are folders such as {one_line(classes[0])}: use the same names."
             )
 
 

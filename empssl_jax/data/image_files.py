@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.config.errors import UserError, counted, one_line
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SUFFIX_LIST = ", ".join(SUFFIXES)  # for messages
@@ -49,7 +49,8 @@ def list_images(root: Path, option: str = "dataset") -> Files:
         for path, status in _walk(root):
             (files if _is_image(path, status) else others).append(_image_file(root, path, status))
     if others:
-        _print_once(f"left out {len(others)} other files of {root} (images end in {SUFFIX_LIST}): {_kinds(others)}")
+        found = counted(len(others), "other file")
+        _print_once(f"left out {found} of {root} (images end in {SUFFIX_LIST}): {_kinds(others)}")
     return sorted(files)
 
 

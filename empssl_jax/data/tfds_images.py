@@ -11,7 +11,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from empssl_jax.config import DataConfig
-from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.config.errors import UserError, counted, one_line
 from empssl_jax.data.decoded_images import NO_LABEL, Example, Images, Source, load_images
 from empssl_jax.runtime.distributed import first_process_first
 
@@ -48,7 +48,7 @@ def load_tfds(
     if images.labels.min() < NO_LABEL or images.labels.max() >= len(class_names) > 0:
         raise UserError(
             f"--dataset {name!r} has {split} labels from {images.labels.min()} to {images.labels.max()}, and "
-            f"{len(class_names)} classes from 0: prepare the data set again, or choose another."
+            f"{counted(len(class_names), 'class')} from 0: prepare the data set again, or choose another."
         )
     return images, class_names
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.command_options import EvaluateOptions
-from empssl_jax.config.errors import UserError, flag
+from empssl_jax.config.errors import UserError, counted, flag
 from empssl_jax.config.options import TRAIN
 from empssl_jax.evaluation import evaluate
 from empssl_jax.evaluation.evaluate import WriteReport
@@ -67,7 +67,7 @@ def evaluate_all(options: Sequence[EvaluateOptions], write_report: WriteReport) 
         _write(Path(options[0].workdir).parent / COMPARISON_FILE, markdown(_of_the_same_images(runs)))
     if failed:
         reasons = "; ".join(f"{folder} ({reason})" for folder, reason in failed.items())
-        raise UserError(f"{len(failed)} of {len(options)} runs could not be measured: {reasons}.")
+        raise UserError(f"{len(failed)} of {counted(len(options), 'run')} could not be measured: {reasons}.")
 
 
 def _measured(options: EvaluateOptions, write_report: WriteReport) -> Measured:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from empssl_jax.config.command_options import EmbedOptions
-from empssl_jax.config.errors import UserError, one_line
+from empssl_jax.config.errors import UserError, counted, one_line
 from empssl_jax.data.decoded_images import VERSION
 from empssl_jax.data.decoding import UnreadableError, decode_or_reason
 from empssl_jax.data.image_files import Files, list_images, look_at
@@ -63,7 +63,7 @@ def embed_files(options: EmbedOptions) -> None:
         with atomic_write(output) as file:
             np.savez(file, files=np.array(kept), embeddings=embeddings, unreadable=np.array(unreadable, dtype=np.str_))
         shutil.rmtree(folder)
-    print(f"embeddings of {len(kept)} images: {output}")
+    print(f"embeddings of {counted(len(kept), 'image')}: {output}")
 
 
 def _find_images(root: Path) -> Files:
@@ -138,6 +138,7 @@ def _report_unreadable(names: list[str], reasons: list[str], root: Path) -> None
     """Prints the files that cannot be read, with the reasons; raises UserError if these are all."""
     skipped = [f"{one_line(name)}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
     if len(skipped) == len(names):
-        raise UserError(f"--images {root}: none of {len(names)} files can be read ({skipped[0]}): give other images.")
+        found = counted(len(names), "file")
+        raise UserError(f"--images {root}: {found}, none of which can be read ({skipped[0]}): give other images.")
     if skipped:
         print(f"skipped {len(skipped)} of {len(names)} files that cannot be read:", *skipped, sep="\n", file=sys.stderr)

@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int, Int32, UInt8
 from empssl_jax.config import Config
 from empssl_jax.config.checked_fields import expand
 from empssl_jax.config.command_options import CheckpointChoice, ImportOptions
-from empssl_jax.config.errors import UserError, one_line, require
+from empssl_jax.config.errors import UserError, counted, one_line, require
 from empssl_jax.config.pretrained import pretrained_file
 from empssl_jax.data.decoding import to_pixels
 from empssl_jax.evaluation.embeddings import embed_images, embedding_dim, make_embed
@@ -128,7 +128,7 @@ def _checked(indices: object, size: int) -> Int32[np.ndarray, " N"]:
     except ValueError:  # lists of several lengths
         array = np.asarray(None)
     if array.ndim == 1 and len(array) != size:
-        raise UserError(f"There are {len(array)} indices for {size} images: give one for each.")
+        raise UserError(f"indices has length {len(array)} for {counted(size, 'image')}: give one for each.")
     is_valid = array.ndim == 1 and (
         size == 0 or (array.dtype.kind in "iu" and 0 <= array.min() <= array.max() <= MAX_INDEX)
     )

@@ -6,6 +6,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from empssl_jax.config.errors import counted
 from empssl_jax.evaluation.effective_rank import Spectrum
 from empssl_jax.evaluation.embeddings import embedding_dim
 from empssl_jax.report.charts import MAP_SIDE, Curve, Map, curve, map_of
@@ -48,7 +49,7 @@ def render(run: Run, sheet: PatchSheet | None, findings: Findings | None, spectr
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "duration": duration, "data_uri": data_uri, "flags": flags}
+    environment.filters |= {filter.__name__: filter for filter in (percent, duration, data_uri, flags, counted)}
     context: dict[str, Any] = {
         "run": run,
         "name": run.folder.resolve().name,

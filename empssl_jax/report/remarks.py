@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from empssl_jax.config.errors import counted
 from empssl_jax.evaluation.effective_rank import Spectrum
 from empssl_jax.report.findings import Findings, margin
 from empssl_jax.report.run import Run
@@ -60,7 +61,7 @@ def _about_training(run: Run) -> Iterator[Remark]:
             False, "The loss was still falling at the end: more epochs (--max-epochs) would probably lower it further."
         )
     if done < FEW_STEPS and done == run.last_step:
-        yield Remark(False, f"Training takes only {done} steps: treat the figures as those of a trial run.")
+        yield Remark(False, f"Training takes only {counted(done, 'step')}: treat the figures as those of a trial run.")
 
 
 def _about_spectrum(spectrum: Spectrum | None) -> Iterator[Remark]:
@@ -114,8 +115,8 @@ def _about_measures(run: Run, findings: Findings | None) -> Iterator[Remark]:
     if smallest < voters:
         yield Remark(
             False,
-            f"Small classes are outvoted: {voters} neighbours vote, and the smallest class has {smallest} training "
-            "images. Lower --num-neighbours.",
+            f"Small classes are outvoted: {voters} neighbours vote, and the smallest class has "
+            f"{counted(smallest, 'training image')}. Lower --num-neighbours.",
         )
     if (half := margin(findings.accuracy, tested)) > WIDE_MARGIN:
         yield Remark(
