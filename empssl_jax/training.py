@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from empssl_jax.config import Config, RunConfig, training_differences
-from empssl_jax.config.errors import UserError, require
+from empssl_jax.config.errors import UserError, counted, require
 from empssl_jax.data.batches import Batch, count_steps, device_batches
 from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
 from empssl_jax.data.folder_images import folder_fingerprints
@@ -20,7 +20,7 @@ from empssl_jax.evaluation.online_probe import online_probe
 from empssl_jax.evaluation.run_embeddings import run_embeddings
 from empssl_jax.evaluation.untrained_baseline import measure_untrained
 from empssl_jax.method.encoder import EncoderState, with_known_precision
-from empssl_jax.method.hyperparameters import Hyperparameters
+from empssl_jax.method.hyperparameters import Hyperparameters, count_all_steps
 from empssl_jax.method.losses import coding_rate_bounds
 from empssl_jax.method.train_step import TrainState, create_state, make_train_step
 from empssl_jax.report.write_report import try_to_report
@@ -72,10 +72,7 @@ class Steps(NamedTuple):
 
 def _count_steps(config: Config, dataset: ImageDataset) -> Steps:
     per_epoch = count_steps(dataset, config.training.batch_size)
-    last = per_epoch * config.training.max_epochs
-    remedy = "that makes more than 2147483647 steps, so give fewer epochs"
-    require(last < 2**31, "max_epochs", config.training.max_epochs, remedy)
-    return Steps(per_epoch, last)
+    return Steps(per_epoch, count_all_steps(per_epoch, config.training.max_epochs))
 
 
 def _complete_run(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: Path) -> None:
@@ -104,7 +101,8 @@ def _check_devices(config: Config, mesh: Mesh) -> None:
 
 def _check_profile(config: Config, steps_left: int) -> None:
     if config.run.profile:
-        remedy = f"the trace ends after {profiling.LAST_STEP + 1} steps and only {steps_left} are left, so leave it out"
+        left = f"{counted(steps_left, 'step')} left"
+        remedy = f"the trace ends after {profiling.LAST_STEP + 1} steps and the run has only {left}, so leave it out"
         require(steps_left > profiling.LAST_STEP, "profile", True, remedy)
 
 

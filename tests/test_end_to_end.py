@@ -205,17 +205,21 @@ REFUSED = {
     "too many neighbours": (
         "eval.py",
         lambda t: [*embeddings_folder(t), "--num-neighbours", 5],
-        "only 4 labelled",
+        "more than the 4 labelled",
     ),
     "no config file": ("train.py", lambda t: ["--config", t / "none.py"], "cannot be used"),
     "a negative rate": ("train.py", lambda t: [*DIGITS, "--learning-rate", -1], "--learning-rate is -1.0: give a"),
-    "a large batch": ("train.py", lambda t: [*DIGITS, "--workdir", t / "r", "--batch-size", 1000], "only 200 training"),
+    "a large batch": (
+        "train.py",
+        lambda t: [*DIGITS, "--workdir", t / "r", "--batch-size", 1000],
+        "more than the 200 training",
+    ),
     "an unknown data set": (
         "train.py",
         lambda t: ["--dataset", "none", "--workdir", t / "r", "--batch-size", 80],
         "not known to TFDS",
     ),
-    "a short profile": ("train.py", lambda t: [*DIGITS, "--workdir", t / "r", "--profile"], "only 5 are left"),
+    "a short profile": ("train.py", lambda t: [*DIGITS, "--workdir", t / "r", "--profile"], "only 5 steps left"),
     "a file as workdir": ("train.py", lambda t: [*DIGITS, "--workdir", __file__], "cannot be written to"),
     "an unknown option": ("train.py", lambda t: ["--batchsize", 3], "Unrecognized"),
 }

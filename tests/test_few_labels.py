@@ -168,6 +168,6 @@ def test_a_fraction_out_of_range_is_refused(value):
 
 
 def test_more_neighbours_than_labels_are_refused_before_the_images_are_embedded(run, capsys):
-    with pytest.raises(UserError, match=r"^--num-neighbours is 20: there are only 10 labelled training images, so "):
+    with pytest.raises(UserError, match=r"^--num-neighbours is 20: that is more than the 10 labelled training images"):
         run_eval("--workdir", run, "--label-fraction", "0.1", "--valid-patches", "3")
     assert "embedding" not in capsys.readouterr().err

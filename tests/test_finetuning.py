@@ -21,6 +21,7 @@ from empssl_jax.finetuning.finetune import crops_in_scale, divide, epoch_batches
 from empssl_jax.finetuning.supervised_step import Numbers, initial_state, make_step
 from empssl_jax.inference.import_weights import import_weights
 from empssl_jax.method.encoder import init_encoder
+from empssl_jax.method.hyperparameters import count_all_steps
 from empssl_jax.run_folder.saved_config import load_config
 from empssl_jax.runtime.devices import device_mesh
 
@@ -50,9 +51,16 @@ def test_nothing_is_held_out_if_a_class_has_less_than_ten_labels():
     assert len(rows.held_out) == 0
 
 
-@pytest.mark.parametrize(("train", "test"), [([-1, -1], [0]), ([0, 0, -1], [0]), ([0, 1], [-1])])
-def test_images_without_labels_are_refused(train, test):
-    with pytest.raises(UserError, match=r"^RUN runs/x has training images of [012] classes and [01] test images with "):
+@pytest.mark.parametrize(
+    ("train", "test", "found"),
+    [
+        ([-1, -1], [0], "0 classes and 1 test image"),
+        ([0, 0, -1], [0], "1 class and 1 test image"),
+        ([0, 1], [-1], "2 classes and 0 test images"),
+    ],
+)
+def test_images_without_labels_are_refused(train, test, found):
+    with pytest.raises(UserError, match=f"^RUN runs/x has training images of {found} with labels: give "):
         divide(Datasets(dataset(train), dataset(train), dataset(test)), OPTIONS)
 
 
@@ -189,15 +197,26 @@ def test_fine_tuning_is_reproducible(tiny_run, tmp_path, capsys):
     assert all("held-out top-1 " in line for line in lines)
 
 
-def test_a_fraction_of_the_labels_is_in_the_name_of_the_result(tiny_run, capsys):
-    """0.6 of 8 images of each digit are 5, too few to hold any out. The default output is in the run's folder."""
+def test_a_fraction_of_the_labels_is_in_the_name_of_the_result(tiny_run, capsys, monkeypatch):
+    """0.6 of 8 images of each of nine digits are 5, too few to hold any out.
+
+    The tenth digit, 9, has only test images. The default output is in the run's folder.
+    """
+
+    def without_nines(config):
+        datasets = load_datasets(config)
+        labels = np.where(datasets.bank.labels == 9, -1, datasets.bank.labels)
+        return datasets._replace(bank=datasets.bank._replace(labels=labels))
+
+    monkeypatch.setattr("empssl_jax.finetuning.finetune.load_datasets", without_nines)
     few = dataclasses.replace(OPTIONS, run=str(tiny_run), max_epochs=1, labels=LabelConfig(0.6), data=MeasuredData())
     results = finetune(few)
     assert list(results) == ["fine-tuned, 60 % of labels", "fine-tuned, last epoch, 60 % of labels"]
     assert results["fine-tuned, 60 % of labels"]["epoch"] == 1
     assert json.loads((tiny_run / "finetuned-0.6" / "finetune.json").read_text())["labels"]["label_fraction"] == 0.6
     out = capsys.readouterr().out
-    assert "on 50 labelled images\n" in out
+    assert "on 45 labelled images\n" in out
+    assert "test images whose class has no training images count as wrong: 1 of 10, such as '9'\n" in out
     assert "held-out" not in out
     with pytest.raises(UserError, match=r"^--output .*finetuned-0.6 is not an empty folder: give a new one"):
         finetune(few)
@@ -209,6 +228,13 @@ def test_a_run_without_checkpoints_is_refused(tiny_run, tmp_path):
     with pytest.raises(UserError, match=r"holds no checkpoint: train first"):
         finetune(dataclasses.replace(OPTIONS, run=str(tmp_path / "run")))
     assert not (tmp_path / "run" / "finetuned-1").exists()
+
+
+def test_more_steps_than_int32_counts_are_refused():
+    assert count_all_steps(21474, 100_000) == 2_147_400_000
+    message = "^--max-epochs is 100000: that makes more than 2147483647 steps, so give fewer epochs"
+    with pytest.raises(UserError, match=message):
+        count_all_steps(21475, 100_000)
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"max_epochs": 0}, {"crop_area": 0.0}, {"learning_rate": -1.0}])

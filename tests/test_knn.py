@@ -62,5 +62,5 @@ def test_length_of_embeddings_does_not_matter(golden):
 
 
 def test_more_neighbours_than_images_are_refused():
-    with pytest.raises(UserError, match="--num-neighbours is 4: there are only 3 labelled training images"):
+    with pytest.raises(UserError, match="--num-neighbours is 4: that is more than the 3 labelled training images"):
         knn_scores(jnp.eye(3), jnp.eye(3), jnp.arange(3), num_classes=3, num_neighbours=4, temperature=0.1)

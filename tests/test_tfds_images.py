@@ -72,7 +72,7 @@ def test_training_uses_the_unlabelled_split_and_evaluation_the_labelled_ones(tmp
         assert sorted(numbers) == list(range(first, first + count))
         np.testing.assert_array_equal(getattr(datasets, name).labels, np.array(numbers) % 3)
     assert [split.num_classes for split in datasets] == [3, 3, 3]
-    with pytest.raises(UserError, match="--num-neighbours is 31: there are only 30 labelled training images"):
+    with pytest.raises(UserError, match="--num-neighbours is 31: that is more than the 30 labelled training images"):
         check_neighbours(Config(evaluation=EvaluationConfig(num_neighbours=31)), datasets)
 
 

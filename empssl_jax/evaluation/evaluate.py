@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 
 from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.command_options import EvaluateOptions, MeasuredData
-from empssl_jax.config.errors import DivergenceError, one_line, require
+from empssl_jax.config.errors import DivergenceError, require
 from empssl_jax.data.datasets import Datasets, load_datasets, load_datasets_for_pictures
 from empssl_jax.evaluation.effective_rank import spectrum
 from empssl_jax.evaluation.embedding_files import load_both_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, labelled
 from empssl_jax.evaluation.few_labels import chosen_images, few_labels
-from empssl_jax.evaluation.knn import check_num_neighbours, sharded_knn_scores, top_k_accuracy
+from empssl_jax.evaluation.knn import check_num_neighbours, print_unknown_classes, sharded_knn_scores, top_k_accuracy
 from empssl_jax.evaluation.linear import linear_accuracy
 from empssl_jax.evaluation.logistic import logistic_accuracy
 from empssl_jax.evaluation.measured_images import measured_images
@@ -109,18 +109,19 @@ def _measure(
         options = {name: getattr(config.evaluation, name) for name in names}
         return on_dataset(dataset, of_checkpoint(step, options, of_embeddings(made, measured)))
 
+    def learned(accuracies: dict[str, Accuracy], names: Sequence[str] = ()) -> dict[str, Accuracy]:
+        return named(of_labels(config.evaluation, accuracies), names)
+
     results = named(measure_rank(embeddings))
     has_labels = have_labels(embeddings)
     if has_labels:
-        accuracies = of_labels(config.evaluation, {"kNN": measure_knn(embeddings, config.evaluation, mesh)})
-        results |= named(accuracies, KNN_OPTIONS)
+        results |= learned({"kNN": measure_knn(embeddings, config.evaluation, mesh)}, KNN_OPTIONS)
     try:
         if has_labels and config.evaluation.linear_epochs > 0:
             accuracies = measure_linear(embeddings, config.evaluation, config.training.seed, mesh)
-            results |= named(of_labels(config.evaluation, accuracies), LINEAR_OPTIONS)
+            results |= learned(accuracies, LINEAR_OPTIONS)
         if has_labels and config.evaluation.logistic:
-            accuracies = {"logistic": measure_logistic(embeddings, config.evaluation, mesh)}
-            results |= named(of_labels(config.evaluation, accuracies))
+            results |= learned({"logistic": measure_logistic(embeddings, config.evaluation, mesh)})
     finally:  # kNN is kept even if the linear classifier diverges, and shown even if the disk is full
         try:
             add_results(folder, results)
@@ -152,11 +153,8 @@ def have_labels(embeddings: Embeddings) -> bool:
     if unlabelled:
         print(f"no {' and no '.join(unlabelled)} image has a label: kNN and linear are not measured")
         return False
-    bank, test = embeddings.bank, labelled(embeddings.test)
-    wrong = test.labels[~np.isin(test.labels, bank.labels)]
-    if len(wrong):
-        example = f"{len(wrong)} of {len(test.labels)}, such as {one_line(test.class_names[wrong[0]])}"
-        print(f"test images whose class has no training images count as wrong: {example}")
+    test = labelled(embeddings.test)
+    print_unknown_classes(embeddings.bank.labels, test.labels, test.class_names)
     return True
 
 

@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 
 from empssl_jax.config import Config, DataConfig
 from empssl_jax.config.command_options import RUN, FinetuneOptions
-from empssl_jax.config.errors import DivergenceError, UserError
+from empssl_jax.config.errors import DivergenceError, UserError, counted
 from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings, embed_images, make_embed, whole_image_size
 from empssl_jax.evaluation.few_labels import choose_images, chosen_images
-from empssl_jax.evaluation.knn import classifier_accuracy
+from empssl_jax.evaluation.knn import classifier_accuracy, print_unknown_classes
 from empssl_jax.evaluation.logistic import fit_classifier
 from empssl_jax.evaluation.measured_images import measured_images
 from empssl_jax.evaluation.trained_encoder import restore_encoder
@@ -37,6 +37,7 @@ from empssl_jax.inference.image_encoder import ImageEncoder
 from empssl_jax.inference.weight_files import write_weights
 from empssl_jax.method.crops import crop_side
 from empssl_jax.method.encoder import EncoderState
+from empssl_jax.method.hyperparameters import count_all_steps
 from empssl_jax.method.random_keys import finetuning_order_key, held_out_key
 from empssl_jax.run_folder.results import Accuracy, add_results, format_table, of_labels, on_dataset
 from empssl_jax.run_folder.saved_config import load_config
@@ -85,12 +86,14 @@ def finetune(options: FinetuneOptions) -> dict[str, Accuracy]:
     config = _embeds_whole_images(encoder.config, options, measured.data)
     datasets = load_datasets(config)
     bank, rows, embed = datasets.bank, divide(datasets, options), _make_embed(config, mesh)
+    numbers = _numbers(options, len(rows.train))
     with locked(output, "output"):
         print(f"fine-tuning step {encoder.step} of {run} on {len(rows.train)} labelled images")
+        print_unknown_classes(bank.labels[rows.train], datasets.test.labels[rows.test], datasets.test.class_names)
         labelled = LabelledEmbeddings(embed(encoder.state, bank, rows.train), bank.labels[rows.train], bank.class_names)
-        state = initial_state(encoder.state, fit_classifier(labelled, mesh), _numbers(options, len(rows.train)))
+        state = initial_state(encoder.state, fit_classifier(labelled, mesh), numbers)
         measure = _make_measure(embed, labelled.labels)
-        tuned, last = _fit(config, options, bank, rows, state, measure, mesh)
+        tuned, last = _fit(config, options, bank, rows, numbers, state, measure, mesh)
         accuracies = {
             name: measure(fitted.state, datasets.test, rows.test) | {"epoch": fitted.epoch}
             for name, fitted in (("fine-tuned", tuned), ("fine-tuned, last epoch", last))
@@ -131,9 +134,9 @@ def divide(datasets: Datasets, options: FinetuneOptions) -> Rows:
     chosen = chosen_images(labels, options.labels)
     sizes = np.unique(labels[chosen], return_counts=True)[1]
     if len(sizes) < 2 or len(test) == 0:
+        found = f"training images of {counted(len(sizes), 'class')} and {counted(len(test), 'test image')} with labels"
         raise UserError(
-            f"{RUN} {options.run} has training images of {len(sizes)} classes and {len(test)} test images with labels: "
-            "give --dataset, --train-split or --test-split with labelled images."
+            f"{RUN} {options.run} has {found}: give --dataset, --train-split or --test-split with labelled images."
         )
     if sizes.min() < HELD_OUT:
         return Rows(chosen, chosen[:0], test)
@@ -143,7 +146,7 @@ def divide(datasets: Datasets, options: FinetuneOptions) -> Rows:
 
 def _numbers(options: FinetuneOptions, num_images: int) -> Numbers:
     steps_per_epoch = num_images // min(options.batch_size, num_images)
-    numbers = (options.seed, steps_per_epoch, steps_per_epoch * options.max_epochs)
+    numbers = (options.seed, steps_per_epoch, count_all_steps(steps_per_epoch, options.max_epochs))
     rates = (options.learning_rate, options.classifier_learning_rate, options.weight_decay)
     return Numbers(*(jnp.array(number, jnp.int32) for number in numbers), *(jnp.float32(rate) for rate in rates))
 
@@ -174,6 +177,7 @@ def _fit(
     options: FinetuneOptions,
     bank: ImageDataset,
     rows: Rows,
+    numbers: Numbers,
     state: SupervisedState,
     measure: Measure,
     mesh: Mesh,
@@ -182,8 +186,7 @@ def _fit(
 
     The best can be that before the first epoch.
     """
-    side, size, num_images = bank.images.shape[1], min(options.batch_size, len(rows.train)), len(rows.train)
-    numbers = _numbers(options, num_images)
+    side, size = bank.images.shape[1], min(options.batch_size, len(rows.train))
 
     def held_out_accuracy(state: SupervisedState) -> float:
         return measure(state, bank, rows.held_out)["top1"] if len(rows.held_out) else math.nan

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from empssl_jax.config import TrainingConfig
+from empssl_jax.config.errors import require
 
 
 class Hyperparameters(NamedTuple):
@@ -29,12 +30,12 @@ class Hyperparameters(NamedTuple):
     @classmethod
     def of(cls, config: TrainingConfig, steps_per_epoch: int) -> "Hyperparameters":
         """The numbers of a run with the given options, on the host."""
-        last_step = config.max_epochs * steps_per_epoch
-        warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), last_step - 1)
+        steps = count_all_steps(steps_per_epoch, config.max_epochs)
+        warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), steps - 1)
         first_rate = config.learning_rate / (warmup_steps + 1)
         # Products with a reciprocal in float32 are what XLA makes of a division by a constant. With them, the rates are
         # bit-identical to those of version 0.2.0, which compiled the number of steps as a constant.
-        reciprocal = np.float32(1) / np.float32(last_step - warmup_steps)
+        reciprocal = np.float32(1) / np.float32(steps - warmup_steps)
         numbers: dict[str, Any] = dict(
             seed=np.int32(config.seed),
             steps_per_epoch=np.int32(steps_per_epoch),
@@ -50,6 +51,13 @@ class Hyperparameters(NamedTuple):
             coding_rate_eps=np.float32(config.coding_rate_eps),
         )
         return cls(**jax.tree.map(np.asarray, numbers))
+
+
+def count_all_steps(steps_per_epoch: int, max_epochs: int) -> int:
+    """The number of steps in all epochs; raises UserError if it is too large for the int32 that counts them."""
+    remedy = "that makes more than 2147483647 steps, so give fewer epochs"
+    require(steps_per_epoch * max_epochs < 2**31, "max_epochs", max_epochs, remedy)
+    return steps_per_epoch * max_epochs
 
 
 def learning_rate(step: int | Int[Array, ""], hyperparameters: Hyperparameters) -> Float[Array, ""]:
