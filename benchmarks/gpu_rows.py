@@ -28,6 +28,8 @@ from empssl_jax.run_folder.step_files import TIMING_FILE, read_steps
 from experiments import study
 from experiments.records import accuracies, checkpoint_embeddings, read_lines
 
+# The training of configs/cifar10_best.py: as many pixels as the default recipe.
+BEST: study.Changes = {"patch_size": 16, "max_epochs": 4}
 # Options of the default recipe, one epoch on CIFAR-10, that each training changes.
 RUNS: dict[str, study.Changes] = {
     "default": {},
@@ -37,6 +39,11 @@ RUNS: dict[str, study.Changes] = {
     "seed_3": {"seed": 3},
     "ten_epochs": {"max_epochs": 10},
     "thirty_epochs": {"max_epochs": 30},
+    "best": BEST,
+    "best_seed_2": BEST | {"seed": 2},
+    "best_seed_3": BEST | {"seed": 3},
+    "best_forty_epochs": BEST | {"max_epochs": 40},
+    "best_120_epochs": BEST | {"max_epochs": 120},
 }
 GOLDEN_TESTS = ("losses", "lars", "encoder", "knn", "augmentations", "crops")
 GOLDEN_SECONDS = 100.0

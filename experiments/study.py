@@ -41,7 +41,10 @@ from empssl_jax.runtime.compilation import keep_compiled_programs
 from empssl_jax.runtime.memory import keep_freed_memory
 from experiments.records import RESULTS, accuracies, append_line, checkpoint_embeddings, read_lines
 
-RECOMMENDED = dataclasses.replace(read_config_file("cifar10_best").evaluation, logistic=False, report=False)
+# Without hidden features, which narrow encoders do not gain from.
+RECOMMENDED = dataclasses.replace(
+    read_config_file("cifar10_best").evaluation, embedded_layer="stages", logistic=False, report=False
+)
 FULL = Config(data=DataConfig(train_split="train[:45000]", test_split="train[45000:]"), evaluation=RECOMMENDED)
 LONG = dataclasses.replace(
     FULL,
