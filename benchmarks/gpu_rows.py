@@ -107,7 +107,8 @@ class Visit:
         """Trains one of RUNS, once in this process; returns its folder."""
         workdir = self.results / "runs" / name
         shutil.rmtree(workdir, ignore_errors=True)  # an interrupted run would resume, and its seconds be too few
-        training.train(study.changed(self.recipe, RUNS[name] | {"workdir": str(workdir), "valid_patches": 0}))
+        changes = RUNS[name] | {"workdir": str(workdir), "valid_patches": 0} | ({"max_epochs": 1} if self.tiny else {})
+        training.train(study.changed(self.recipe, changes))
         return workdir
 
 
