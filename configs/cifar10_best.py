@@ -1,17 +1,21 @@
-"""CIFAR-10 as docs/recipe.md recommends: trained as published, with other embeddings. These are means of all ResNet
-stages, of a grid of crops and of the whole image, in 2x2 cells, whitened for kNN.
+"""CIFAR-10 as docs/recipe.md recommends: patches of 16x16 pixels that are not enlarged, and other embeddings.
 
     python train.py --config configs/cifar10_best.py
     python eval.py --workdir runs/cifar10_best
 
-One H200: kNN 83.5 % and logistic regression 84.0 % after one epoch (14 s, two seeds), 90.3 % and 91.4 % after ten
-(--max-epochs 10, one seed). The embeddings were chosen on training images with narrower encoders. configs/cifar10.py is
-the paper's recipe, with the same training.
+Four epochs take as long as one epoch of enlarged patches. Embeddings are the means of all ResNet stages, of a grid of
+crops and of the whole image, in 2x2 cells, and the hidden features, whitened for kNN. configs/cifar10.py is the paper's
+recipe.
+
+One H200, one seed: kNN 86.8 % and logistic regression 87.4 % after four epochs (15 s), 92.5 % and 93.3 % after forty
+(--max-epochs 40, 146 s).
 """
 
-from empssl_jax.config import Config, EvaluationConfig, RunConfig
+from empssl_jax.config import Config, EvaluationConfig, PatchConfig, RunConfig, TrainingConfig
 
 config = Config(
+    patches=PatchConfig(patch_size=16),
+    training=TrainingConfig(max_epochs=4),
     evaluation=EvaluationConfig(
         valid_crops="grid+whole", valid_patches=16, embedded_layer="stages+hidden", cells=2, whiten=True, logistic=True
     ),

@@ -1,6 +1,6 @@
 """Measures the seconds of training until kNN (k = 10, cosine similarity) reaches an accuracy, from a run's checkpoints.
 
-    python train.py --config configs/cifar10_best.py --max-epochs 10 --max-to-keep 10 --workdir RUN
+    python train.py --config configs/cifar10_best.py --max-epochs 40 --max-to-keep 40 --workdir RUN
     python -m experiments.race --workdir RUN [--accuracy 0.9]
 
 Each checkpoint is measured on the full test set, oldest first, until one reaches the accuracy. The seconds are those of

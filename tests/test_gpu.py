@@ -182,5 +182,5 @@ def test_the_tables_name_existing_rows(tmp_path):
     mine, theirs = gpu.our_rows(visit), gpu.their_rows(visit)
     assert {row for row, _, _ in gpu_table.GOALS.values()} <= mine.keys()
     assert {line["row"] for line in LINES} <= {*mine, *theirs}
-    assert list(mine)[:3] == ["train_step", "profile", "default"]
+    assert list(mine)[:3] == ["train_step", "profile", "best"]
     assert list(theirs)[-1] == "theirs_end_to_end"

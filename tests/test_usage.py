@@ -85,7 +85,8 @@ def embeds(namespace, output):
 
 
 def whitens(namespace, output):
-    assert namespace["searched"].shape == (5, 2 * 4 * (64 + 128 + 256 + 512))  # of the grid and of the whole image
+    stages, hidden = 2 * 4 * (64 + 128 + 256 + 512), 32  # quarters of the grid and of the whole image
+    assert namespace["searched"].shape == (5, stages + hidden)
     np.testing.assert_allclose(namespace["queries"], namespace["searched"][:2], rtol=1e-3, atol=1e-3)
 
 
