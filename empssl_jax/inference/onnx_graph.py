@@ -102,9 +102,10 @@ def _embed(graph: Graph, config: Config, state: EncoderState, images: str, side:
 def _join_cells(graph: Graph, config: Config, cells: str) -> None:
     """As `embeddings.join_cells`: (N, K, F) -> `embeddings` (N, E)."""
     if config.evaluation.embedded_layer != "stages+hidden":
-        graph.add("Reshape", cells, np.array([-1, embedding_dim(config)]), output="embeddings")
+        graph.add("Flatten", cells, axis=1, output="embeddings")
         return
-    begin, split, end, axis = (np.array([n]) for n in (0, sum(stage_dims(config.model)), MAX_BYTES, 2))
+    bounds = 0, sum(stage_dims(config.model)), num_features(config.model, config.evaluation)
+    begin, split, end, axis = (np.array([number]) for number in (*bounds, 2))
     stages = graph.add("Flatten", graph.add("Slice", cells, begin, split, axis), axis=1)
     hidden = graph.add("ReduceMean", graph.add("Slice", cells, split, end, axis), axes=[1], keepdims=0)
     graph.add("Concat", stages, hidden, axis=1, output="embeddings")
@@ -134,12 +135,12 @@ def _embed_cells(graph: Graph, encoder: Encoder, images: str, side: int, layer: 
     sides = [shape.shape[1] for shape in jax.eval_shape(encoder.backbone.stage_maps, shape)]
     maps = _stage_maps(graph, encoder.backbone, images)
     means = [_cell_means(graph, *of_stage, cells) for of_stage in zip(maps, sides, strict=True)]
-    features = [] if layer == "hidden" else means
-    if layer != "stages":
-        slope, offset = encoder.hidden_norm.running_slope_and_offset()
-        hidden = graph.add("MatMul", means[-1], encoder.hidden.kernel[...] * slope)
-        features.append(graph.add("Relu", graph.add("Add", hidden, offset)))
-    return graph.add("Concat", *features, axis=-1)
+    if layer == "stages":
+        return graph.add("Concat", *means, axis=-1)
+    slope, offset = encoder.hidden_norm.running_slope_and_offset()
+    hidden = graph.add("MatMul", means[-1], encoder.hidden.kernel[...] * slope)
+    hidden = graph.add("Relu", graph.add("Add", hidden, offset))
+    return hidden if layer == "hidden" else graph.add("Concat", *means, hidden, axis=-1)
 
 
 def _cell_means(graph: Graph, x: str, side: int, cells: int) -> str:
