@@ -23,7 +23,7 @@ class EmbeddingConfig(Checked):
     valid_crops: Literal["random", "grid", "whole", "grid+whole"] = "random"
     # What is averaged over the patches. hidden: hidden features, as in the paper. stages: the mean of each ResNet
     # stage's map, all four concatenated, which is shorter, and with --whiten more accurate. stages+hidden: both,
-    # concatenated, which is the most accurate (docs/recipe.md).
+    # concatenated, which helps wide encoders that are trained long (docs/recipe.md).
     embedded_layer: EmbeddedLayer = "hidden"
     # Cells along each side of the image. Each cell averages its own patches of the grid, or its part of the whole
     # image's maps. The embedding concatenates the cells' means, which keeps positions; stages+hidden concatenates only
