@@ -1,11 +1,14 @@
-"""Measures two weaknesses of XLA's CPU convolutions that the package works around. Run it again for new JAX versions.
+"""Measures weaknesses of XLA's CPU convolutions that the package works around. Run it again for new JAX versions.
 
     python -m benchmarks.xla_cpu_convolution
 
-1. XLA's newer fusion backend against its older path, which `empssl_jax/__init__.py` selects: milliseconds of the
-   forward pass, input gradient and kernel gradient of the five kinds of 3x3 convolutions in a ResNet-18, batch 32.
+1. XLA's newer fusion backend against its older path, which `empssl_jax/__init__.py` selects, and against that path with
+   oneDNN, which the package does not use: milliseconds of the forward pass, input gradient and kernel gradient of the
+   five kinds of 3x3 convolutions in a ResNet-18, batch 32.
 2. A 3x3 convolution of a 2x2 map (512 channels, 200 patches) by XLA, by im2col, and as one dense product, which is how
    `resnet.Convolution` computes it.
+3. The relative error of a sum of two matrix products with oneDNN. The gradient of the coding rate has such a sum. Only
+   if the error is below 1e-5 may the package use oneDNN.
 """
 
 import os
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from jax import Array
 
 NEWER, OLDER = "", "--xla_cpu_experimental_ynn_fusion_type="
+ONEDNN = f"{OLDER} --xla_cpu_experimental_onednn_custom_call=true"
 LAYERS = ((32, 3, 64, 1), (32, 64, 64, 1), (32, 64, 128, 2), (16, 128, 128, 1), (8, 256, 256, 1))
 
 
@@ -76,7 +80,7 @@ def dense(x: "Array", kernel: "Array") -> "Array":
     return jnp.einsum("nabc,ijabcd->nijd", x, shifted)
 
 
-def layers() -> None:
+def layers(dtype: str = "float32") -> None:
     """Prints part 1 for the flags of this process."""
     import functools
 
@@ -84,7 +88,7 @@ def layers() -> None:
 
     total = 0.0
     for side, features_in, features_out, stride in LAYERS:
-        x, kernel = jnp.ones((32, side, side, features_in)), jnp.ones((3, 3, features_in, features_out))
+        x, kernel = jnp.ones((32, side, side, features_in), dtype), jnp.ones((3, 3, features_in, features_out), dtype)
         passes = three_passes(functools.partial(general, stride=stride), x, kernel)
         total += sum(passes)
         times = " ".join(f"{value:6.0f}" for value in passes)
@@ -102,15 +106,36 @@ def small_maps() -> None:
         print(f"  {convolution.__name__:8} {times}")
 
 
+def sum_of_products() -> None:
+    """Prints part 3 for the flags of this process."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    def transposed_sum(a: "Array", b: "Array") -> "Array":
+        return jnp.swapaxes(a @ b + jnp.swapaxes(a, 1, 2) @ b, 0, 1)
+
+    a, b = (jax.random.normal(jax.random.key(i), (20, 50, size)) for i, size in enumerate((50, 256)))
+    exact = np.einsum("pij,pjd->ipd", np.asarray(a, np.float64) + np.swapaxes(a, 1, 2), np.asarray(b, np.float64))
+    error = np.linalg.norm(jax.jit(transposed_sum)(a, b) - exact) / np.linalg.norm(exact)
+    print(f"  relative error {error:.1e}")
+
+
 def main() -> None:
     """Runs each part in its own process with its flags, because XLA reads them once."""
+    passes = "forward, input gradient, kernel gradient in ms"
     for title, part, flags in (
-        ("newer fusions (JAX's default)", "layers", NEWER),
-        ("older path (this package's)", "layers", OLDER),
-        ("2x2 maps, older path", "small_maps", OLDER),
+        (f"newer fusions (JAX's default): {passes}", "layers()", NEWER),
+        (f"older path (this package's): {passes}", "layers()", OLDER),
+        (f"older path, bfloat16: {passes}", "layers('bfloat16')", OLDER),
+        (f"oneDNN: {passes}", "layers()", ONEDNN),
+        (f"oneDNN, bfloat16: {passes}", "layers('bfloat16')", ONEDNN),
+        (f"2x2 maps, older path: {passes}", "small_maps()", OLDER),
+        ("sum of two products, older path", "sum_of_products()", OLDER),
+        ("sum of two products, oneDNN", "sum_of_products()", ONEDNN),
     ):
-        print(f"{title}: forward, input gradient, kernel gradient in ms", flush=True)
-        command = [sys.executable, "-c", f"from benchmarks import xla_cpu_convolution as x; x.{part}()"]
+        print(title, flush=True)
+        command = [sys.executable, "-c", f"from benchmarks import xla_cpu_convolution as x; x.{part}"]
         subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, check=True)
 
 

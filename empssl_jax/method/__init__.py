@@ -7,7 +7,7 @@ losses.py defines this objective. patches.py turns images into augmented patches
 operations. encoder.py maps patches to embeddings and projections; resnet.py and batch_norm.py have its parts.
 train_step.py combines all of them, hyperparameters.py has the numbers it depends on and the learning rate's schedule,
 and lars.py is the optimizer. random_keys.py derives every key from the seed; the epoch and the image's index are folded
-in. xla_cpu.py has four computations in forms that XLA's CPU compiler runs fast; read them as the plain formulas in
+in. xla_cpu.py has five computations in forms that XLA's CPU compiler runs fast; read them as the plain formulas in
 their docstrings.
 
 Axes in annotations: P patches of an image, B images, N patches of all images (B * P), H height, W width, C channels,

@@ -66,7 +66,11 @@ class Encoder(nnx.Module):
 
     def embed(self, patches: Float[Array, "N H W 3"]) -> Float[Array, "N E"]:
         """Embeddings alone, in the encoder's dtype."""
-        return nnx.relu(self.hidden_norm(self.hidden(self.backbone(patches))))
+        return self._hidden_features(self.backbone(patches))
+
+    def _hidden_features(self, means: Float[Array, "*batch C"]) -> Float[Array, "*batch E"]:
+        """Hidden features of the mean of a patch's last feature map, or of each cell of it."""
+        return nnx.relu(self.hidden_norm(self.hidden(means)))
 
     def embed_cells(self, images: Float[Array, "N H W 3"], layer: EmbeddedLayer, cells: int) -> Float[Array, "N K F"]:
         """Features of K equal cells of images of any size, `cells` along each side, in the encoder's dtype.
@@ -75,7 +79,7 @@ class Encoder(nnx.Module):
         those.
         """
         means = [cell_means(x, cells) for x in self.backbone.stage_maps(images)]
-        hidden = [] if layer == "stages" else [nnx.relu(self.hidden_norm(self.hidden(means[-1])))]
+        hidden = [] if layer == "stages" else [self._hidden_features(means[-1])]
         return jnp.concatenate(hidden if layer == "hidden" else means + hidden, axis=-1)
 
 
