@@ -28,6 +28,7 @@ from benchmarks.compare import BENCHMARKS
 from benchmarks.gpu_rows import Visit
 from benchmarks.measure import HAS_TORCH
 from empssl_jax.config.errors import require
+from empssl_jax.runtime.compilation import keep_compiled_programs
 from empssl_jax.runtime.user_errors import user_errors_exit
 from experiments.records import read_lines
 
@@ -123,7 +124,7 @@ def main(options: Options) -> None:
     results.mkdir(parents=True, exist_ok=True)
     faulthandler.dump_traceback_later(options.budget, exit=True)  # even if a program compiles at that moment
     jax.config.update("jax_compilation_cache_dir", str(results / "compilation_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    keep_compiled_programs()
     # Processes that run one after the other share the GPU, and none may reserve its memory.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     budget.run(theirs if options.theirs else mine, path, visit.left, options.rows, visit.patience)

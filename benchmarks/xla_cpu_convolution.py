@@ -80,7 +80,7 @@ def dense(x: "Array", kernel: "Array") -> "Array":
     return jnp.einsum("nabc,ijabcd->nijd", x, shifted)
 
 
-def layers(dtype: str = "float32") -> None:
+def layers(dtype: str) -> None:
     """Prints part 1 for the flags of this process."""
     import functools
 
@@ -122,22 +122,26 @@ def sum_of_products() -> None:
 
 
 def main() -> None:
-    """Runs each part in its own process with its flags, because XLA reads them once."""
+    """Runs each part in its own process with its flags, because XLA reads them once.
+
+    The processes run this file, not the module: importing the package would change the flags.
+    """
     passes = "forward, input gradient, kernel gradient in ms"
     for title, part, flags in (
-        (f"newer fusions (JAX's default): {passes}", "layers()", NEWER),
-        (f"older path (this package's): {passes}", "layers()", OLDER),
-        (f"older path, bfloat16: {passes}", "layers('bfloat16')", OLDER),
-        (f"oneDNN: {passes}", "layers()", ONEDNN),
-        (f"oneDNN, bfloat16: {passes}", "layers('bfloat16')", ONEDNN),
-        (f"2x2 maps, older path: {passes}", "small_maps()", OLDER),
-        ("sum of two products, older path", "sum_of_products()", OLDER),
-        ("sum of two products, oneDNN", "sum_of_products()", ONEDNN),
+        (f"newer fusions (JAX's default): {passes}", "layers float32", NEWER),
+        (f"older path (this package's): {passes}", "layers float32", OLDER),
+        (f"older path, bfloat16: {passes}", "layers bfloat16", OLDER),
+        (f"oneDNN: {passes}", "layers float32", ONEDNN),
+        (f"oneDNN, bfloat16: {passes}", "layers bfloat16", ONEDNN),
+        (f"2x2 maps, older path: {passes}", "small_maps", OLDER),
+        ("sum of two products, older path", "sum_of_products", OLDER),
+        ("sum of two products, oneDNN", "sum_of_products", ONEDNN),
     ):
         print(title, flush=True)
-        command = [sys.executable, "-c", f"from benchmarks import xla_cpu_convolution as x; x.{part}"]
-        subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, check=True)
+        subprocess.run([sys.executable, __file__, *part.split()], env=os.environ | {"XLA_FLAGS": flags}, check=True)
 
 
 if __name__ == "__main__":
-    main()
+    name, *arguments = sys.argv[1:] or ["main"]
+    parts: dict[str, Callable[..., None]] = {"layers": layers, "small_maps": small_maps}
+    (parts | {"main": main, "sum_of_products": sum_of_products})[name](*arguments)

@@ -155,6 +155,9 @@ def changed(config: Config, changes: Changes) -> Config:
         if isinstance(own.get("batch_size"), float):
             own["batch_size"] = round(own["batch_size"] * group.batch_size)
         config = dataclasses.replace(config, **{field.name: dataclasses.replace(group, **own)})
+        changes = {name: value for name, value in changes.items() if name not in own}
+    if changes:
+        raise TypeError(f"no group of the config has {', '.join(changes)}")
     return config
 
 

@@ -9,6 +9,7 @@ Uses the network, transforms, loss and LARS of benchmarks/baseline_torch.py, on 
 weights.safetensors to the workdir; `empssl import` turns the weights into a run. Needs the extra `bench`.
 """
 
+import dataclasses
 import json
 import random
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from benchmarks import baseline_torch as baseline
 from empssl_jax.config import Config
 from empssl_jax.config.config_files import parse_train_options
+from empssl_jax.config.errors import require
 from empssl_jax.data.datasets import load_split
 from empssl_jax.runtime.user_errors import user_errors_exit
 
@@ -42,6 +44,25 @@ def exported(model: nn.Module) -> dict[str, Tensor]:
     for layer in ("pre_feature.0", "projection.0"):
         weights[f"{layer}.bias"] = torch.zeros(len(weights[f"{layer}.weight"]))
     return weights
+
+
+FOLLOWED = {  # options of training, which the baseline follows
+    "patches": ("train_patches", "patch_size"),
+    "model": ("width", "hidden_dim", "projection_dim"),
+    "training": (
+        "batch_size", "max_epochs", "learning_rate", "invariance_coefficient", "coding_rate_eps", "seed"
+    ),
+}  # fmt: skip
+
+
+def check_followed(config: Config) -> None:
+    """Raises UserError if an option that the baseline does not follow has another value than its default."""
+    for group, followed in FOLLOWED.items():
+        ours = getattr(config, group)
+        for field in dataclasses.fields(ours):
+            value, default = getattr(ours, field.name), getattr(type(ours)(), field.name)
+            remedy = f"the PyTorch baseline does not follow it, so leave it at {default}"
+            require(field.name in followed or value == default, field.name, value, remedy)
 
 
 def train(config: Config, model: nn.Module) -> Iterator[dict[str, float]]:
@@ -68,6 +89,7 @@ def train(config: Config, model: nn.Module) -> Iterator[dict[str, float]]:
 
 def main(config: Config) -> None:
     """Trains, and writes metrics and weights."""
+    check_followed(config)
     workdir, seed = Path(config.run.workdir), config.training.seed
     workdir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)

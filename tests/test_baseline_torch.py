@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 from conftest import torch_weights
 
+from empssl_jax.config import Config, ModelConfig, PatchConfig, TrainingConfig
+from empssl_jax.config.errors import UserError
+
 torch = pytest.importorskip("torch", reason="pip install -e '.[bench]'")
 baseline = pytest.importorskip("benchmarks.baseline_torch")
 
@@ -81,3 +84,11 @@ def test_patches_have_the_shape_and_range_of_ours(golden):
     assert tuple(patches.shape) == (5, 3, 32, 32)
     assert label == 2
     assert -1 <= float(patches.min()) < float(patches.max()) <= 1
+
+
+def test_options_that_the_baseline_does_not_follow_are_refused():
+    torch_run = pytest.importorskip("experiments.torch_run")
+    torch_run.check_followed(Config(training=TrainingConfig(batch_size=50), model=ModelConfig(width=16)))
+    for config in (Config(training=TrainingConfig(momentum=0.5)), Config(patches=PatchConfig(patch_area=0.3))):
+        with pytest.raises(UserError, match=r"the PyTorch baseline does not follow it, so leave it at 0.(9|25)"):
+            torch_run.check_followed(config)

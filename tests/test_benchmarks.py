@@ -86,6 +86,8 @@ def test_the_study_changes_the_named_options():
     assert config.model == study.LONG.model
     batches = [study.changed(study.SIZES[size], {"batch_size": 0.5}).training.batch_size for size in ("long", "full")]
     assert batches == [25, 50]
+    with pytest.raises(TypeError, match="no group of the config has learning_rat"):
+        study.changed(study.LONG, {"learning_rat": 0.1, "batch_size": 25})
 
 
 @pytest.mark.parametrize("size", study.SIZES)

@@ -13,6 +13,7 @@ PROGRAM = """
 from empssl_jax.runtime.compilation import keep_compiled_programs
 keep_compiled_programs()
 import jax
+assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.1
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: x * 2 + 1)(3.0)
 """

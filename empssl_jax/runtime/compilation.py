@@ -14,12 +14,12 @@ def keep_compiled_programs() -> None:
     A folder that the user has set (`JAX_COMPILATION_CACHE_DIR`) is kept. If that folder is not writable, JAX warns and
     continues without it. JAX reuses a program only for the same versions, options and kind of device.
     """
-    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
-        return
-    if (folder := user_cache()) is not None:
+    folder_is_set = jax.config.jax_compilation_cache_dir is not None  # type: ignore[attr-defined]
+    if not folder_is_set and (folder := user_cache()) is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        # By default JAX leaves out programs that compile in less than a second. Together they take a third of the time
-        # to the first step.
+    # By default JAX leaves out programs that compile in less than a second. Together they take a third of the time to
+    # the first step.
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
