@@ -6,9 +6,10 @@ import pytest
 
 from empssl_jax.config import EvaluationConfig
 from empssl_jax.config.errors import UserError
+from empssl_jax.evaluation.accuracy import top_k_accuracy
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.evaluation.evaluate import measure_knn
-from empssl_jax.evaluation.knn import knn_scores, top_k_accuracy
+from empssl_jax.evaluation.knn import knn_scores
 from empssl_jax.runtime.devices import device_mesh
 
 

@@ -12,11 +12,12 @@ from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.command_options import EvaluateOptions, MeasuredData
 from empssl_jax.config.errors import DivergenceError, require
 from empssl_jax.data.datasets import Datasets, load_datasets, load_datasets_for_pictures
+from empssl_jax.evaluation.accuracy import print_unknown_classes, top_k_accuracy
 from empssl_jax.evaluation.effective_rank import spectrum
 from empssl_jax.evaluation.embedding_files import load_both_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, labelled
 from empssl_jax.evaluation.few_labels import chosen_images, few_labels
-from empssl_jax.evaluation.knn import check_num_neighbours, print_unknown_classes, sharded_knn_scores, top_k_accuracy
+from empssl_jax.evaluation.knn import check_num_neighbours, sharded_knn_scores
 from empssl_jax.evaluation.linear import linear_accuracy
 from empssl_jax.evaluation.logistic import logistic_accuracy
 from empssl_jax.evaluation.measured_images import measured_images

@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbour classification of embeddings by cosine similarity."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from empssl_jax.config.errors import counted, one_line, require
+from empssl_jax.config.errors import counted, require
 from empssl_jax.method.losses import normalise
 from empssl_jax.runtime.devices import DATA_AXIS, replicated, split_images, to_devices, to_host
 
@@ -92,32 +92,3 @@ def check_num_neighbours(num_neighbours: int, num_images: int) -> None:
     """Raises UserError if there are fewer than `num_neighbours` images."""
     remedy = f"that is more than the {counted(num_images, 'labelled training image')}, so give at most that many"
     require(num_neighbours <= num_images, "num_neighbours", num_neighbours, remedy)
-
-
-def classifier_accuracy(
-    logits: Float[Array | np.ndarray, "Q C"], labels: Int[np.ndarray, " Q"], train_labels: Int[np.ndarray, " N"]
-) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of a classifier. Classes without training images are not predicted."""
-    has_images = np.isin(np.arange(logits.shape[1]), train_labels)
-    votes = np.where(has_images[None, :], logits - np.min(logits, axis=1, keepdims=True) + 1, 0)
-    return {f"top{k}": top_k_accuracy(jnp.asarray(votes), jnp.asarray(labels), k) for k in (1, 5)}
-
-
-def print_unknown_classes(
-    train_labels: Int[np.ndarray, " N"], labels: Int[np.ndarray, " Q"], class_names: Sequence[str]
-) -> None:
-    """Prints how many test images can only be wrong, because no training image has their class, if there are any."""
-    wrong = labels[~np.isin(labels, train_labels)]
-    if len(wrong):
-        example = f"{len(wrong)} of {len(labels)}, such as {one_line(class_names[wrong[0]])}"
-        print(f"test images whose class has no training images count as wrong: {example}")
-
-
-def top_k_accuracy(votes: Float[Array, "Q C"], labels: Int[Array, " Q"], k: int) -> float:
-    """Fraction of queries whose class is among the k with the most votes; in a tie, the lower class number wins.
-
-    A class without a vote is not predicted, even if fewer than k classes have one.
-    """
-    most, classes = jax.lax.top_k(votes, min(k, votes.shape[1]))
-    # The mean is computed in double precision: in float32, 9 of 10 is less than 0.9.
-    return float(np.mean(np.asarray(jnp.any((classes == labels[:, None]) & (most > 0), axis=1))))

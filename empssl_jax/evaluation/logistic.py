@@ -10,8 +10,8 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from empssl_jax.evaluation.accuracy import classifier_accuracy
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
-from empssl_jax.evaluation.knn import classifier_accuracy
 from empssl_jax.run_folder.results import Accuracy
 from empssl_jax.runtime.devices import replicated, split_images, to_devices
 

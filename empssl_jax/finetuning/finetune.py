@@ -17,9 +17,9 @@ from empssl_jax.config import Config, DataConfig
 from empssl_jax.config.command_options import RUN, FinetuneOptions
 from empssl_jax.config.errors import DivergenceError, UserError, counted
 from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
+from empssl_jax.evaluation.accuracy import classifier_accuracy, print_unknown_classes
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings, embed_images, make_embed, whole_image_size
 from empssl_jax.evaluation.few_labels import choose_images, chosen_images
-from empssl_jax.evaluation.knn import classifier_accuracy, print_unknown_classes
 from empssl_jax.evaluation.logistic import fit_classifier
 from empssl_jax.evaluation.measured_images import measured_images
 from empssl_jax.evaluation.trained_encoder import restore_encoder
