@@ -22,7 +22,7 @@ from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, RunConfig, TrainingConfig
 from empssl_jax.config.command_options import EvaluateOptions, MeasuredData
 from empssl_jax.config.errors import DivergenceError, UserError
-from empssl_jax.data.datasets import load_split
+from empssl_jax.data.datasets import SPLITS, load_split
 from empssl_jax.evaluation import embedding_files, embeddings
 from empssl_jax.evaluation import evaluate as evaluation
 from empssl_jax.method.encoder import EncoderState
@@ -258,13 +258,13 @@ def encoded(image, kind="png", **options) -> bytes:
     return file.getvalue()
 
 
-def load_pictures(monkeypatch, folder, images, labels=(0, 1, 2, 1), image=None, label=None, split="train"):
-    """Loads a split of a data set of these images."""
+def load_pictures(monkeypatch, folder, images, labels=(0, 1, 2, 1), image=None, label=None, splits=SPLITS):
+    """Loads the training images of a data set whose splits all have these images."""
     kinds = {"image": image or features.Image(), "label": label or features.ClassLabel(num_classes=3)}
     monkeypatch.setattr(Pictures, "FEATURES", kinds)
     examples = [{"image": i, "label": j} for i, j in zip(images, labels, strict=False)]
-    monkeypatch.setattr(Pictures, "EXAMPLES", {"train": examples})
-    return load_split(DataConfig(dataset="pictures"), split, str(folder))
+    monkeypatch.setattr(Pictures, "EXAMPLES", dict.fromkeys(splits, examples))
+    return load_split(DataConfig(dataset="pictures"), "train", str(folder))
 
 
 PALETTE = PIL.Image.fromarray(PIXELS).convert("P")
@@ -326,7 +326,7 @@ REFUSED = {
         {"images": [PIXELS], "image": features.Tensor(shape=(8, 8, 3), dtype=np.uint8)},
         "images of type Tensor",
     ),
-    "no test split": ({"images": [GOOD], "split": "test"}, "no test split"),
+    "no test split": ({"images": [GOOD], "splits": ["train"]}, "no test split"),
     "no images": ({"images": []}, "cannot be downloaded"),  # TFDS itself refuses to prepare an empty split
 }
 
@@ -355,7 +355,7 @@ def replace(folder: Path, name: str, old: str, new: str):
 
 
 def record(folder: Path) -> Path:
-    return next(folder.glob("*.array_record*"))
+    return next(folder.glob("*-train.array_record*"))
 
 
 DAMAGE = {

@@ -88,6 +88,27 @@ def test_splits_may_be_slices(tmp_path):
     assert sorted(numbers_of(train, range(30)) + numbers_of(test, range(30))) == list(range(30))
 
 
+SHARED = {
+    "a slice of the default training split": {"test_split": "train[80%:]"},
+    "overlapping slices": {"train_split": "train[:25]", "test_split": "train[24:]"},
+    "the default test split": {"train_split": "test"},
+    "a sum of splits": {"train_split": "train+test[:1]"},
+    "the labelled images": {"train_split": "unlabelled", "test_split": "train[29:]"},
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_splits_that_share_images_are_refused(case, tmp_path):
+    run = RunConfig(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"^--test-split is '.*': it shares images with the training split '.*', so ch"):
+        load_datasets(Config(data=DataConfig(dataset="tiny_stl", **SHARED[case]), run=run))
+
+
+def test_splits_in_the_same_file_may_leave_images_out(tmp_path):
+    options = {"train_split": "train[:10]+unlabelled", "test_split": "train[25:]"}
+    assert [len(load(tmp_path, split, **options).labels) for split in ("train", "test")] == [60, 5]
+
+
 def test_images_without_labels_and_of_any_shape(tmp_path):
     with pytest.raises(UserError, match=r"^unlabelled train has images of shapes .* give --image-size"):
         load(tmp_path, dataset="unlabelled")

@@ -114,10 +114,9 @@ def _load(
 
         images, class_names = load_folder(config, split, cache_dir)
         return ImageDataset(images.images, images.labels, class_names, images.ids), images.ids
-    from empssl_jax.data.tfds_images import find_test_split, load_tfds
+    from empssl_jax.data.tfds_images import load_tfds
 
-    name = config.train_split or TRAIN if split == "train" else find_test_split(config, data_dir)
-    images, class_names = load_tfds(config, name, data_dir, cache_dir)
+    images, class_names = load_tfds(config, split, data_dir, cache_dir)
     return ImageDataset(images.images, images.labels, class_names), images.ids
 
 

@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from empssl_jax.config import DataConfig
 from empssl_jax.config.errors import UserError, counted, one_line
+from empssl_jax.config.options import TRAIN
 from empssl_jax.data.decoded_images import NO_LABEL, Example, Images, Source, load_images
 from empssl_jax.runtime.distributed import first_process_first
 
@@ -23,16 +24,18 @@ def load_tfds(
 
     Args:
         config: which data set, and the size of its images.
-        split: TFDS's name of the split, or a slice such as train[:90%].
+        split: "train" or "test".
         data_dir: folder where TFDS looks for data sets and downloads them; None for TFDS's default.
         cache_dir: see `load_images`.
 
     Raises:
-        UserError: the data set is unknown, cannot be downloaded, is damaged, or its images are not of 8 bits.
+        UserError: the data set is unknown, cannot be downloaded, is damaged, its images are not of 8 bits, or it has
+            the same images for training and testing.
     """
     name = config.dataset
     with first_process_first():
         builder = _prepared_builder(name, data_dir)
+    split = _find_splits(config, builder.info)[split]
     size = _count(builder.info, name, split)
     class_names = _class_names(builder.info)
     source = Source(
@@ -59,28 +62,53 @@ def _fingerprint(builder: tfds.core.DatasetBuilder) -> str:
     return f"{builder.info.as_json} {files}"
 
 
-def find_test_split(config: DataConfig, data_dir: str | None) -> str:
-    """The split to test on: --test-split, else test, else validation."""
-    if config.test_split is not None:
-        return config.test_split
-    with first_process_first():
-        splits = _prepared_builder(config.dataset, data_dir).info.splits
-    return "validation" if "test" not in splits and "validation" in splits else "test"
+def _find_splits(config: DataConfig, info: tfds.core.DatasetInfo) -> dict[str, str]:
+    """TFDS's names of the splits for training and for testing, which may be slices such as train[:90%].
+
+    Raises:
+        UserError: the data set has no such split, or the two share images.
+    """
+    default = "validation" if "test" not in info.splits and "validation" in info.splits else "test"
+    train, test = config.train_split or TRAIN, config.test_split or default
+    trained, tested = (_ranges(info, config.dataset, split) for split in (train, test))
+    if any(one.overlaps(other) for one in trained for other in tested):
+        raise UserError(
+            f"--test-split is {test!r}: it shares images with the training split {train!r}, so choose others with "
+            "--train-split and --test-split, such as train[:90%] and train[90%:]."
+        )
+    return {"train": train, "test": test}
 
 
-def _count(info: tfds.core.DatasetInfo, name: str, split: str) -> int:
-    """Number of images in a split; raises UserError unless it is a split of 8-bit images."""
+class _Range(NamedTuple):
+    """Examples in a file."""
+
+    file: str
+    first: int
+    end: int  # the first that is excluded
+
+    def overlaps(self, other: "_Range") -> bool:
+        return self.file == other.file and self.first < other.end and other.first < self.end
+
+
+def _ranges(info: tfds.core.DatasetInfo, name: str, split: str) -> list[_Range]:
+    """Where the examples of a split are; raises UserError if there is no such split."""
     try:
-        size = info.splits[split].num_examples
+        files = info.splits[split].file_instructions
     except Exception as error:  # TFDS raises various errors for wrong names of splits
         available = ", ".join(info.splits)
         raise UserError(
             f"--dataset {name!r} has no {split} split, only {available}: choose with --train-split and --test-split, "
             "which also take slices such as train[:90%]."
         ) from error
+    return [_Range(file.filename, file.skip, file.skip + file.take) for file in files]
+
+
+def _count(info: tfds.core.DatasetInfo, name: str, split: str) -> int:
+    """Number of images in a split; raises UserError unless these are 8-bit images."""
     image = dict(info.features).get("image")
     if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
         raise UserError(f"--dataset {name!r} has images of type {image}: choose a data set of 8-bit images.")
+    size = sum(examples.end - examples.first for examples in _ranges(info, name, split))
     if size == 0:
         raise UserError(f"--dataset {name!r} has no images in its {split} split: choose another data set.")
     return size
