@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import tracemalloc
 import zipfile
@@ -218,6 +219,26 @@ def test_xla_s_out_of_memory_error_is_recognised(capsys):
     with pytest.raises(SystemExit), user_errors_exit():
         jax.block_until_ready(jnp.zeros((2**20, 2**24)))
     assert "error: out of memory (" in capsys.readouterr().err
+
+
+PRINTS = """
+from empssl_jax.runtime.user_errors import user_errors_exit
+with user_errors_exit():
+    print("a line", flush={})
+"""
+
+
+@pytest.mark.parametrize(("flush", "code", "said"), [(True, 141, "error: the program that reads "), (False, 0, "")])
+def test_output_that_nothing_reads_leaves_no_trace(flush, code, said):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command, environment = [sys.executable, "-c", PRINTS.format(flush)], os.environ | {"PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    error = process.communicate()[1].decode()
+    assert process.returncode == code
+    assert error.startswith(said)
+    assert error.count("\n") == bool(said)
 
 
 def test_other_errors_keep_their_traces():

@@ -1,7 +1,9 @@
 """A run is measured on its own images, wherever they are, and on other data sets, whose results are kept apart."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -108,6 +110,15 @@ def test_other_options_of_the_run_s_data_set_do_not_replace_its_results(run):
     assert {name: value for name, value in results.items() if name in before} == before
     with np.load(run / "embeddings" / "test.npz") as arrays:
         assert len(arrays["labels"]) == 10
+
+
+def test_images_that_cannot_be_read_do_not_blame_the_run_s_folder(run, monkeypatch):
+    def fail(config):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("empssl_jax.evaluation.evaluate.load_datasets", fail)
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
+        measure(run)
 
 
 def images_of(run, trained, **options):

@@ -1,5 +1,6 @@
 """Only one process at a time uses a run's folder, and files are replaced atomically."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -56,7 +57,7 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
-        refused = pytest.raises(StorageError, match=r"cannot be written to any more \(File too large\)")
+        refused = pytest.raises(StorageError, match=r"cannot be written to any more \(\[Errno 27\] File too large\)")
         with refused, storage_errors(tmp_path), atomic_write(path) as file:
             file.write(b"x" * 5000)
     finally:
@@ -65,3 +66,21 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     with atomic_write(path) as file:
         file.write(b"after")
     assert path.read_text() == "after"
+
+
+def test_only_errors_of_the_folder_blame_it(tmp_path):
+    def fail(kind, number, *files):
+        with storage_errors(tmp_path / "run"):
+            raise kind(number, os.strerror(number), *files)
+
+    refused = (
+        r"^--workdir .*/run cannot be written to any more \(\[Errno 28\] No space left on device{}\): the checkpoints"
+    )
+    with pytest.raises(StorageError, match=refused.format("")):
+        fail(OSError, errno.ENOSPC)
+    with pytest.raises(StorageError, match=refused.format(": '.*/run/results.json.tmp'")):
+        fail(OSError, errno.ENOSPC, str(tmp_path / "run" / "results.json.tmp"))
+    with pytest.raises(FileNotFoundError, match="image"):
+        fail(FileNotFoundError, errno.ENOENT, tmp_path / "image")
+    with pytest.raises(BrokenPipeError):
+        fail(BrokenPipeError, errno.EPIPE)

@@ -54,7 +54,7 @@ def load_datasets_for_pictures(config: Config) -> Datasets | None:
     """The images of a run, or None after a warning if they are not available."""
     try:
         return load_datasets(config)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"warning: the report has no pictures because the images are not available: {error}", file=sys.stderr)
         return None
 

@@ -60,6 +60,8 @@ def evaluate_all(options: Sequence[EvaluateOptions], write_report: WriteReport) 
     for run_options in options:
         try:
             runs.append(_measured(run_options, write_report))
+        except BrokenPipeError:  # nothing reads the output any more
+            raise
         except (UserError, OSError) as error:  # the other runs are measured all the same
             failed[run_options.workdir] = str(error).removesuffix(".")
             print(f"error: {failed[run_options.workdir]}", file=sys.stderr)

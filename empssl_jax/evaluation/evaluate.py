@@ -68,16 +68,17 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
     run = dataclasses.replace(trained.run, data_dir=options.data_dir, cache_dir=options.cache_dir)
     measured = measured_images(options.data, trained.data, folder)
     config = dataclasses.replace(trained, data=measured.data, evaluation=options.evaluation, run=run)
-    with locked(folder), storage_errors(folder):
+    with locked(folder):
         load_results(folder)  # raises an error for a damaged file before the work begins
         encoder = restore_encoder(folder, options.step)
         there = "" if measured.name is None else f" on {measured.name}"
         print(f"evaluating step {encoder.step} of {folder}{there}: {config.evaluation.embeddings}")
         datasets = load_datasets(config)
         check_neighbours(config, datasets)
-        embeddings = run_embeddings(config, encoder.state, datasets, mesh, measured.embeddings_folder(folder))
-        made = config.evaluation.embeddings
-        results = _measure(folder, embeddings, config, mesh, made, measured.name, encoder.step)
+        with storage_errors(folder):
+            embeddings = run_embeddings(config, encoder.state, datasets, mesh, measured.embeddings_folder(folder))
+            made = config.evaluation.embeddings
+            results = _measure(folder, embeddings, config, mesh, made, measured.name, encoder.step)
         if options.evaluation.report:
             own = dataclasses.replace(trained, run=run)  # the report is about the data set of the run
             is_own = measured.name is None

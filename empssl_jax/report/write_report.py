@@ -49,7 +49,7 @@ def try_to_report(workdir: Path, config: Config, datasets: Datasets | None) -> N
     if not is_first_process():
         return
     try:
-        print(f"wrote {write_report(workdir, config, datasets)}")
+        path = write_report(workdir, config, datasets)
     except Exception as error:  # the run is complete and saved, so a failing report must not make it fail
         reason = f"{type(error).__name__}: {one_line(error)}"
         print(
@@ -57,6 +57,8 @@ def try_to_report(workdir: Path, config: Config, datasets: Datasets | None) -> N
             f"report {workdir}` tries again.",
             file=sys.stderr,
         )
+    else:
+        print(f"wrote {path}")
 
 
 def report_run(options: ReportOptions) -> None:

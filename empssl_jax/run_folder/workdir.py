@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from empssl_jax.config.errors import InUseError, StorageError, UserError
+from empssl_jax.config.errors import InUseError, StorageError, UserError, one_line
 from empssl_jax.runtime.distributed import is_first_process
 from empssl_jax.runtime.file_locks import lock_file
 
@@ -58,11 +58,20 @@ def _lock(file: IO[str], workdir: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def storage_errors(workdir: Path) -> Iterator[None]:
-    """Converts an OSError, for example of a full disk, to StorageError."""
+    """Converts an OSError of the folder, for example of a full disk, to StorageError; passes those of other files."""
     try:
         yield
     except OSError as error:
+        if isinstance(error, BrokenPipeError) or _is_outside(error.filename, workdir):
+            raise
         raise StorageError(
-            f"--workdir {workdir} cannot be written to any more ({error.strerror or error}): the checkpoints in it are "
-            "kept, and the same command resumes there once the cause is fixed."
+            f"--workdir {workdir} cannot be written to any more ({one_line(error)}): the checkpoints in it are kept, "
+            "and the same command resumes there once the cause is fixed."
         ) from error
+
+
+def _is_outside(filename: object, folder: Path) -> bool:
+    """Whether an OSError's file is outside the folder; False if it names no file, as when a write fails."""
+    if not isinstance(filename, str | bytes | os.PathLike):
+        return False
+    return not Path(os.path.realpath(os.fsdecode(filename))).is_relative_to(os.path.realpath(folder))

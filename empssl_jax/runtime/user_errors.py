@@ -3,7 +3,9 @@
 import contextlib
 import io
 import logging
+import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from empssl_jax.config.errors import UserError, one_line
 def user_errors_exit() -> Iterator[None]:
     """Turns errors that the user can fix into one sentence and an exit code, and Ctrl-C into exit code 130.
 
-    These errors are UserError, failures of the file system, and too little memory.
+    These errors are UserError, failures of the file system, too little memory, and output that nothing reads any more.
     """
     _silence_background_threads()
     try:
@@ -23,6 +25,10 @@ def user_errors_exit() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except BrokenPipeError:
+        remedy = "pipe the output into one that reads all of it, or write it to a file"
+        print(f"error: the program that reads the output has ended: {remedy}.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:
         print(f"error: {one_line(error)}: free disk space, fix the file or give another folder.", file=sys.stderr)
         raise SystemExit(UserError.exit_code) from None
@@ -36,6 +42,18 @@ def user_errors_exit() -> Iterator[None]:
         raise SystemExit(UserError.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        _flush_output()
+
+
+def _flush_output() -> None:
+    """Writes what is left of the output, or drops it if nothing reads it, for which Python would exit with code 120."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass  # a full disk: Python tries again at exit, and then exits with code 120
 
 
 def escape_unprintable_characters() -> None:
