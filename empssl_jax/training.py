@@ -55,7 +55,8 @@ def train(config: Config) -> None:
         datasets = load_datasets(config)
         check_neighbours(config, datasets)
         steps = _count_steps(config, datasets.train)
-        _check_profile(config, steps.last - first_step)
+        if first_step == 0:  # the steps that are left may be too few, and the run resumes without a trace
+            _check_profile(config, steps.last)
         with storage_errors(workdir):
             _complete_run(config, datasets, steps, mesh, workdir)
 
@@ -99,11 +100,12 @@ def _check_devices(config: Config, mesh: Mesh) -> None:
     require(batch_size % mesh.size == 0, "batch_size", batch_size, remedy)
 
 
-def _check_profile(config: Config, steps_left: int) -> None:
+def _check_profile(config: Config, last_step: int) -> None:
+    """Raises UserError if the whole run is too short for a trace."""
     if config.run.profile:
-        left = f"{counted(steps_left, 'step')} left"
-        remedy = f"the trace ends after {profiling.LAST_STEP + 1} steps and the run has only {left}, so leave it out"
-        require(steps_left > profiling.LAST_STEP, "profile", True, remedy)
+        has = f"the run has only {counted(last_step, 'step')}"
+        remedy = f"the trace ends after {profiling.LAST_STEP + 1} steps and {has}, so leave it out"
+        require(last_step > profiling.LAST_STEP, "profile", True, remedy)
 
 
 def _check_workdir(workdir: Path, config: Config) -> int:
@@ -139,13 +141,13 @@ def _fit(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: 
     """Runs the remaining steps and returns the trained encoder. On a stop signal, saves and raises SystemExit."""
     hyperparameters = to_devices(Hyperparameters.of(config.training, steps.per_epoch), replicated(mesh))
     train_step: Step = functools.partial(make_train_step(config, mesh), hyperparameters)
-    if config.run.profile and is_first_process():
-        train_step = profiling.with_profiler_trace(train_step, workdir / "profile")
     probe = online_probe(config, datasets, steps.last, mesh)
     with Checkpoints(workdir, config.run.max_to_keep) as store, interruption.stop_requests() as stop_signal:
         first_step, state = _initial_state(config, hyperparameters, store, mesh)
         if first_step:
             print(f"resuming {workdir} at step {first_step} of {steps.last}")
+        if config.run.profile and is_first_process():
+            train_step = profiling.with_profiler_trace(train_step, workdir / "profile", steps.last - first_step)
         batches = device_batches(datasets.train, config.training, first_step, steps.last, mesh)
 
         def after_step(steps_done: int, state: TrainState, writer: MetricsWriter) -> bool:

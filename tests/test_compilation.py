@@ -1,12 +1,16 @@
 """The cache of compiled programs, and the trace that --profile writes."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import jax.numpy as jnp
 
+from empssl_jax import training
+from empssl_jax.run_folder.saved_config import load_config
 from empssl_jax.runtime import compilation, profiling
 
 PROGRAM = """
@@ -104,13 +108,24 @@ def test_a_user_without_a_home_folder_has_no_cache_folder(monkeypatch, capsys):
 
 
 def test_a_traced_step_is_the_same_step_and_leaves_a_trace(tmp_path, capsys):
-    step = profiling.with_profiler_trace(lambda state, batch: (state + batch, {"loss": state}), tmp_path)
+    step = profiling.with_profiler_trace(lambda state, batch: (state + batch, {"loss": state}), tmp_path, 16)
     state = jnp.float32(0)
     for _ in range(profiling.LAST_STEP + 3):
         state, metrics = step(state, jnp.float32(2))
     assert (float(state), float(metrics["loss"])) == (2.0 * (profiling.LAST_STEP + 3), 2.0 * (profiling.LAST_STEP + 2))
     assert list(tmp_path.rglob("*.xplane.pb"))
     assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_a_run_with_few_steps_left_resumes_without_a_trace(tiny_run, tmp_path, capsys):
+    workdir = shutil.copytree(tiny_run, tmp_path / "run")
+    saved = load_config(workdir)
+    run = dataclasses.replace(saved.run, workdir=str(workdir), profile=True)
+    training.train(dataclasses.replace(saved, run=run))
+    said = capsys.readouterr().out
+    assert f"resuming {workdir} at step 2 of 2" in said
+    assert "no trace is written: it would end after 16 steps, and the run has only 0 steps left" in said
+    assert not (workdir / "profile").exists()
 
 
 def test_a_run_with_other_numbers_compiles_nothing(tmp_path):

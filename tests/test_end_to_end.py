@@ -219,7 +219,7 @@ REFUSED = {
         lambda t: ["--dataset", "none", "--workdir", t / "r", "--batch-size", 80],
         "not known to TFDS",
     ),
-    "a short profile": ("train.py", lambda t: [*DIGITS, "--workdir", t / "r", "--profile"], "only 5 steps left"),
+    "a short profile": ("train.py", lambda t: [*DIGITS, "--workdir", t / "r", "--profile"], "has only 5 steps, so"),
     "a file as workdir": ("train.py", lambda t: [*DIGITS, "--workdir", __file__], "cannot be written to"),
     "an unknown option": ("train.py", lambda t: ["--batchsize", 3], "Unrecognized"),
 }

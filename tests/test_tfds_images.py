@@ -74,6 +74,10 @@ def test_training_uses_the_unlabelled_split_and_evaluation_the_labelled_ones(tmp
     assert [split.num_classes for split in datasets] == [3, 3, 3]
     with pytest.raises(UserError, match="--num-neighbours is 31: that is more than the 30 labelled training images"):
         check_neighbours(Config(evaluation=EvaluationConfig(num_neighbours=31)), datasets)
+    # Nothing is measured without embeddings, and no accuracy without labels to test on.
+    check_neighbours(Config(evaluation=EvaluationConfig(num_neighbours=31, valid_patches=0)), datasets)
+    unlabelled = datasets._replace(test=datasets.train)
+    check_neighbours(Config(evaluation=EvaluationConfig(num_neighbours=31)), unlabelled)
 
 
 def test_the_bank_is_what_is_trained_on_if_that_has_labels(tmp_path):

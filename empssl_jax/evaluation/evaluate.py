@@ -133,8 +133,9 @@ def _measure(
 
 
 def check_neighbours(config: Config, datasets: Datasets) -> None:
-    """Raises UserError if kNN learns from labelled images, but from fewer than `num_neighbours`."""
-    if num_labelled := len(chosen_images(datasets.bank.labels, config.evaluation)):
+    """Raises UserError if kNN is measured but has fewer than `num_neighbours` labelled images to learn from."""
+    num_labelled = len(chosen_images(datasets.bank.labels, config.evaluation))
+    if config.evaluation.valid_patches > 0 and num_labelled > 0 and (datasets.test.labels >= 0).any():
         check_num_neighbours(config.evaluation.num_neighbours, num_labelled)
 
 
