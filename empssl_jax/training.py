@@ -80,7 +80,9 @@ def _complete_run(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, 
     """Saves the config, measures the untrained baseline, trains, then embeds, measures and reports, as configured."""
     if is_first_process():
         saved_config.save_config(workdir, config)
-        saved_config.save_images(workdir, datasets.train.images.shape[1], folder_fingerprints(config.data))
+        num_train, size, *_ = datasets.train.images.shape
+        images = saved_config.SavedImages(size, folder_fingerprints(config.data), num_train)
+        saved_config.save_images(workdir, images)
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         measure_untrained(config, datasets, mesh, workdir)
     encoder = _fit(config, datasets, steps, mesh, workdir)
@@ -127,7 +129,7 @@ def _check_workdir(workdir: Path, config: Config) -> int:
 def _differences(workdir: Path, config: Config) -> list[str]:
     """What differs from the run in the folder and changes what is learned. Where a folder of images is does not."""
     saved = saved_config.load_config(workdir)
-    data, recorded = saved.data.with_absolute_folder(), saved_config.load_fingerprints(workdir)
+    data, recorded = saved.data.with_absolute_folder(), saved_config.load_saved_images(workdir).fingerprints
     changed = []
     if recorded and None not in (data.folder, config.data.folder):
         if folder_fingerprints(config.data).get("train") == recorded.get("train"):

@@ -179,7 +179,8 @@ def test_runs_of_the_same_images_share_a_row_wherever_these_are(tmp_path, no_eva
         config = saved_config.load_config(Path(folder))
         data = dataclasses.replace(config.data, dataset=f"folder:/{place}")
         saved_config.save_config(Path(folder), dataclasses.replace(config, data=data))
-        saved_config.save_images(Path(folder), 32, {"train": fingerprint, "test": "t"})
+        images = saved_config.SavedImages(32, {"train": fingerprint, "test": "t"})
+        saved_config.save_images(Path(folder), images)
     compare(*folders)
     _, _, *rows = (tmp_path / "comparison.md").read_text().split("\n\n")[0].splitlines()
     assert [cells(row)[:3] for row in rows] == [

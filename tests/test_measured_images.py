@@ -21,7 +21,7 @@ from empssl_jax.evaluation.measured_images import measured_images
 from empssl_jax.parse_options import parse_evaluate_options
 from empssl_jax.report.write_report import report_run
 from empssl_jax.run_folder.results import load_results
-from empssl_jax.run_folder.saved_config import save_config, save_images
+from empssl_jax.run_folder.saved_config import SavedImages, load_saved_images, save_config, save_images
 
 
 def write_pictures(root):
@@ -121,12 +121,16 @@ def test_images_that_cannot_be_read_do_not_blame_the_run_s_folder(run, monkeypat
         measure(run)
 
 
+def test_a_run_records_the_number_of_its_training_images(run):
+    assert load_saved_images(run) == SavedImages(32, {}, num_train=80)
+
+
 def images_of(run, trained, **options):
     return measured_images(MeasuredData(**options), trained, run)
 
 
 def test_which_data_set_is_meant_and_what_it_is_called(tmp_path):
-    save_images(tmp_path, 48)
+    save_images(tmp_path, SavedImages(48, {}))
     trained = DataConfig(dataset="stl10", train_split="unlabelled", images_per_class=None)
     assert images_of(tmp_path, trained) == (trained, None)
     assert images_of(tmp_path, trained, dataset="stl10", image_size=48, strict_images=True).name is None
@@ -141,7 +145,7 @@ def test_which_data_set_is_meant_and_what_it_is_called(tmp_path):
 
 
 def test_folders_of_embeddings_differ_as_the_data_sets_do(tmp_path):
-    save_images(tmp_path, 32)
+    save_images(tmp_path, SavedImages(32, {}))
     names = ["cifar100", "a/b", "a-b", "a b", "folder:/" + "x" * 200, "folder:/" + "y" + "x" * 200]
     folders = [images_of(tmp_path, DataConfig(), dataset=name).embeddings_folder(tmp_path) for name in names]
     assert len({*folders}) == len(names)
@@ -156,7 +160,7 @@ def trained_on(pictures, tmp_path):
     config = Config(data=DataConfig(dataset=f"folder:{pictures}", images_per_class=5))
     (tmp_path / "r").mkdir()
     save_config(tmp_path / "r", config)
-    save_images(tmp_path / "r", 32, folder_fingerprints(config.data))
+    save_images(tmp_path / "r", SavedImages(32, folder_fingerprints(config.data)))
     return tmp_path / "r", config
 
 

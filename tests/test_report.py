@@ -33,7 +33,9 @@ from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import training_patches_key
 from empssl_jax.report import charts, findings, pictures, remarks, tables, write_report
+from empssl_jax.report.page import render
 from empssl_jax.report.run import read_run
+from empssl_jax.run_folder import saved_config
 from empssl_jax.run_folder.results import add_results, on_dataset
 
 
@@ -292,6 +294,25 @@ def test_too_few_neighbours_and_unfinished_training_are_reported(written):
     reported = texts(written[0], dataclasses.replace(CONFIG, evaluation=evaluation, training=longer))
     assert any("30 neighbours vote, and the smallest class has 20" in text for _, text in reported)
     assert any("100 of 200 steps are done" in text for warns, text in reported if warns)
+
+
+def test_the_number_of_training_images_is_that_of_the_run_and_not_of_the_embeddings(tmp_path):
+    """The run has 200 embeddings of labelled images, and made 100 steps of 40 images in 20 epochs."""
+    folder = tmp_path / "run"
+    write_run(folder)
+
+    def said(images):
+        run = read_run(folder, CONFIG, images)
+        page = " ".join(render(run, None, None, None).split())
+        return run.last_step, "100 of 200 steps are done" in page, re.findall(r"trained on (.*?) of the data set", page)
+
+    assert said(None) == (None, False, ["the images"])
+    assert said(datasets()) == (100, False, ["200 images"])
+    saved_config.save_images(folder, saved_config.SavedImages(32, {}, num_train=439))
+    for images in (None, datasets()):
+        assert said(images) == (200, True, ["439 images"])
+    (folder / "images.json").write_text("{")
+    assert said(None) == (None, False, ["the images"])
 
 
 def test_a_loss_that_still_falls_is_distinguished_from_noise_and_from_a_plateau():

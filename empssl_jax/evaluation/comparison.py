@@ -16,7 +16,7 @@ from empssl_jax.evaluation.evaluate import WriteReport
 from empssl_jax.evaluation.measured_images import measured_images
 from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.run_folder.results import Accuracy, by_dataset, load_results, measure_name
-from empssl_jax.run_folder.saved_config import load_config, load_fingerprints
+from empssl_jax.run_folder.saved_config import load_config, load_saved_images
 from empssl_jax.runtime.atomic_write import write_text
 from empssl_jax.runtime.distributed import is_first_process
 
@@ -132,7 +132,7 @@ def _of_the_same_images(runs: Sequence[Measured]) -> list[Measured]:
     places: dict[str, str] = {}
     found = []
     for folder, config, results in runs:
-        if fingerprints := load_fingerprints(folder):
+        if fingerprints := load_saved_images(folder).fingerprints:
             place = places.setdefault(str(sorted(fingerprints.items())), config.data.dataset)
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=place))
         found.append(Measured(folder, config, results))

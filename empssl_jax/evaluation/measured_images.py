@@ -10,7 +10,7 @@ from empssl_jax.config import DataConfig
 from empssl_jax.config.command_options import MeasuredData
 from empssl_jax.config.errors import UserError, flag
 from empssl_jax.config.options import TRAIN
-from empssl_jax.run_folder.saved_config import load_fingerprints, load_image_size
+from empssl_jax.run_folder.saved_config import load_saved_images
 
 
 class MeasuredImages(NamedTuple):
@@ -43,7 +43,7 @@ def measured_images(options: MeasuredData, trained: DataConfig, workdir: Path) -
     chosen = {
         name: value for name, value in dataclasses.asdict(options).items() if not (value is None or value is False)
     }
-    size = load_image_size(workdir)
+    size = load_saved_images(workdir).size
     own = trained if options.dataset is None else at_place(trained, options.dataset, workdir)
     if own is None:
         data = dataclasses.replace(DataConfig(image_size=size), **chosen).with_absolute_folder()
@@ -70,7 +70,7 @@ def at_place(trained: DataConfig, dataset: str, workdir: Path) -> DataConfig | N
         fingerprints = folder_fingerprints(there)
     except UserError:  # a folder with other splits
         return None
-    return there if fingerprints == load_fingerprints(workdir) else None
+    return there if fingerprints == load_saved_images(workdir).fingerprints else None
 
 
 def _comparable(data: DataConfig, size: int) -> DataConfig:

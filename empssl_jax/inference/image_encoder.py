@@ -20,7 +20,7 @@ from empssl_jax.evaluation.embeddings import embed_images, embedding_dim, make_e
 from empssl_jax.evaluation.trained_encoder import restore_encoder
 from empssl_jax.inference.import_weights import read_run
 from empssl_jax.method.encoder import EncoderState
-from empssl_jax.run_folder.saved_config import load_image_size
+from empssl_jax.run_folder.saved_config import load_saved_images
 from empssl_jax.runtime.devices import device_mesh, replicated
 
 Image = np.ndarray | jax.Array | PIL.Image.Image
@@ -174,7 +174,7 @@ def load(workdir: str | Path, step: CheckpointChoice = "latest", **evaluation: A
     folder = Path(expand(str(workdir)))
     config, state, restored = restore_encoder(folder, step, "workdir")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **evaluation))
-    return ImageEncoder(config, state, restored, load_image_size(folder))
+    return ImageEncoder(config, state, restored, load_saved_images(folder).size)
 
 
 def _load_pretrained(name: str, step: CheckpointChoice, evaluation: dict[str, Any]) -> ImageEncoder:

@@ -26,6 +26,7 @@ from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.run_folder.saved_config import (
     DEFAULT_IMAGE_SIZE,
     MAX_IMAGE_SIZE,
+    SavedImages,
     from_json,
     save_config,
     save_images,
@@ -97,7 +98,7 @@ def _write_run(imported: ImportedRun) -> None:
         held = checkpoints.latest_step()
         require(held is None, "workdir", config.run.workdir, "that folder holds a run, so give another one")
         save_config(workdir, config)
-        save_images(workdir, image_size)
+        save_images(workdir, SavedImages(image_size, {}))
         checkpoints.save(0, encoder, optimizer.init(encoder.params), loss=math.inf)
         checkpoints.wait()
 

@@ -1,5 +1,6 @@
 """Reads a run's folder for the report; parts that are missing or damaged are left out."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from empssl_jax.config.errors import UserError
 from empssl_jax.data.datasets import Datasets, ImageDataset
 from empssl_jax.evaluation.embedding_files import load_both_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, labelled
+from empssl_jax.method.hyperparameters import count_all_steps
 from empssl_jax.run_folder.results import Accuracy, load_results
+from empssl_jax.run_folder.saved_config import load_saved_images
 from empssl_jax.run_folder.step_files import METRICS_FILE, PROBE_FILE, TIMING_FILE, read_steps
 
 METRICS = ("loss", "coding_rate", "coding_rate_fraction", "similarity", "learning_rate")
@@ -35,22 +38,15 @@ class Run(NamedTuple):
     embeddings: Embeddings | None  # of the images with a label
     datasets: Datasets | None  # `bank` and `test` contain only images with a label
     class_names: list[str]
-
-    @property
-    def num_images(self) -> dict[str, int]:
-        """Number of training and test images; empty if unknown."""
-        if self.datasets is not None:
-            return {"train": len(self.datasets.train.labels), "test": len(self.datasets.test.labels)}
-        if self.embeddings is not None:
-            return {"train": len(self.embeddings.bank.labels), "test": len(self.embeddings.test.labels)}
-        return {}
+    num_train: int | None  # number of training images, with or without a label; None if unknown
 
     @property
     def last_step(self) -> int | None:
         """Number of steps in the whole run; None if the number of training images is unknown."""
-        if "train" not in self.num_images:
+        if self.num_train is None:
             return None
-        return self.num_images["train"] // self.config.training.batch_size * self.config.training.max_epochs
+        training = self.config.training
+        return count_all_steps(self.num_train // training.batch_size, training.max_epochs)
 
 
 def read_run(folder: Path, config: Config, datasets: Datasets | None) -> Run:
@@ -84,6 +80,7 @@ def read_run(folder: Path, config: Config, datasets: Datasets | None) -> Run:
         with_labels,
         datasets,
         _class_names(datasets or (), with_labels or ()),
+        _num_train(folder, datasets),
     )
 
 
@@ -96,6 +93,14 @@ def _steps_per_second(steps: Float[np.ndarray, " S"], seconds: Float[np.ndarray,
         if elapsed > 0:
             rates[i] = (steps[i] - steps[first]) / elapsed
     return rates
+
+
+def _num_train(folder: Path, datasets: Datasets | None) -> int | None:
+    """Number of training images as the run saved it, or else of the images that are available now."""
+    with contextlib.suppress(UserError):
+        if (saved := load_saved_images(folder).num_train) is not None:
+            return saved
+    return None if datasets is None else len(datasets.train.labels)
 
 
 def _embeddings(folder: Path) -> Embeddings | None:

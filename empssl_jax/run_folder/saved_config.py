@@ -1,9 +1,9 @@
-"""A run's config, and the size and fingerprints of its images, as JSON files in its folder."""
+"""A run's config, and the size, number and fingerprints of its images, as JSON files in its folder."""
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 
@@ -77,36 +77,30 @@ def pretrained_config(file: Path) -> Config:
         return from_json(weights.metadata()["config"], file)
 
 
-def save_images(workdir: Path, size: int, fingerprints: dict[str, str] | None = None) -> None:
-    """Saves what the config does not say about a run's images.
+class SavedImages(NamedTuple):
+    """What a run's config does not say about its images."""
 
-    Args:
-        workdir: folder of the run.
-        size: side of the training images in pixels, which the config may leave to the data set.
-        fingerprints: see `folder_fingerprints`; none for other data sets.
-    """
-    write_text(workdir / IMAGES_FILE, json.dumps({"size": size, "fingerprints": fingerprints or {}}))
+    size: int  # side of the training images in pixels, which the config may leave to the data set
+    fingerprints: dict[str, str]  # see `folder_fingerprints`; empty for other data sets, and if unknown
+    num_train: int | None = None  # number of training images; None if unknown, as for imported weights
 
 
-def load_image_size(workdir: Path) -> int:
-    """The side of a run's training images in pixels; raises UserError if the file is invalid."""
-    return _load_images(workdir)[0]
+def save_images(workdir: Path, images: SavedImages) -> None:
+    """Writes what is known of a run's images into its folder."""
+    write_text(workdir / IMAGES_FILE, json.dumps(images._asdict()))
 
 
-def load_fingerprints(workdir: Path) -> dict[str, str]:
-    """The fingerprints of a run's images by split, empty if unknown; raises UserError if the file is invalid."""
-    return _load_images(workdir)[1]
-
-
-def _load_images(workdir: Path) -> tuple[int, dict[str, str]]:
-    """The size and the fingerprints of a run's images."""
+def load_saved_images(workdir: Path) -> SavedImages:
+    """What is known of a run's images; raises UserError if the file is invalid."""
     path = workdir / IMAGES_FILE
     try:
-        images: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {"size": DEFAULT_IMAGE_SIZE}
-        size = images["size"]
+        saved: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {"size": DEFAULT_IMAGE_SIZE}
+        size, num_train = saved["size"], saved.get("num_train")
         if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
             raise ValueError(f"size {size!r}")
-        return size, dict(images.get("fingerprints", {}))
+        if num_train is not None and (type(num_train) is not int or num_train < 1):
+            raise ValueError(f"num_train {num_train!r}")
+        return SavedImages(size, dict(saved.get("fingerprints", {})), num_train)
     except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
         raise UserError(
             f"{path} cannot be read ({one_line(error)}): delete it to use {DEFAULT_IMAGE_SIZE} pixels."
