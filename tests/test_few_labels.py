@@ -13,7 +13,7 @@ from empssl_jax.evaluation import run_embeddings
 from empssl_jax.evaluation.embedding_files import save_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.evaluation.evaluate import evaluate, measure_knn, measure_linear, measure_logistic
-from empssl_jax.evaluation.few_labels import chosen_images
+from empssl_jax.evaluation.few_labels import chosen_rows
 from empssl_jax.evaluation.whitening import whitened
 from empssl_jax.parse_options import parse_evaluate_options
 from empssl_jax.runtime.devices import device_mesh
@@ -32,20 +32,20 @@ def labels(seed=0):
 )
 def test_each_class_keeps_the_nearest_number_of_images_but_at_least_one(fraction, counts):
     """0.1 * 14 = 1.4 and 0.05 * 30 = 1.5, which rounds to the even 2."""
-    chosen = chosen_images(labels(), LabelConfig(fraction))
+    chosen = chosen_rows(labels(), LabelConfig(fraction))
     np.testing.assert_array_equal(np.bincount(labels()[chosen]), counts)
     np.testing.assert_array_equal(chosen, np.unique(chosen))
 
 
 def test_a_choice_depends_on_the_seed_and_on_no_unlabelled_image_and_is_part_of_larger_ones():
     given = labels()
-    of_seed = [set(chosen_images(given, LabelConfig(0.1, seed)).tolist()) for seed in (0, 0, 1)]
+    of_seed = [set(chosen_rows(given, LabelConfig(0.1, seed)).tolist()) for seed in (0, 0, 1)]
     assert of_seed[0] == of_seed[1] != of_seed[2]
-    smaller = set(chosen_images(given, LabelConfig(0.03)).tolist())
+    smaller = set(chosen_rows(given, LabelConfig(0.03)).tolist())
     assert len(smaller) == 6 + 1 + 1 + 1
-    assert smaller < of_seed[0] < set(chosen_images(given, LabelConfig(0.5)).tolist())
+    assert smaller < of_seed[0] < set(chosen_rows(given, LabelConfig(0.5)).tolist())
     labelled = np.flatnonzero(given >= 0)
-    alone = labelled[chosen_images(given[labelled], LabelConfig(0.1))]
+    alone = labelled[chosen_rows(given[labelled], LabelConfig(0.1))]
     assert set(alone.tolist()) == of_seed[0]
 
 
@@ -53,7 +53,7 @@ def test_images_are_chosen_uniformly():
     """Over 300 seeds, each of 40 images is among the 10 chosen with probability 1/4, standard deviation 0.025."""
     times = np.zeros(40)
     for seed in range(300):
-        times[chosen_images(np.zeros(40, np.int32), LabelConfig(0.25, seed))] += 1
+        times[chosen_rows(np.zeros(40, np.int32), LabelConfig(0.25, seed))] += 1
     assert times.sum() == 3000
     assert np.all(np.abs(times / 300 - 0.25) < 0.11)
 
@@ -69,7 +69,7 @@ def blobs(given, seed):
 def test_measures_equal_those_of_the_chosen_images_alone(measure):
     bank, test = blobs(labels(), 1), blobs(labels(2), 2)
     few = EvaluationConfig(num_neighbours=5, linear_epochs=5, label_fraction=0.1, label_seed=3)
-    rows = chosen_images(bank.labels, few)
+    rows = chosen_rows(bank.labels, few)
     subset = LabelledEmbeddings(bank.embeddings[rows], bank.labels[rows], bank.class_names)
     mesh, everything = device_mesh(1), dataclasses.replace(few, label_fraction=1.0)
     measures = {
@@ -129,7 +129,7 @@ def test_eval_measures_files_of_embeddings(run):
     assert list(given) == [name, name.replace("kNN", "linear"), name.replace("kNN", "linear, best epoch on test")]
     with np.load(run / "embeddings" / "train.npz") as file:
         bank = LabelledEmbeddings(file["embeddings"], file["labels"], tuple("0123456789"))
-    rows = chosen_images(bank.labels, LabelConfig(0.5, 4))
+    rows = chosen_rows(bank.labels, LabelConfig(0.5, 4))
     assert np.all(np.bincount(bank.labels[rows]) == 4)
     save_embeddings(
         run / "subset" / "train.npz", bank._replace(embeddings=bank.embeddings[rows], labels=bank.labels[rows])

@@ -16,7 +16,7 @@ from empssl_jax.evaluation.accuracy import print_unknown_classes, top_k_accuracy
 from empssl_jax.evaluation.effective_rank import spectrum
 from empssl_jax.evaluation.embedding_files import load_both_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, labelled
-from empssl_jax.evaluation.few_labels import chosen_images, few_labels
+from empssl_jax.evaluation.few_labels import chosen_embeddings, chosen_rows
 from empssl_jax.evaluation.knn import check_num_neighbours, sharded_knn_scores
 from empssl_jax.evaluation.linear import linear_accuracy
 from empssl_jax.evaluation.logistic import logistic_accuracy
@@ -134,7 +134,7 @@ def _measure(
 
 def check_neighbours(config: Config, datasets: Datasets) -> None:
     """Raises UserError if kNN is measured but has fewer than `num_neighbours` labelled images to learn from."""
-    num_labelled = len(chosen_images(datasets.bank.labels, config.evaluation))
+    num_labelled = len(chosen_rows(datasets.bank.labels, config.evaluation))
     if config.evaluation.valid_patches > 0 and num_labelled > 0 and (datasets.test.labels >= 0).any():
         check_num_neighbours(config.evaluation.num_neighbours, num_labelled)
 
@@ -171,7 +171,7 @@ def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) ->
     bank, test = labelled(embeddings.bank), labelled(embeddings.test)
     if config.whiten:  # before the choice of labels, since it uses none: few images would give a poor covariance
         bank, test = whitened(bank, test)
-    bank = few_labels(bank, config)
+    bank = chosen_embeddings(bank, config)
     scores = sharded_knn_scores(
         mesh,
         test.embeddings,
@@ -186,7 +186,7 @@ def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) ->
 
 def measure_logistic(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> Accuracy:
     """Accuracy of logistic regression on the labelled test embeddings."""
-    return logistic_accuracy(few_labels(embeddings.bank, config), labelled(embeddings.test), mesh)
+    return logistic_accuracy(chosen_embeddings(embeddings.bank, config), labelled(embeddings.test), mesh)
 
 
 def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int, mesh: Mesh) -> dict[str, Accuracy]:
@@ -197,7 +197,7 @@ def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int, 
     Raises:
         DivergenceError: the classifier's logits are not finite after the last epoch.
     """
-    bank, test = few_labels(embeddings.bank, config), labelled(embeddings.test)
+    bank, test = chosen_embeddings(embeddings.bank, config), labelled(embeddings.test)
     top1, top5 = linear_accuracy(classifier_key(seed), bank, test, config, mesh)
     if not np.isfinite(top1[-1]):
         rate = config.linear_learning_rate

@@ -19,7 +19,7 @@ from empssl_jax.config.errors import DivergenceError, UserError, counted
 from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
 from empssl_jax.evaluation.accuracy import classifier_accuracy, print_unknown_classes
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings, embed_images, make_embed, whole_image_size
-from empssl_jax.evaluation.few_labels import choose_images, chosen_images
+from empssl_jax.evaluation.few_labels import chosen_rows, random_of_each_class
 from empssl_jax.evaluation.logistic import fit_classifier
 from empssl_jax.evaluation.measured_images import measured_images
 from empssl_jax.evaluation.trained_encoder import restore_encoder
@@ -131,7 +131,7 @@ def divide(datasets: Datasets, options: FinetuneOptions) -> Rows:
         UserError: fewer than two classes have labelled training images, or no test image has a label.
     """
     labels, test = datasets.bank.labels, np.flatnonzero(datasets.test.labels >= 0)
-    chosen = chosen_images(labels, options.labels)
+    chosen = chosen_rows(labels, options.labels)
     sizes = np.unique(labels[chosen], return_counts=True)[1]
     if len(sizes) < 2 or len(test) == 0:
         found = f"training images of {counted(len(sizes), 'class')} and {counted(len(test), 'test image')} with labels"
@@ -140,7 +140,7 @@ def divide(datasets: Datasets, options: FinetuneOptions) -> Rows:
         )
     if sizes.min() < HELD_OUT:
         return Rows(chosen, chosen[:0], test)
-    held_out = chosen[choose_images(held_out_key(options.seed), labels[chosen], 1 / HELD_OUT)]
+    held_out = chosen[random_of_each_class(held_out_key(options.seed), labels[chosen], 1 / HELD_OUT)]
     return Rows(np.setdiff1d(chosen, held_out), held_out, test)
 
 
