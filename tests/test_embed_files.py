@@ -86,12 +86,55 @@ def test_embeddings_follow_the_options_and_default_to_those_of_the_run(photos, t
         np.testing.assert_allclose(arrays["embeddings"], expected, rtol=1e-4, atol=1e-5)
 
 
+REFUSED = "holds parts of other images, by another encoder or with other options: run the command that wrote them again"
+
+
 def test_parts_of_other_embeddings_are_refused(photos, tiny_run, tmp_path, monkeypatch):
     image = photos / "a" / "002.png"
     monkeypatch.setattr(embed.shutil, "rmtree", lambda path: None)
     run(image, tiny_run, tmp_path / "out.npz", **GRID)
-    with pytest.raises(UserError, match="holds parts of other images"):
+    with pytest.raises(UserError, match=REFUSED):
         run(image, tiny_run, tmp_path / "out.npz", **GRID, cells=2)
+
+
+def test_parts_of_a_file_that_was_replaced_by_one_of_equal_size_are_refused(photos, tiny_run, tmp_path, monkeypatch):
+    image = shutil.copy(photos / "a" / "002.png", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(embed.shutil, "rmtree", lambda path: None)
+        run(image, tiny_run, tmp_path / "out.npz")
+    os.utime(image, ns=(0, 1))
+    with pytest.raises(UserError, match=REFUSED):
+        run(image, tiny_run, tmp_path / "out.npz")
+
+
+def test_smaller_batches_continue_what_memory_did_not_suffice_for(
+    photos, tiny_run, uninterrupted, tmp_path, monkeypatch
+):
+    """Memory suffices for the first of two parts of 128 files, then for parts of 4 times 4 files."""
+    sizes, original = [], ImageEncoder.embed
+
+    def limited(self, images, *arguments, **options):
+        if images:
+            sizes.append(len(images))
+            if len(sizes) == 2:
+                raise MemoryError
+        return original(self, images, *arguments, **options)
+
+    monkeypatch.setattr(ImageEncoder, "embed", limited)
+    with pytest.raises(MemoryError):
+        run(photos, tiny_run, tmp_path / "out.npz")
+    resumed = run(photos, tiny_run, tmp_path / "out.npz", **{"embedding-batch-size": 4})
+    assert sizes == [126, 24, 16, 8]
+    np.testing.assert_array_equal(resumed["files"], uninterrupted["files"])
+    np.testing.assert_allclose(resumed["embeddings"], uninterrupted["embeddings"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_command_that_ended_before_its_first_part_binds_no_later_one(photos, tiny_run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.delattr(embed, "_embed_part")
+        with pytest.raises(NameError):
+            run(photos, tiny_run, tmp_path / "out.npz")
+    assert run(photos / "a" / "002.png", tiny_run, tmp_path / "out.npz")["files"].tolist() == ["002.png"]
 
 
 def test_a_resumed_command_is_bit_identical_to_an_uninterrupted_one(
@@ -124,19 +167,36 @@ def test_a_wrong_number_of_patches_leaves_nothing_behind(photos, tiny_run, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_part_is_made_again_and_other_parts_are_refused(
-    photos, tiny_run, uninterrupted, tmp_path, monkeypatch
-):
+def damaged(part, kind):
+    content = part.read_bytes()
+    if kind == "of fewer embeddings":
+        with np.load(part) as arrays:
+            np.savez(part, embeddings=arrays["embeddings"][1:], reasons=arrays["reasons"])
+    elif kind == "of no file":
+        np.savez(part, embeddings=np.zeros((0, 32), np.float32), reasons=np.array([], np.str_))
+    elif kind == "of too many files":
+        with np.load(part) as arrays:
+            np.savez(part, **{name: np.concatenate([arrays[name]] * 2) for name in arrays})
+    else:
+        part.write_bytes({"empty": b"", "truncated": content[:-1000], "no archive": b"x" * 99}[kind])
+
+
+DAMAGES = ["empty", "truncated", "no archive", "of fewer embeddings", "of no file", "of too many files"]
+
+
+def test_a_damaged_part_is_made_again_and_other_parts_are_refused(photos, tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        shutil.copy(photos / "a" / f"{2 * number:03}.png", tmp_path / "in")
     with monkeypatch.context() as patched:
         patched.setattr(embed.shutil, "rmtree", lambda path: None)
-        run(photos, tiny_run, tmp_path / "out.npz")
-    part = tmp_path / "out.npz.parts" / "0.npz"
-    part.write_bytes(part.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="holds parts of other images or by another encoder"):
-        run(photos, tiny_run, tmp_path / "out.npz", step=1)
-    np.testing.assert_array_equal(
-        run(photos, tiny_run, tmp_path / "out.npz")["embeddings"], uninterrupted["embeddings"]
-    )
+        expected = run(tmp_path / "in", tiny_run, tmp_path / "out.npz")["embeddings"]
+        for kind in DAMAGES:
+            damaged(tmp_path / "out.npz.parts" / "0.npz", kind)
+            made = run(tmp_path / "in", tiny_run, tmp_path / "out.npz")["embeddings"]
+            np.testing.assert_array_equal(made, expected, err_msg=kind)
+    with pytest.raises(UserError, match=REFUSED):
+        run(tmp_path / "in", tiny_run, tmp_path / "out.npz", step=1)
 
 
 def test_unreadable_files_are_listed_with_their_number(photos, tiny_run, tmp_path, capsys):
@@ -162,7 +222,7 @@ def test_folders_without_pictures_are_refused(photos, tiny_run, tmp_path, kept, 
     shutil.copy(photos / kept, tmp_path / "in")
     with pytest.raises(UserError, match=message):
         run(tmp_path / "in", tiny_run, tmp_path / "out.npz")
-    assert not (tmp_path / "out.npz").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize("name", ["folder", "pipe", "."])

@@ -5,11 +5,10 @@ import hashlib
 import json
 import shutil
 import sys
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -34,6 +33,10 @@ class Part(NamedTuple):
     embeddings: Float32[np.ndarray, "K E"]  # of the files that could be read
     reasons: Sequence[str]  # for each file: why it could not be read, or ""
 
+    def is_complete(self, most: int) -> bool:
+        """Whether it has an embedding for each file that could be read, of at least one file and at most `most`."""
+        return 0 < len(self.reasons) <= most and len(self.embeddings) == self.reasons.count("")
+
 
 def embed_files(options: EmbedOptions) -> None:
     """Embeds all images under a folder, sorted by name, and writes them to one .npz, atomically.
@@ -42,27 +45,29 @@ def embed_files(options: EmbedOptions) -> None:
 
     Raises:
         UserError: the run, the checkpoint or the folder does not exist, no image can be read, the output is a folder or
-            a device, or an interrupted command for other images or another encoder left its parts beside the output.
+            a device, or an interrupted command for other images, with another encoder or with other options left its
+            parts beside the output.
     """
     root, output = Path(options.images), Path(options.output)
     check_output(output)
     files = _find_images(root)
-    embedding = dataclasses.asdict(options.embedding) | {"embedding_batch_size": options.embedding_batch_size}
-    encoder = load(options.workdir, options.step, **embedding)
+    embedding = dataclasses.asdict(options.embedding)
+    encoder = load(options.workdir, options.step, embedding_batch_size=options.embedding_batch_size, **embedding)
     encoder.embed([])  # raises UserError for 0 patches before anything is written
     folder = output.with_name(output.name + ".parts")
     names = [file.name for file in files]
     with locked(folder, "output"):
-        _begin(folder, encoder, embedding, files)
+        _begin(folder, encoder, files)
         parts = _embed_parts(encoder, files, folder, f"embedding {root}")
         embeddings = np.concatenate([part.embeddings for part in parts])
         reasons = [reason for part in parts for reason in part.reasons]
-        _report_unreadable(names, reasons, root)
         kept = [name for name, reason in zip(names, reasons, strict=True) if not reason]
         unreadable = [name for name, reason in zip(names, reasons, strict=True) if reason]
-        with atomic_write(output) as file:
-            np.savez(file, files=np.array(kept), embeddings=embeddings, unreadable=np.array(unreadable, dtype=np.str_))
+        if kept:
+            with atomic_write(output) as file:
+                np.savez(file, files=np.array(kept), embeddings=embeddings, unreadable=np.array(unreadable, np.str_))
         shutil.rmtree(folder)
+    _report_unreadable(names, reasons, root)
     print(f"embeddings of {counted(len(kept), 'image')}: {output}")
 
 
@@ -76,8 +81,11 @@ def _find_images(root: Path) -> Files:
     return files
 
 
-def _begin(folder: Path, encoder: ImageEncoder, embedding: dict[str, Any], files: Files) -> None:
-    """Records which encoder, options and files the parts belong to; raises UserError if there are parts of others."""
+def _begin(folder: Path, encoder: ImageEncoder, files: Files) -> None:
+    """Records which encoder, options and files the parts belong to; raises UserError if there are parts of others.
+
+    The batch size is not recorded: it changes embeddings by rounding only, and memory may suffice for smaller ones.
+    """
     config = encoder.config
     plan = {
         "encoder": array_digests(encoder.state),
@@ -86,27 +94,28 @@ def _begin(folder: Path, encoder: ImageEncoder, embedding: dict[str, Any], files
         "seed": config.training.seed,
         "patch": repr(config.patches),
         "input": [config.model.input_mean, config.model.input_std],
-        "embedding": embedding,
-        "files": [[file.name, file.size] for file in files],
+        "embedding": dataclasses.asdict(config.evaluation.embedding),
+        "files": [[file.name, file.size, file.time] for file in files],
     }
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     path = folder / "plan"
-    if not path.exists():
+    if not any(folder.glob("*.npz")):
         write_text(path, digest)
-    elif path.read_bytes() != digest.encode():
+    elif not (path.exists() and path.read_bytes() == digest.encode()):
         raise UserError(
-            f"{folder} holds parts of other images or by another encoder: run the command that wrote them again, give "
-            "another --output, or delete that folder."
+            f"{folder} holds parts of other images, by another encoder or with other options: run the command that "
+            "wrote them again, give another --output, or delete that folder."
         )
 
 
 def _embed_parts(encoder: ImageEncoder, files: Files, folder: Path, title: str) -> list[Part]:
-    """All parts. Those in the folder are read; the others are computed and saved there."""
-    size, parts = BATCHES * encoder.config.evaluation.embedding_batch_size, []
+    """All parts. Those in the folder are read, whatever their sizes; the others are computed and saved there."""
+    size, start = BATCHES * encoder.config.evaluation.embedding_batch_size, 0
+    parts: list[Part] = []
     with image_progress(title, len(files)) as bar, ThreadPoolExecutor() as threads:
-        for start in range(0, len(files), size):
+        while start < len(files):
             path = folder / f"{start}.npz"
-            part = _load_part(path)
+            part = _load_part(path, len(files) - start)
             if part is None:
                 chosen = files[start : start + size]
                 read = list(threads.map(lambda file: decode_or_reason(file.path, encoder.image_size), chosen))
@@ -114,6 +123,7 @@ def _embed_parts(encoder: ImageEncoder, files: Files, folder: Path, title: str) 
                 with atomic_write(path) as file:
                     np.savez(file, embeddings=part.embeddings, reasons=np.array(part.reasons))
             parts.append(part)
+            start += len(part.reasons)
             bar.update(len(part.reasons))
     return parts
 
@@ -125,12 +135,13 @@ def _embed_part(encoder: ImageEncoder, read: list[UInt8[np.ndarray, "S S 3"] | U
     return Part(embeddings, [str(image) if isinstance(image, UnreadableError) else "" for image in read])
 
 
-def _load_part(path: Path) -> Part | None:
-    """Reads a part; None if it does not exist or is damaged."""
+def _load_part(path: Path, most: int) -> Part | None:
+    """Reads a part of at most `most` files; None if it does not exist or is damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return Part(arrays["embeddings"], arrays["reasons"].tolist())
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            part = Part(arrays["embeddings"], arrays["reasons"].tolist())
+            return part if part.is_complete(most) else None
+    except Exception:  # numpy, zipfile and zlib raise various exceptions on damaged files
         return None
 
 
