@@ -63,6 +63,7 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_text() == "before"
+    assert os.listdir(tmp_path) == ["results.json"]
     with atomic_write(path) as file:
         file.write(b"after")
     assert path.read_text() == "after"
@@ -84,3 +85,17 @@ def test_only_errors_of_the_folder_blame_it(tmp_path):
         fail(FileNotFoundError, errno.ENOENT, tmp_path / "image")
     with pytest.raises(BrokenPipeError):
         fail(BrokenPipeError, errno.EPIPE)
+
+
+def test_what_was_not_written_completely_is_removed_and_the_error_kept(tmp_path):
+    for error in (KeyboardInterrupt, SystemExit, ValueError):
+        with pytest.raises(error), atomic_write(tmp_path / "x") as file:
+            file.write(b"half")
+            raise error
+    (tmp_path / "folder" / "x").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError), atomic_write(tmp_path / "folder") as file:
+        file.write(b"whole")
+    assert os.listdir(tmp_path) == ["folder"]
+    (tmp_path / "x.tmp").mkdir()
+    with pytest.raises(IsADirectoryError), atomic_write(tmp_path / "x"):
+        pass

@@ -170,13 +170,10 @@ def _entry(source: Source, side: int | None, cache_dir: str | None) -> Path | No
 def _write(folder: Path, fingerprint: str, first: np.ndarray, decoded: _Decoded) -> Images:
     """Writes the file, then its index, which marks it as complete."""
     path = folder / "images"
-    try:
-        with atomic_write(path) as file:
-            file.write(first.data)
-            for image in decoded:
-                file.write(np.ascontiguousarray(image).data)
-    finally:  # after an error, an incomplete file would keep a full disk full
-        path.with_name("images.tmp").unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(first.data)
+        for image in decoded:
+            file.write(np.ascontiguousarray(image).data)
     done = decoded.images(np.empty((0, *first.shape), np.uint8))
     index = {
         "fingerprint": fingerprint,
