@@ -168,6 +168,8 @@ def test_the_configs_of_the_package_are_found_from_any_folder(tmp_path, monkeypa
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "digits.py").write_text("from empssl_jax.config import Config\nconfig = Config()\n")
     assert parse_train_options(["--config", "configs/digits.py"]) == Config()  # a file of the user's comes first
+    (tmp_path / "digits").mkdir()  # such as a folder of images
+    assert parse_train_options(["--config", "digits"]) == by_name
 
 
 def test_the_version_is_that_of_the_package():

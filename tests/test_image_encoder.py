@@ -69,6 +69,16 @@ def test_options_of_the_evaluation_replace_the_run_s(tiny_run, digits):
         empssl_jax.load(tiny_run, cells=2)
 
 
+@pytest.mark.parametrize("workdir", ["nowhere", "cifar10-small"])
+def test_options_that_change_no_embedding_are_refused(workdir):
+    names = "valid_patches, valid_crops, embedded_layer, cells, embedding_batch_size"
+    for name in ("valid_patch", "num_neighbours", "workdirs", "valid-crops"):
+        with pytest.raises(UserError, match=f"^load has no option {name}: give some of {names}.$"):
+            empssl_jax.load(workdir, **{name: 1})
+    with pytest.raises(UserError, match=r"^load has no option whiten: .* empssl_jax\.evaluation\.whitening\.whiten\.$"):
+        empssl_jax.load(workdir, whiten=True)
+
+
 def test_progress_counts_every_image_once(loaded, digits):
     done = []
     loaded.embed(np.concatenate([digits] * 4), progress=done.append)

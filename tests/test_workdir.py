@@ -88,10 +88,15 @@ def test_only_errors_of_the_folder_blame_it(tmp_path):
 
 
 def test_what_was_not_written_completely_is_removed_and_the_error_kept(tmp_path):
-    for error in (KeyboardInterrupt, SystemExit, ValueError):
-        with pytest.raises(error), atomic_write(tmp_path / "x") as file:
+    def write_half(error):
+        with atomic_write(tmp_path / "x") as file:
             file.write(b"half")
             raise error
+
+    for error in (KeyboardInterrupt, SystemExit, ValueError):
+        with pytest.raises(error):
+            write_half(error)
+        assert os.listdir(tmp_path) == []
     (tmp_path / "folder" / "x").mkdir(parents=True)
     with pytest.raises(IsADirectoryError), atomic_write(tmp_path / "folder") as file:
         file.write(b"whole")

@@ -29,7 +29,7 @@ def read_config_file(name: str) -> Config:
         UserError: the file cannot be read or run, or defines no such Config.
     """
     path = _find(name)
-    if not path.exists():
+    if not path.is_file():
         names = ", ".join(sorted({file.stem for folder in SHIPPED for file in folder.glob("[a-z]*.py")}))
         raise UserError(f"--config {name} cannot be used (there is no such file): give a file, or one of {names}.")
     try:
@@ -46,7 +46,7 @@ def read_config_file(name: str) -> Config:
 
 def _find(name: str) -> Path:
     path = Path(name)
-    if path.exists() or path.parent not in (Path(), Path("configs")):
+    if path.is_file() or path.parent not in (Path(), Path("configs")):
         return path
     shipped = [folder / f"{path.stem}.py" for folder in SHIPPED]
     return next((file for file in shipped if file.is_file()), path)

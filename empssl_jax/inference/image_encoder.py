@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float32, Int, Int32, UInt8
 
-from empssl_jax.config import Config
+from empssl_jax.config import Config, EmbeddingConfig
 from empssl_jax.config.checked_fields import expand
 from empssl_jax.config.command_options import CheckpointChoice, ImportOptions
 from empssl_jax.config.errors import UserError, counted, one_line, require
@@ -28,6 +28,7 @@ ACCEPTED = "a list of uint8 arrays (H, W, 3) and PIL images, or a uint8 array (N
 CHANNELS = 4  # at most, in an array of one image; more are the columns of a stack of gray images
 CHANNELS_FIRST = (3, 4)  # numbers of gray images that are refused as an array, since PyTorch's images have these shapes
 MAX_INDEX = 2**31 - 1
+OPTIONS = (*(field.name for field in dataclasses.fields(EmbeddingConfig)), "embedding_batch_size")  # that `load` takes
 
 
 class ImageEncoder:
@@ -56,8 +57,8 @@ class ImageEncoder:
 
         PIL images are rotated as their EXIF data says. If the size of an image differs from that of the training
         images, its largest central square is resized. For the images of a data set, in the same order, the embeddings
-        are bit-identical to those of eval.py. A batch has the run's `embedding_batch_size`; fewer images are padded to
-        a power of two. Each batch size is compiled once.
+        are bit-identical to those of `empssl eval`. A batch has the run's `embedding_batch_size`; fewer images are
+        padded to a power of two. Each batch size is compiled once.
 
         Args:
             images: uint8, either one array (N, H, W, 3), or a list or generator of arrays (H, W), (H, W, 3) or
@@ -157,30 +158,41 @@ def to_square(image: Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
     return to_pixels(PIL.Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels), side)
 
 
-def load(workdir: str | Path, step: CheckpointChoice = "latest", **evaluation: Any) -> ImageEncoder:
+def load(workdir: str | Path, step: CheckpointChoice = "latest", **options: Any) -> ImageEncoder:
     """Loads the encoder of a run, which may still be training, or one that comes with the package.
 
     Args:
         workdir: folder of the run, which may begin with ~; nothing is written to it. Or "cifar10-small", see
             docs/usage.md.
         step: checkpoint to restore: its step, the newest ("latest"), or the one with the lowest loss ("best").
-        evaluation: options of `EvaluationConfig` that decide how images are embedded, instead of the run's own.
+        options: `embedding_batch_size` or fields of `EmbeddingConfig`, instead of those of the run's evaluation.
 
     Raises:
-        UserError: the run or the checkpoint does not exist or is damaged, or an option has a wrong value.
+        UserError: the run or the checkpoint does not exist or is damaged, there is no such option, or it has a wrong
+            value.
     """
+    _check_names(options)
     if pretrained_file(workdir):
-        return _load_pretrained(str(workdir), step, evaluation)
+        return _load_pretrained(str(workdir), step, options)
     folder = Path(expand(str(workdir)))
     config, state, restored = restore_encoder(folder, step, "workdir")
-    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **evaluation))
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **options))
     return ImageEncoder(config, state, restored, load_saved_images(folder).size)
 
 
-def _load_pretrained(name: str, step: CheckpointChoice, evaluation: dict[str, Any]) -> ImageEncoder:
+def _check_names(options: dict[str, Any]) -> None:
+    """Raises UserError unless `load` takes options with these names."""
+    for name in options.keys() - set(OPTIONS):
+        remedy = f"give some of {', '.join(OPTIONS)}"
+        if name == "whiten":
+            remedy = "whiten embeddings with empssl_jax.evaluation.whitening.whiten"
+        raise UserError(f"load has no option {name}: {remedy}.")
+
+
+def _load_pretrained(name: str, step: CheckpointChoice, options: dict[str, Any]) -> ImageEncoder:
     """The ResNet of the encoder with this name; its heads, which nothing uses, are zeros."""
     config, state, image_size, _ = read_run(ImportOptions(name, workdir=name, fresh_heads=True), draw_heads=False)
-    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **evaluation))
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **options))
     require(step in ("latest", "best"), "step", step, f"{name} has one checkpoint, so leave it out")
     layer = config.evaluation.embedded_layer
     require(layer == "stages", "embedded_layer", layer, f"{name} is a ResNet without a hidden layer, so give stages")

@@ -67,7 +67,7 @@ def _about_training(run: Run) -> Iterator[Remark]:
 def _about_spectrum(spectrum: Spectrum | None) -> Iterator[Remark]:
     if spectrum is None:
         yield Remark(
-            False, "There are no embeddings yet, so nothing below shows how good they are: run eval.py on this run."
+            False, "There are no embeddings yet, so nothing below shows how good they are: run empssl eval on this run."
         )
         return
     rank, highest = spectrum.effective_rank, len(spectrum.values)
@@ -104,7 +104,7 @@ def _about_measures(run: Run, findings: Findings | None) -> Iterator[Remark]:
         yield Remark(
             True,
             f"results.json says {percent(knn['top1'])} for kNN, but the embeddings give {percent(findings.accuracy)}: "
-            "they come from different checkpoints or settings. Run eval.py again.",
+            "they come from different checkpoints or settings. Run empssl eval again.",
         )
     tested = int(findings.confusion.sum())
     comparable = knn and before and knn.get("embeddings") == before.get("embeddings")

@@ -50,7 +50,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, config: Config, datasets: Datasets | None) -> Run:
-    """Reads the files that train.py and eval.py wrote into a folder.
+    """Reads the files that `empssl train` and `empssl eval` wrote into a folder.
 
     Embeddings that are missing or damaged are left out, and so are `datasets` whose images are not the embedded ones.
 

@@ -113,7 +113,7 @@ def options(config: Config) -> list[tuple[str, Any, bool]]:
 
 def command(config: Config) -> str:
     """The command that repeats the run in another folder, without a config file."""
-    line = ["python", "train.py", "--workdir", "runs/again"]
+    line = ["empssl", "train", "--workdir", "runs/again"]
     for name, value, differs in options(config):
         if name == "--workdir":
             continue

@@ -171,8 +171,8 @@ class Checkpoints:
                 print(f"warning: checkpoint {step} in {self._folder} is damaged: {error}", file=sys.stderr)
         tried = ", ".join(map(str, steps))
         raise UserError(
-            f"No undamaged checkpoint is left in {self._folder} (tried {tried}): choose another with --step of "
-            "eval.py, or train again in another --workdir."
+            f"No undamaged checkpoint is left in {self._folder} (tried {tried}): choose another with --step, or "
+            "train again in another --workdir."
         )
 
     def _read(self, step: int, sharding: Sharding, templates: dict[str, Any]) -> dict[str, Any]:
