@@ -88,9 +88,16 @@ def test_every_help_has_an_example(name, capsys):
 @pytest.mark.parametrize(
     ("name", "groups"),
     [
-        ("eval", ["The images to measure on.", "How images are embedded and embeddings measured.", "The processes of"]),
+        (
+            "eval",
+            [
+                "The images to learn from and to measure on.",
+                "How images are embedded and embeddings measured.",
+                "The processes of",
+            ],
+        ),
         ("embed", ["How images are embedded."]),
-        ("finetune", ["Which labels classifiers learn from.", "The images to measure on."]),
+        ("finetune", ["Which labels classifiers learn from.", "The images to learn from and"]),
         ("export", ["For --format onnx only."]),
     ],
 )
@@ -100,6 +107,11 @@ def test_each_group_of_options_has_its_own_text(name, groups, capsys):
     lines = [line for line in shown if line]
     texts = [text for title, text in itertools.pairwise(lines) if title.endswith(" options")]
     assert [text[: len(group)] for text, group in zip(texts, groups, strict=True)] == groups
+
+
+@pytest.mark.parametrize(("command", "has_it"), [("eval", True), ("compare", True), ("finetune", False)])
+def test_only_commands_that_measure_knn_speak_of_it(command, has_it, capsys):
+    assert ("kNN" in help_of(command, capsys=capsys)) == has_it
 
 
 def test_an_unknown_command_is_refused_with_the_commands(capsys):

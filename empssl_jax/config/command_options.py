@@ -19,15 +19,15 @@ CheckpointChoice = int | Literal["latest", "best"]
 
 @dataclass(frozen=True)
 class MeasuredData(Checked):
-    """The images to measure on. Without any of these options, they are the run's."""
+    """The images to learn from and to measure on. Without any of these options, they are the run's."""
 
-    # Another data set: a TFDS image data set by name, folder:PATH, or digits. Its results and embeddings are kept
-    # beside the run's own. A folder with the images that the run was trained on is the run's own, wherever it is. The
-    # options below then default to those of the run, otherwise to those of `empssl train`.
+    # Another data set: a TFDS image data set by name, folder:PATH, or digits. Its results are kept apart from the run's
+    # own. A folder with the images that the run was trained on is the run's own, wherever it is. The options below then
+    # default to those of the run, otherwise to those of `empssl train`.
     dataset: str | None = path_field(None, after=FOLDER)
-    # Split that kNN and the linear classifier learn from.
+    # Split that classifiers learn from.
     train_split: str | None = None
-    # Split that kNN and the linear classifier are measured on.
+    # Split that they are measured on.
     test_split: str | None = None
     # Side in pixels of the decoded images. Default: that of the images that the run was trained on.
     image_size: int | None = None

@@ -15,15 +15,15 @@ EmbeddedLayer = Literal["hidden", "stages", "stages+hidden"]
 class EmbeddingConfig(Checked):
     """How images are embedded."""
 
-    # Patches averaged into an embedding; 0 skips embeddings and all measurements.
+    # Patches averaged into an embedding; 0, for train only, skips embeddings and measurements.
     valid_patches: int = int_field(128, 0, 1_000_000)
-    # random: patches made as in training, as in the paper. grid: the crops of a regular grid without augmentation, of
-    # which fewer give higher accuracy. whole, with --valid-patches 1: the whole image at once, at the scale of the
-    # patches. grid+whole: both, concatenated (docs/recipe.md).
+    # random: patches made as in training, as in the paper. grid: crops on a regular grid, not augmented; 16 of them are
+    # more accurate than 16 random ones. Their number must be a square. whole, with --valid-patches 1: the whole image
+    # at once, at the scale of the patches. grid+whole: both, concatenated (docs/recipe.md).
     valid_crops: Literal["random", "grid", "whole", "grid+whole"] = "random"
     # What is averaged over the patches. hidden: hidden features, as in the paper. stages: the mean of each ResNet
     # stage's map, all four concatenated, which is shorter, and with --whiten more accurate. stages+hidden: both,
-    # concatenated, which helps wide encoders that are trained long (docs/recipe.md).
+    # concatenated, which helps wide encoders after long training (docs/recipe.md).
     embedded_layer: EmbeddedLayer = "hidden"
     # Cells along each side of the image. Each cell averages its own patches of the grid, or its part of the whole
     # image's maps. The embedding concatenates the cells' means, which keeps positions; stages+hidden concatenates only
@@ -78,9 +78,10 @@ class LabelConfig(Checked):
     """Which labels classifiers learn from."""
 
     # Learn from the labels of only this fraction of the training images, chosen at random within each class: the
-    # nearest whole number of images, but at least one. A smaller fraction is a part of a larger one.
+    # nearest whole number of images, but at least one. The images of a smaller fraction are a subset of those of a
+    # larger one.
     label_fraction: float = float_field(1.0, 1e-9, 1.0)
-    # Seed of this choice, which depends on nothing else: runs with other seeds learn from the same labels.
+    # Seed of the choice of labels. It is independent of --seed, so all runs learn from the same labels.
     label_seed: int = int_field(0, 0)
 
     @property

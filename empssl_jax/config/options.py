@@ -159,8 +159,8 @@ class RunConfig(Checked):
     checkpoint_every: int | None = int_field(None, 1)
     # Newest checkpoints to keep, besides the one with the lowest loss.
     max_to_keep: int = int_field(2, 1)
-    # Keep only the inputs of the residual blocks for the backward pass and recompute the rest. Takes less memory (for
-    # 200 patches per image, say) and more time.
+    # Recompute the activations inside residual blocks in the backward pass. Takes less memory and more time, for
+    # example with 200 patches per image.
     remat: bool = False
     # Write a trace of steps 10 to 15 into profile/ of the workdir, for TensorBoard's profile plugin.
     profile: bool = False
