@@ -3,19 +3,18 @@
 Nothing here imports JAX before the options are parsed. This keeps `--help` and errors about options fast.
 """
 
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import tyro
 
-from empssl_jax.config.command_options import FinetuneOptions, ImportOptions, ReportOptions
+from empssl_jax.config.command_options import EvaluateOptions, FinetuneOptions, ImportOptions, ReportOptions
 from empssl_jax.config.config_files import parse_train_options
 from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.parse_options import (
     HELP,
-    asks_for_help,
+    parse_compare_options,
     parse_embed_options,
     parse_evaluations,
     parse_export_options,
@@ -69,7 +68,15 @@ def train(arguments: Sequence[str], prog: str) -> None:
 
 def evaluate(arguments: Sequence[str], prog: str) -> None:
     """Measures one run, or compares several."""
-    options = parse_evaluations(arguments, prog)
+    _evaluate(parse_evaluations(arguments, prog))
+
+
+def compare(arguments: Sequence[str], prog: str) -> None:
+    """Compares several runs."""
+    _evaluate(parse_compare_options(arguments, prog))
+
+
+def _evaluate(options: Sequence[EvaluateOptions]) -> None:
     with quick_imports():
         from empssl_jax.evaluation import comparison
         from empssl_jax.report.write_report import try_to_report
@@ -79,14 +86,6 @@ def evaluate(arguments: Sequence[str], prog: str) -> None:
     with distributed.processes(options[0].distributed):
         interruption.end_at_sigterm()
         comparison.evaluate_all(options, try_to_report)
-
-
-def compare(arguments: Sequence[str], prog: str) -> None:
-    """Like `evaluate`, with the runs as positional arguments."""
-    runs = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
-    if not (runs or asks_for_help(arguments)):
-        raise UserError(f"{prog} names no run: give folders of runs, such as {prog} runs/a runs/b.")
-    evaluate(["--workdir", *arguments] if runs else arguments, prog)
 
 
 def embed(arguments: Sequence[str], prog: str) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from empssl_jax.config import Config, EmbeddingConfig
+from empssl_jax.config import Config, EmbeddingConfig, EvaluationConfig
 from empssl_jax.config.checked_fields import Checked, expand, path_field
-from empssl_jax.config.command_options import RUN, EmbedOptions, EvaluateOptions, ExportOptions
+from empssl_jax.config.command_options import RUN, CompareOptions, EmbedOptions, EvaluateOptions, ExportOptions
 from empssl_jax.config.config_files import first_options
 from empssl_jax.config.errors import UserError, counted, require
 from empssl_jax.config.pretrained import pretrained_file
@@ -40,12 +40,12 @@ def parse_evaluate_options(
     """
     source, _ = first_options(_Workdir, arguments)
     needs_run = is_alone and source.embeddings is None and not asks_for_help(arguments)
-    config = _run_defaults(source.workdir, needs_run, _argument(prog)) if source.embeddings is None else Config()
+    config = _run_defaults(source.workdir, needs_run) if source.embeddings is None else Config()
     run = config.run
     default = EvaluateOptions(data_dir=run.data_dir, cache_dir=run.cache_dir, evaluation=config.evaluation)
     description = (
         "Measures the embeddings of a trained encoder by kNN and a linear classifier. Defaults are those of the run."
-        f"\n\nExample: {prog} {'runs/a runs/b' if _argument(prog) == RUN else '--workdir runs/cifar10'}"
+        f"\n\nExample: {prog} --workdir runs/cifar10"
     )
     return tyro.cli(EvaluateOptions, args=list(arguments), default=default, description=description, prog=prog)
 
@@ -53,29 +53,78 @@ def parse_evaluate_options(
 def parse_evaluations(arguments: Sequence[str], prog: str = "empssl eval") -> list[EvaluateOptions]:
     """The options of `eval --workdir RUN [RUN ...] [options]`, for each run.
 
-    If several folders are given, those without a config.json (runs/* may match some) are skipped with a message.
-
     Raises:
-        UserError: none of several folders is a run, or one is the name of a pretrained encoder.
+        UserError: there is no valid run in --workdir, or, with several folders, see `_runs_among`.
     """
     chosen, rest = (_Workdirs(), []) if asks_for_help(arguments) else first_options(_Workdirs, arguments)
     if len(chosen.workdir) == 1:
         return [parse_evaluate_options(arguments, prog)]
-    folders = [expand(folder) for folder in chosen.workdir]
+    runs = _runs_among(chosen.workdir, "--workdir")
+    return [parse_evaluate_options([*rest, "--workdir", folder], prog, is_alone=False) for folder in runs]
+
+
+@dataclass(frozen=True)
+class _UncheckedEvaluation(EvaluationConfig):
+    def __post_init__(self) -> None:
+        """Accepts options that are valid only together with those of a run."""
+
+
+@dataclass(frozen=True)
+class _ComparedRuns(CompareOptions):
+    evaluation: OmitArgPrefixes[_UncheckedEvaluation] = dataclasses.field(default_factory=_UncheckedEvaluation)
+
+
+def parse_compare_options(arguments: Sequence[str], prog: str = "empssl compare") -> list[CompareOptions]:
+    """The options of `compare RUN [RUN ...] [options]`, for each run: those that are not given are the run's.
+
+    Raises:
+        UserError: no run is named, runs follow --workdir or stand on both sides of an option, or see `_runs_among`.
+    """
+    named, rest = first_options(_ComparedRuns, arguments)  # all options, since the runs are what none of them takes
+    options = [word for word in rest if word.startswith("-")]
+    if asks_for_help(arguments):
+        runs = list(named.runs[:1]) or [CompareOptions.workdir]
+    elif "--workdir" in [option.split("=")[0] for option in options]:
+        raise UserError(f"{prog} has no option --workdir: give the runs without it, such as {prog} runs/a runs/b.")
+    elif not named.runs:
+        raise UserError(f"{prog} names no run: give folders of runs, such as {prog} runs/a runs/b.")
+    elif rest and not options:
+        raise UserError(f"{RUN} {rest[0]} stands apart from the other runs: give all runs first, then the options.")
+    else:
+        runs = _runs_among(named.runs, RUN)
+    return [_parse_compare_options(arguments, prog, folder, is_alone=len(named.runs) == 1) for folder in runs]
+
+
+def _parse_compare_options(arguments: Sequence[str], prog: str, folder: str, is_alone: bool) -> CompareOptions:
+    """The options of `compare` for the run in `folder`. Unless it `is_alone`, errors are left to its evaluation."""
+    config = _run_defaults(folder, is_alone and not asks_for_help(arguments), RUN)
+    run = config.run
+    default = CompareOptions(folder, data_dir=run.data_dir, cache_dir=run.cache_dir, evaluation=config.evaluation)
+    description = (
+        "Compares runs: measures those without complete results, prints a table and writes comparison.md beside them. "
+        f"Defaults are those of each run.\n\nExample: {prog} runs/a runs/b"
+    )
+    return tyro.cli(CompareOptions, args=list(arguments), default=default, description=description, prog=prog)
+
+
+def _runs_among(folders: Sequence[str], argument: str) -> list[str]:
+    """The folders with a config.json; prints the others, which runs/* may match. A single folder is not looked into.
+
+    Raises:
+        UserError: none of several folders is a run, or one is the name of a pretrained encoder.
+    """
+    folders = [expand(folder) for folder in folders]
+    if len(folders) == 1:
+        return folders
     for folder in folders:
-        check_not_pretrained(folder, _argument(prog))
+        check_not_pretrained(folder, argument)
     runs = [folder for folder in folders if (Path(folder) / CONFIG_FILE).is_file()]
     if skipped := sorted(set(folders) - set(runs)):
         print(f"skipping folders that are not runs: {', '.join(skipped)}")
     if not runs:
         named = counted(len(folders), "folder")
-        raise UserError(f"{_argument(prog)} names {named}, and none has a {CONFIG_FILE}: give runs.")
-    return [parse_evaluate_options([*rest, "--workdir", folder], prog, is_alone=False) for folder in runs]
-
-
-def _argument(prog: str) -> str:
-    """What names a run to `eval` and to `compare`."""
-    return RUN if prog.endswith("compare") else "--workdir"
+        raise UserError(f"{argument} names {named}, and none has a {CONFIG_FILE}: give runs.")
+    return runs
 
 
 def parse_embed_options(arguments: Sequence[str], prog: str | None = None) -> EmbedOptions:

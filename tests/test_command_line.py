@@ -1,16 +1,20 @@
 """The command `empssl`: its subcommands, their help, and what they import."""
 
+import dataclasses
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from empssl_jax import __version__, command_line
-from empssl_jax.config import Config
+from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.config_files import parse_train_options
+from empssl_jax.parse_options import parse_compare_options
+from empssl_jax.run_folder.saved_config import save_config
 
 HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "sklearn", "numpy")
 COMMANDS = ["train", "eval", "embed", "finetune", "export", "import", "report", "compare"]
@@ -96,6 +100,7 @@ def test_every_help_has_an_example(name, capsys):
                 "The processes of",
             ],
         ),
+        ("compare", ["The images to learn from and to measure on.", "How images are embedded and", "The processes of"]),
         ("embed", ["How images are embedded."]),
         ("finetune", ["Which labels classifiers learn from.", "The images to learn from and"]),
         ("export", ["For --format onnx only."]),
@@ -105,7 +110,7 @@ def test_each_group_of_options_has_its_own_text(name, groups, capsys):
     """Not the comment of the option that stands above the group."""
     shown = [line.strip("-─│╭╮ ") for line in help_of(name, capsys=capsys).splitlines()]
     lines = [line for line in shown if line]
-    texts = [text for title, text in itertools.pairwise(lines) if title.endswith(" options")]
+    texts = [text for title, text in itertools.pairwise(lines) if re.fullmatch(r"\w+ options", title)]
     assert [text[: len(group)] for text, group in zip(texts, groups, strict=True)] == groups
 
 
@@ -120,13 +125,6 @@ def test_an_unknown_command_is_refused_with_the_commands(capsys):
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said == f"error: empssl has no command 'trian': give one of {', '.join(COMMANDS)}.\n"
-
-
-def test_compare_needs_a_run(capsys):
-    with pytest.raises(SystemExit) as ended:
-        command_line.main(["compare", "--whiten"])
-    assert ended.value.code == 2
-    assert "names no run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["report", "export", "compare", "finetune"])
@@ -164,11 +162,45 @@ def test_names_that_the_terminal_cannot_show_are_escaped(encoding, shown, monkey
     assert out.buffer.getvalue() == b"skipping folders that are not runs: " + shown + b"\n"
 
 
-def test_compare_takes_runs_before_options(monkeypatch):
-    taken = []
-    monkeypatch.setattr(command_line, "evaluate", lambda arguments, prog: taken.append(list(arguments)))
-    command_line.compare(["a", "b", "--whiten"], "empssl compare")
-    assert taken == [["--workdir", "a", "b", "--whiten"]]
+def test_the_help_of_compare_is_about_several_runs(capsys):
+    shown = " ".join(help_of("compare", capsys=capsys).replace("│", " ").split())
+    assert shown.startswith("usage: empssl compare [-h] [OPTIONS] RUN [RUN ...] Compares runs: ")
+    assert "--workdir" not in shown
+    assert "--embeddings" not in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["a", "b", "--whiten", "--step=best"], ["--step", "best", "--whiten", "a", "b"], ["--cells=2", "a", "b"]],
+)
+def test_compare_takes_runs_before_or_after_options(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grids = [EvaluationConfig(valid_crops="grid", valid_patches=patches) for patches in (16, 36)]
+    for name, evaluation in zip("ab", grids, strict=True):
+        (tmp_path / name).mkdir()
+        save_config(tmp_path / name, Config(evaluation=evaluation))
+    parsed = parse_compare_options(arguments)
+    assert [options.workdir for options in parsed] == ["a", "b"]
+    changed = {"cells": 2} if "--cells=2" in arguments else {"whiten": True}
+    assert [options.evaluation for options in parsed] == [dataclasses.replace(grid, **changed) for grid in grids]
+    assert {options.step for options in parsed} == {"best" if "whiten" in changed else "latest"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--workdir a b", "empssl compare has no option --workdir: give the runs without it, such as empssl compare"),
+        ("a --workdir=b", "empssl compare has no option --workdir: give the runs without it, such as empssl compare"),
+        ("a --step best b", "RUN b stands apart from the other runs: give all runs first, then the options"),
+        ("--whiten", "empssl compare names no run: give folders of runs, such as empssl compare runs/a runs/b"),
+        ("", "empssl compare names no run: give folders of runs, such as empssl compare runs/a runs/b"),
+    ],
+)
+def test_compare_says_where_runs_belong(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.main(["compare", *arguments.split()])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_the_configs_of_the_package_are_found_from_any_folder(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from empssl_jax.config import Config, EvaluationConfig, ModelConfig, TrainingConfig
+from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.evaluation import comparison
@@ -70,6 +70,23 @@ def test_mean_and_spread_over_seeds(tmp_path, no_evaluation, capsys):
     assert table in printed
     assert f"skipping folders that are not runs: {tmp_path / 'notes.txt'}" in printed
     assert no_evaluation == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"embedding_batch_size": 7}, {"logistic": True}, {"untrained": True}, {"report": False}, {}]
+)
+def test_options_that_change_no_result_share_a_row(options):
+    both = [
+        Config(training=TrainingConfig(seed=0)),
+        Config(DataConfig(strict_images=True), training=TrainingConfig(seed=1), evaluation=EvaluationConfig(**options)),
+    ]
+    results = [{"kNN": {"top1": 0.3, "top5": 0.5}}, {"kNN": {"top1": 0.5, "top5": 0.5}, "logistic": {"top1": 0.6}}]
+    runs = [comparison.Measured(Path("run"), *run) for run in zip(both, results, strict=True)]
+    header, _, *rows = comparison.markdown(runs).split("\n\n")[0].splitlines()
+    assert cells(header) == ["runs", "n", "seeds", "kNN top-1", "kNN top-5", "logistic top-1"]
+    assert [cells(row) for row in rows] == [
+        ["all", "2", "0, 1", f"40.00 ± {200**0.5:.2f} %", "50.00 ± 0.00 %", "60.00 % (n = 1)"]
+    ]
 
 
 def test_the_same_seed_twice_is_one_sample(tmp_path, no_evaluation):

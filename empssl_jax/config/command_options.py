@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from empssl_jax.config.checked_fields import Checked, float_field, int_field, path_field
 from empssl_jax.config.evaluation_options import EmbeddingConfig, EvaluationConfig, LabelConfig
@@ -57,6 +57,18 @@ class EvaluateOptions(Checked):
     data: OmitArgPrefixes[MeasuredData] = dataclasses.field(default_factory=MeasuredData)
     evaluation: OmitArgPrefixes[EvaluationConfig] = dataclasses.field(default_factory=EvaluationConfig)
     distributed: OmitArgPrefixes[DistributedConfig] = dataclasses.field(default_factory=DistributedConfig)
+
+
+@dataclass(frozen=True)
+class CompareOptions(EvaluateOptions):
+    """Which runs to compare, and how to measure them."""
+
+    # Folders of runs, such as runs/*. Those without a config.json are skipped.
+    runs: Annotated[
+        Positional[tuple[str, ...]], arg(metavar=f"{RUN} [{RUN} ...]", help_behavior_hint="(required)")
+    ] = ()
+    workdir: Suppress[str] = path_field(RunConfig.workdir)  # one of them
+    embeddings: Suppress[str | None] = None
 
 
 @dataclass(frozen=True)

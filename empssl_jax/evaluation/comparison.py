@@ -26,6 +26,7 @@ GROUPING = (
     "Runs that differ only in --seed, or in options that do not change results, share a row: mean ± standard deviation "
     "over n seeds. A row of one seed has no standard deviation."
 )
+CHANGE_NO_RESULT = ("embedding_batch_size", "logistic", "untrained", "report")  # some add one
 ONLY_ALIKE = (
     "Compare effective ranks only between runs whose embeddings have the same number of images and the same dimension."
 )
@@ -186,8 +187,9 @@ def _mean_and_spread(runs: list[dict[str, Accuracy]], measure: str, key: str) ->
 def _without_seed(config: Config) -> Config:
     """The config without the seed and without the options that do not change results; equal within a group."""
     training = dataclasses.replace(config.training, seed=0)
-    evaluation = dataclasses.replace(config.evaluation, report=True)
-    data = dataclasses.replace(config.data, train_split=config.data.train_split or TRAIN)
+    same = {name: getattr(EvaluationConfig, name) for name in CHANGE_NO_RESULT}
+    evaluation = dataclasses.replace(config.evaluation, **same)
+    data = dataclasses.replace(config.data, train_split=config.data.train_split or TRAIN, strict_images=False)
     return Config(data, config.patches, config.model, training, evaluation)
 
 
