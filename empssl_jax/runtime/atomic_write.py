@@ -11,7 +11,7 @@ from empssl_jax.config.errors import require
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Yields a file to write. It replaces `path` only when it is complete and on disk. Errors remove it."""
+    """Yields a file to write, which replaces `path` once it is complete and on disk. After an error it is removed."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
