@@ -240,9 +240,9 @@ def golden_tests(visit: Visit) -> Values:
 def recipe_study(visit: Visit, reserve: float) -> Values | None:
     """Rows of experiments/study.py, as many as the time allows; the number of its runs once all are done."""
     output, budget = visit.results / "study.jsonl", visit.left() - reserve - STUDY_RUN_SECONDS
-    full, tiny = study.Options(size="full"), study.Options(size="tiny", rows=("base",), seeds=(1,))
+    best, tiny = study.Options(size="best"), study.Options(size="tiny", rows=("base",), seeds=(1,))
     folder = str(visit.results / "runs" / "study")
-    options = dataclasses.replace(tiny if visit.tiny else full, budget=budget, folder=folder, output=str(output))
+    options = dataclasses.replace(tiny if visit.tiny else best, budget=budget, folder=folder, output=str(output))
     study.main(options)
     runs = len(options.rows or study.TRAINING | study.EVALUATION) * len(options.seeds)
     return {"runs": runs} if len(read_lines(output)) >= runs else None
