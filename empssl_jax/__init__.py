@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load"]
 __version__ = "0.2.0"
 
-# XLA's newer CPU fusion backend runs convolutions 2 to 2.5 times slower than its older path; an empty list of fusions
-# turns it off. XLA reads the variable when JAX first touches a device, so it must be set before that. A value that the
-# user has set is kept.
+# On some processors, XLA's newer CPU fusion backend runs convolutions 2 to 2.5 times slower than its older path; an
+# empty list of fusions turns it off. XLA reads the variable when JAX first touches a device, so it must be set before
+# that. A value that the user has set is kept.
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=".strip()
