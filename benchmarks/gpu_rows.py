@@ -28,10 +28,9 @@ from empssl_jax.run_folder.step_files import TIMING_FILE, read_steps
 from experiments import study
 from experiments.records import accuracies, checkpoint_embeddings, read_lines
 
-BEST_CONFIG = read_config_file("cifar10_best")
 BEST: study.Changes = {
-    "patch_size": BEST_CONFIG.patches.patch_size,
-    "max_epochs": BEST_CONFIG.training.max_epochs,
+    "patch_size": study.RECIPE.patches.patch_size,
+    "max_epochs": study.RECIPE.training.max_epochs,
 }
 # Options of the default recipe, one epoch on CIFAR-10, that each training changes.
 RUNS: dict[str, study.Changes] = {
@@ -95,7 +94,7 @@ class Visit:
         """How to embed and measure: as published ("random"), as recommended, or so without the whole image ("grid")."""
         if name == "random":
             return self.recipe.evaluation
-        best = BEST_CONFIG.evaluation
+        best = study.RECIPE.evaluation
         changes = TINY_EVALUATION | {"valid_patches": best.valid_patches} if self.tiny else {}
         changes |= {"valid_crops": "grid"} if name == "grid" else {}
         return dataclasses.replace(best, **changes)

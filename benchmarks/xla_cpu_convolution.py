@@ -121,6 +121,13 @@ def sum_of_products() -> None:
     print(f"  relative error {error:.1e}")
 
 
+PARTS: dict[str, Callable[..., None]] = {
+    "layers": layers,
+    "small_maps": small_maps,
+    "sum_of_products": sum_of_products,
+}
+
+
 def main() -> None:
     """Runs each part in its own process with its flags, because XLA reads them once.
 
@@ -142,6 +149,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    name, *arguments = sys.argv[1:] or ["main"]
-    parts: dict[str, Callable[..., None]] = {"layers": layers, "small_maps": small_maps}
-    (parts | {"main": main, "sum_of_products": sum_of_products})[name](*arguments)
+    if len(sys.argv) == 1:
+        main()
+    else:
+        PARTS[sys.argv[1]](*sys.argv[2:])

@@ -42,10 +42,9 @@ from empssl_jax.runtime.compilation import keep_compiled_programs
 from empssl_jax.runtime.memory import keep_freed_memory
 from experiments.records import RESULTS, accuracies, append_line, checkpoint_embeddings, read_lines
 
+RECIPE = read_config_file("cifar10_best")
 # Without hidden features, which narrow encoders do not gain from.
-RECOMMENDED = dataclasses.replace(
-    read_config_file("cifar10_best").evaluation, embedded_layer="stages", logistic=False, report=False
-)
+RECOMMENDED = dataclasses.replace(RECIPE.evaluation, embedded_layer="stages", logistic=False, report=False)
 FULL = Config(data=DataConfig(train_split="train[:45000]", test_split="train[45000:]"), evaluation=RECOMMENDED)
 LONG = dataclasses.replace(
     FULL,
@@ -54,9 +53,7 @@ LONG = dataclasses.replace(
     training=TrainingConfig(batch_size=50),
 )
 SHORT = dataclasses.replace(LONG, data=dataclasses.replace(LONG.data, train_split="train[:5000]"))
-BEST = dataclasses.replace(
-    FULL, patches=read_config_file("cifar10_best").patches, training=read_config_file("cifar10_best").training
-)
+BEST = dataclasses.replace(FULL, patches=RECIPE.patches, training=RECIPE.training)
 TINY = dataclasses.replace(
     LONG,
     data=DataConfig(dataset="digits", images_per_class=10, test_images_per_class=5),

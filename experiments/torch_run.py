@@ -33,6 +33,13 @@ SAVE_EVERY = 10  # steps
 MODULES = {"backbone.0": "backbone.conv1", "backbone.1": "backbone.bn1"}
 MODULES |= {f"backbone.{stage + 2}": f"backbone.layer{stage}" for stage in (1, 2, 3, 4)}
 MODULES |= {"backbone.8.1": "pre_feature.0", "backbone.8.2": "pre_feature.1", "projector": "projection"}
+# The options that change what is learned and that the baseline follows.
+OBJECTIVE = ("invariance_coefficient", "coding_rate_eps")
+FOLLOWED = {
+    "patches": ("train_patches", "patch_size"),
+    "model": ("width", "hidden_dim", "projection_dim"),
+    "training": ("batch_size", "max_epochs", "learning_rate", "seed", *OBJECTIVE),
+}
 
 
 def exported(model: nn.Module) -> dict[str, Tensor]:
@@ -44,15 +51,6 @@ def exported(model: nn.Module) -> dict[str, Tensor]:
     for layer in ("pre_feature.0", "projection.0"):
         weights[f"{layer}.bias"] = torch.zeros(len(weights[f"{layer}.weight"]))
     return weights
-
-
-FOLLOWED = {  # options of training, which the baseline follows
-    "patches": ("train_patches", "patch_size"),
-    "model": ("width", "hidden_dim", "projection_dim"),
-    "training": (
-        "batch_size", "max_epochs", "learning_rate", "invariance_coefficient", "coding_rate_eps", "seed"
-    ),
-}  # fmt: skip
 
 
 def check_followed(config: Config) -> None:

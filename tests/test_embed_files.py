@@ -40,6 +40,21 @@ def run(photos, workdir, output, **options):
         return dict(arrays)
 
 
+def fail_in_the_second_part(monkeypatch, error):
+    """Makes the second part of images raise an error; returns the list in which the sizes of all parts are noted."""
+    sizes, original = [], ImageEncoder.embed
+
+    def failing(self, images, *arguments, **options):
+        if images:
+            sizes.append(len(images))
+            if len(sizes) == 2:
+                raise error
+        return original(self, images, *arguments, **options)
+
+    monkeypatch.setattr(ImageEncoder, "embed", failing)
+    return sizes
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(photos, tiny_run, tmp_path_factory):
     return run(photos, tiny_run, tmp_path_factory.mktemp("uninterrupted") / "out.npz")
@@ -111,16 +126,7 @@ def test_smaller_batches_continue_what_memory_did_not_suffice_for(
     photos, tiny_run, uninterrupted, tmp_path, monkeypatch
 ):
     """Memory suffices for the first of two parts of 128 files, then for parts of 4 times 4 files."""
-    sizes, original = [], ImageEncoder.embed
-
-    def limited(self, images, *arguments, **options):
-        if images:
-            sizes.append(len(images))
-            if len(sizes) == 2:
-                raise MemoryError
-        return original(self, images, *arguments, **options)
-
-    monkeypatch.setattr(ImageEncoder, "embed", limited)
+    sizes = fail_in_the_second_part(monkeypatch, MemoryError)
     with pytest.raises(MemoryError):
         run(photos, tiny_run, tmp_path / "out.npz")
     resumed = run(photos, tiny_run, tmp_path / "out.npz", **{"embedding-batch-size": 4})
@@ -140,21 +146,12 @@ def test_a_command_that_ended_before_its_first_part_binds_no_later_one(photos, t
 def test_a_resumed_command_is_bit_identical_to_an_uninterrupted_one(
     photos, tiny_run, uninterrupted, tmp_path, monkeypatch
 ):
-    calls, original = [], ImageEncoder.embed
-
-    def interrupted(self, images, *arguments, **options):
-        if images:
-            calls.append(len(images))
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-        return original(self, images, *arguments, **options)
-
-    monkeypatch.setattr(ImageEncoder, "embed", interrupted)
+    sizes = fail_in_the_second_part(monkeypatch, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         run(photos, tiny_run, tmp_path / "out.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz.parts"]
     resumed = run(photos, tiny_run, tmp_path / "out.npz")
-    assert calls == [126, 24, 24]
+    assert sizes == [126, 24, 24]
     assert resumed.keys() == uninterrupted.keys()
     for name, array in uninterrupted.items():
         np.testing.assert_array_equal(resumed[name], array)
