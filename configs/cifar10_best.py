@@ -17,7 +17,13 @@ config = Config(
     patches=PatchConfig(patch_size=16),
     training=TrainingConfig(max_epochs=4),
     evaluation=EvaluationConfig(
-        valid_crops="grid+whole", valid_patches=16, embedded_layer="stages+hidden", cells=2, whiten=True, logistic=True
+        valid_crops="grid+whole",
+        valid_patches=16,
+        embedded_layer="stages+hidden",
+        cells=2,
+        mirror=True,
+        whiten=True,
+        logistic=True,
     ),
     run=RunConfig(workdir="runs/cifar10_best"),
 )

@@ -9,7 +9,7 @@ import pytest
 
 from empssl_jax.config import EvaluationConfig, LabelConfig
 from empssl_jax.config.errors import UserError
-from empssl_jax.evaluation import run_embeddings
+from empssl_jax.evaluation import embeddings
 from empssl_jax.evaluation.embedding_files import save_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.evaluation.evaluate import evaluate, measure_knn, measure_linear, measure_logistic
@@ -110,7 +110,7 @@ ARGUMENTS = ["--label-fraction", "0.5", "--num-neighbours", "3", "--linear-epoch
 def test_eval_measures_the_embeddings_on_disk(run, monkeypatch, capsys):
     """The run has 8 training images of each digit. Its own results stay beside the new ones."""
     before = json.loads((run / "results.json").read_text())
-    monkeypatch.setattr(run_embeddings, "embed_dataset", lambda *_: pytest.fail("images are embedded again"))
+    monkeypatch.setattr(embeddings, "embed_dataset", lambda *_: pytest.fail("images are embedded again"))
     run_eval("--workdir", run, *ARGUMENTS)
     after = json.loads((run / "results.json").read_text())
     assert after.pop("kNN, 50 % of labels")["label_fraction"] == 0.5

@@ -92,7 +92,7 @@ def test_the_first_two_steps():
     """
     model = ModelConfig(width=4, hidden_dim=16, projection_dim=8, precision="float32")
     encoder, dim = init_encoder(model, jax.random.key(1)), 4 * (4 + 8 + 16 + 32)  # four cells of four stages
-    zeros = Classifier(np.zeros(dim), np.ones(dim), np.zeros((dim, 4)), np.zeros(4), penalty=0.1)
+    zeros = Classifier(np.zeros(dim), np.ones(dim), np.zeros((dim, 4)), np.zeros(4))
     sizes, rates = map(jnp.int32, (0, 1, 2)), map(jnp.float32, (0.01, 0.001, 0.5))
     numbers = Numbers(*sizes, *rates)
     random = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def test_a_step_does_not_depend_on_the_number_of_devices():
     model = ModelConfig(width=4, hidden_dim=16, projection_dim=8, precision="float32")
     random, dim = np.random.default_rng(0), 4 * (4 + 8 + 16 + 32)
     kernel = random.normal(size=(dim, 3)).astype(np.float32)
-    classifier = Classifier(np.zeros(dim), np.ones(dim), kernel, np.zeros(3, np.float32), penalty=0.1)
+    classifier = Classifier(np.zeros(dim), np.ones(dim), kernel, np.zeros(3, np.float32))
     numbers = Numbers(*map(jnp.int32, (0, 1, 2)), *map(jnp.float32, (0.01, 0.001, 0.5)))
     images = random.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
     labels = random.integers(0, 3, 16).astype(np.int32)

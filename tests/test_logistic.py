@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 
 from empssl_jax.evaluation import logistic
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
+from empssl_jax.evaluation.whitening import SHRINKAGE
 from empssl_jax.runtime.devices import device_mesh
 
 NAMES = tuple("0123456789")
@@ -51,8 +52,8 @@ def test_held_out_images_choose_the_penalty(digits):
         return LogisticRegression(C=1 / (penalty * rows.sum()), max_iter=5000).fit(x[rows], bank.labels[rows])
 
     scores = [fitted(penalty, ~held).score(x[held], bank.labels[held]) for penalty in logistic.PENALTIES]
-    falls = [number for number in range(1, 6) if scores[number] < scores[number - 1]]
-    last = falls[0] - 1 if falls else 5
+    falls = [number for number in range(1, len(scores)) if scores[number] < scores[number - 1]]
+    last = falls[0] - 1 if falls else len(scores) - 1
     assert ours["penalty"] == logistic.PENALTIES[last]
     accuracy = fitted(ours["penalty"], np.ones(600, bool)).score(queries, test.labels)
     assert ours["top1"] == pytest.approx(accuracy, abs=0.01)
@@ -74,3 +75,34 @@ def test_a_dimension_that_does_not_vary_in_training_decides_nothing():
     other = vectors + np.array([[0, 0, 0, 0.1]], np.float32)
     bank, test = (LabelledEmbeddings(array, labels, NAMES[:3]) for array in (vectors, other))
     assert logistic.logistic_accuracy(bank, test, device_mesh(1))["top1"] == 1
+
+
+def test_the_penalty_on_whitened_embeddings_is_that_of_scikit_learn(digits):
+    """Embeddings are standardised and then whitened in float64, by eigenvectors."""
+    pixels, labels = digits[0][:600], digits[1][:600]
+    fitted = logistic.fit_classifier(LabelledEmbeddings(pixels, labels, NAMES), device_mesh(1), whiten=True)
+    deviation = pixels.std(axis=0)
+    x = (np.float64(pixels) - pixels.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+    variances, directions = np.linalg.eigh(np.cov(x.T, bias=True))
+    scale = np.abs(x).max()  # the penalty is on the kernel of embeddings whose largest absolute value is 1
+    white = x / scale @ directions / np.sqrt(variances / scale**2 + SHRINKAGE * np.mean(variances) / scale**2)
+    theirs = LogisticRegression(C=1 / (fitted.penalty * 600), tol=1e-8, max_iter=5000).fit(white, labels)
+    logits, expected = fitted.classifier.logits(pixels), theirs.decision_function(white)
+    expected -= expected.mean(axis=1, keepdims=True)
+    logits -= logits.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(logits, expected, atol=0.02 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_held_out_images_choose_between_standardised_and_whitened_embeddings(seed):
+    """With seed 0, whitened embeddings are better, with seed 2 the others; with seed 1, both are equally good."""
+    random, labels = np.random.default_rng(seed), np.arange(200, dtype=np.int32) % 2
+    signs = np.where(labels == 0, -1.0, 1.0)
+    noise = random.standard_normal((200, 40))
+    bank = LabelledEmbeddings(np.float32(noise + 0.3 * signs[:, None]), labels, NAMES[:2])
+    mesh = device_mesh(1)
+    fits = {whiten: logistic.fit_classifier(bank, mesh, whiten) for whiten in (False, True)}
+    accuracy = logistic.logistic_accuracy(bank, bank, mesh)
+    best = fits[True].held_out_accuracy > fits[False].held_out_accuracy
+    assert accuracy["whitened"] == best
+    assert accuracy["penalty"] == fits[best].penalty

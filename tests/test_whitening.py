@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from empssl_jax.evaluation.whitening import SHRINKAGE, whiten
+from empssl_jax.evaluation.whitening import SHRINKAGE, learn_whitening, whiten, without_whitening
 
 
 def draw(size, seed):
@@ -47,3 +47,12 @@ def test_queries_change_neither_the_bank_nor_each_other():
     bank, queries = draw(200, 1), draw(30, 2)
     np.testing.assert_array_equal(whiten(bank, queries)[0], whiten(bank, 100 * queries)[0])
     np.testing.assert_allclose(whiten(bank, queries)[1][:5], whiten(bank, queries[:5])[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1, 1e6])
+def test_a_classifier_of_whitened_embeddings_is_one_of_the_embeddings(scale):
+    bank, queries = scale * draw(200, 1), scale * draw(30, 2)
+    rng = np.random.default_rng(3)
+    kernel, bias = np.float32(rng.normal(size=(6, 4))), np.float32(rng.normal(size=4))
+    plain, offset = without_whitening(learn_whitening(bank), kernel, bias)
+    np.testing.assert_allclose(queries @ plain + offset, whiten(bank, queries)[1] @ kernel + bias, atol=1e-3)

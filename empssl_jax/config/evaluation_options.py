@@ -99,6 +99,9 @@ class EvaluationConfig(LabelConfig, EmbeddingConfig):
 
     # Images embedded at a time, over all devices.
     embedding_batch_size: int = int_field(250, 1, 100_000)
+    # Also embed the mirrored images. kNN and the classifiers learn from both kinds of training images, and logistic
+    # regression adds the scores of both kinds of test images.
+    mirror: bool = False
     # Whiten the embeddings before kNN, with mean and covariance of the training images' embeddings.
     whiten: bool = False
     # Neighbours that vote in kNN.
@@ -113,8 +116,9 @@ class EvaluationConfig(LabelConfig, EmbeddingConfig):
     linear_weight_decay: float = float_field(5e-5, 0.0)
     # Batch size of the linear classifier.
     linear_batch_size: int = int_field(100, 1)
-    # Also measure a logistic regression on standardised embeddings. Held-out training images choose its L2 penalty. It
-    # is more accurate than the linear classifier, which is that of the paper, and takes minutes on a CPU.
+    # Also measure a logistic regression. Held-out training images choose its L2 penalty, and whether embeddings are
+    # standardised or whitened for it. It is more accurate than the linear classifier, which is that of the paper, and
+    # takes minutes on a CPU.
     logistic: bool = False
     # Also measure kNN before training. A few passes first set BatchNorm's statistics; they change no parameter.
     untrained: bool = False
@@ -130,4 +134,4 @@ class EvaluationConfig(LabelConfig, EmbeddingConfig):
     @property
     def embeddings(self) -> str:
         """How the measured embeddings are made, in words."""
-        return super().embeddings + ", whitened for kNN" * self.whiten
+        return super().embeddings + ", also mirrored" * self.mirror + ", whitened for kNN" * self.whiten

@@ -34,6 +34,10 @@ class ImageDataset(NamedTuple):
         names = None if self.names is None else self.names[rows]
         return ImageDataset(self.images[rows], self.labels[rows], self.class_names, names)
 
+    def mirrored(self) -> "ImageDataset":
+        """The same images, with left and right exchanged."""
+        return self._replace(images=self.images[:, :, ::-1])
+
 
 class Datasets(NamedTuple):
     """The images of a run."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from empssl_jax.config.errors import UserError, one_line, require
 from empssl_jax.data.datasets import SPLITS
@@ -22,8 +23,8 @@ REMEDY = "give a folder with train.npz and test.npz, or leave --embeddings out t
 def save_embeddings(path: Path, split: LabelledEmbeddings, origin: str = "") -> None:
     """Writes an .npz atomically, with `embeddings` (N, E) float32, `labels` (N,) int32 and `class_names` (C,).
 
-    If the images are the user's files, it also contains their `names` (N,). `origin` is a digest of what the embeddings
-    were made of, for `read_origin`.
+    It also contains the `names` (N,) of the images if they are the user's files, and `mirrored` (N, E) if mirrored
+    images were embedded too. `origin` is a digest of what the embeddings were made of, for `read_origin`.
     """
     arrays: dict[str, Any] = split._asdict() | {"class_names": np.array(split.class_names, np.str_)}
     arrays |= {"origin": np.array([origin], np.str_)}
@@ -83,6 +84,9 @@ def read_split(path: Path) -> LabelledEmbeddings:
             class_names: list[str] = []
             if "class_names.npy" in archive.namelist():
                 class_names = _read_array(archive, "class_names", dim=1, kinds="U")[: MAX_CLASSES + 1].tolist()
+            mirrored = None
+            if "mirrored.npy" in archive.namelist():
+                mirrored = _read_array(archive, "mirrored", dim=2, kinds="fiu")
     except Exception as error:  # numpy, zipfile and zlib raise various exceptions on damaged files
         raise UserError(f"--embeddings: {path} cannot be read ({one_line(error) or 'damaged'}): {REMEDY}.") from error
     if not (embeddings.size > 0 and labels.shape == embeddings.shape[:1]):
@@ -94,13 +98,24 @@ def read_split(path: Path) -> LabelledEmbeddings:
             f"--embeddings: {path} has labels from {lowest} to {highest}: number the classes from 0 to at most "
             f"{MAX_CLASSES - 1}, and -1 for no label."
         )
+    if mirrored is not None:
+        if mirrored.shape != embeddings.shape:
+            shapes = f"embeddings of shape {embeddings.shape} and mirrored of shape {mirrored.shape}"
+            raise UserError(f"--embeddings: {path} has {shapes}: {REMEDY}.")
+        mirrored = _to_float32(mirrored, path)
+    embeddings = _to_float32(embeddings, path)
+    return LabelledEmbeddings(embeddings, labels.astype(np.int32), tuple(class_names), mirrored=mirrored)
+
+
+def _to_float32(embeddings: np.ndarray, path: Path) -> Float32[np.ndarray, "N E"]:
+    """Converts embeddings of a file; raises UserError if they or their squared norms are not finite in float32."""
     with np.errstate(over="ignore"):
-        embeddings = embeddings.astype(np.float32)
-        if not np.isfinite(np.einsum("ne,ne->n", embeddings, embeddings)).all():
+        converted = embeddings.astype(np.float32, copy=False)
+        if not np.isfinite(np.einsum("ne,ne->n", converted, converted)).all():
             raise UserError(
                 f"--embeddings: {path} contains values that are not finite or too large for float32: {REMEDY}."
             )
-    return LabelledEmbeddings(embeddings, labels.astype(np.int32), tuple(class_names))
+    return converted
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, dim: int, kinds: str) -> np.ndarray:

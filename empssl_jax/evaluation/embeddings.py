@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped, UInt8
 
-from empssl_jax.config import Config, EmbeddingConfig, ModelConfig, PatchConfig
+from empssl_jax.config import Config, EmbeddingConfig, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.datasets import Datasets, ImageDataset
 from empssl_jax.method.crops import crop_side
@@ -30,6 +30,7 @@ class LabelledEmbeddings(NamedTuple):
     labels: Int32[np.ndarray, " N"]
     class_names: tuple[str, ...]
     names: Shaped[np.ndarray, " N"] | None = None  # of the files, for a folder of image files
+    mirrored: Float32[np.ndarray, "N E"] | None = None  # embeddings of the mirrored images
 
     @property
     def num_classes(self) -> int:
@@ -38,8 +39,15 @@ class LabelledEmbeddings(NamedTuple):
 
     def take(self, rows: Bool[np.ndarray, " N"] | Int[np.ndarray, " K"]) -> "LabelledEmbeddings":
         """The embeddings with these indices, or for which a mask is true."""
-        names = None if self.names is None else self.names[rows]
-        return LabelledEmbeddings(self.embeddings[rows], self.labels[rows], self.class_names, names)
+        names, mirrored = (None if array is None else array[rows] for array in (self.names, self.mirrored))
+        return LabelledEmbeddings(self.embeddings[rows], self.labels[rows], self.class_names, names, mirrored)
+
+    def with_mirrored(self) -> "LabelledEmbeddings":
+        """The embeddings and then those of the mirrored images, if there are any, with the same labels again."""
+        if self.mirrored is None:
+            return self
+        embeddings = np.concatenate([self.embeddings, self.mirrored])
+        return LabelledEmbeddings(embeddings, np.tile(self.labels, 2), self.class_names)
 
 
 class Embeddings(NamedTuple):
@@ -164,9 +172,29 @@ def cell_of(number: Int[Array, ""] | int, options: EmbeddingConfig) -> Int[Array
 
 def embed_datasets(config: Config, encoder_state: EncoderState, datasets: Datasets, mesh: Mesh) -> Embeddings:
     """Embeddings of the bank and of the test images; see `embed_dataset` for the errors raised."""
-    embed, batch_size = make_embed(config, mesh), config.evaluation.embedding_batch_size
-    splits = (("train", datasets.bank), ("test", datasets.test))
-    return Embeddings(*(embed_dataset(embed, encoder_state, split, batch_size, mesh, name) for name, split in splits))
+    embed, splits = make_embed(config, mesh), (("train", datasets.bank), ("test", datasets.test))
+    return Embeddings(
+        *(embed_split(embed, encoder_state, split, config.evaluation, mesh, name) for name, split in splits)
+    )
+
+
+def embed_split(
+    embed: Embed,
+    encoder_state: EncoderState,
+    images: ImageDataset,
+    options: EvaluationConfig,
+    mesh: Mesh,
+    name: str,
+    known: LabelledEmbeddings | None = None,
+) -> LabelledEmbeddings:
+    """Embeddings of all images of a split and, with `mirror`, of the mirrored images. Known ones are kept."""
+    arguments = options.embedding_batch_size, mesh
+    if known is None:
+        known = embed_dataset(embed, encoder_state, images, *arguments, name)
+    if options.mirror and known.mirrored is None:
+        mirrored = embed_dataset(embed, encoder_state, images.mirrored(), *arguments, f"mirrored {name}")
+        known = known._replace(mirrored=mirrored.embeddings)
+    return known
 
 
 def embed_dataset(

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.command_options import EvaluateOptions, MeasuredData
 from empssl_jax.config.errors import DivergenceError, require
-from empssl_jax.data.datasets import Datasets, load_datasets, load_datasets_for_pictures
+from empssl_jax.data.datasets import SPLITS, Datasets, load_datasets, load_datasets_for_pictures
 from empssl_jax.evaluation.accuracy import print_unknown_classes, top_k_accuracy
 from empssl_jax.evaluation.effective_rank import spectrum
 from empssl_jax.evaluation.embedding_files import load_both_embeddings
@@ -61,7 +61,7 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
         remedy = "they are measured as they are, so leave out --dataset and its options, or --embeddings"
         require(options.data == MeasuredData(), "embeddings", options.embeddings, remedy)
         load_results(folder)  # raises an error for a damaged file before the work begins
-        return _measure(folder, load_both_embeddings(folder), Config(evaluation=options.evaluation), mesh)
+        return _measure(folder, _given_embeddings(folder, options), Config(evaluation=options.evaluation), mesh)
     folder = Path(options.workdir)
     trained = load_config(folder)
     options.evaluation.require_patches()
@@ -84,6 +84,15 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
             is_own = measured.name is None
             write_report(folder, config if is_own else own, datasets if is_own else load_datasets_for_pictures(own))
         return results
+
+
+def _given_embeddings(folder: Path, options: EvaluateOptions) -> Embeddings:
+    """The embeddings of a folder; raises UserError if they cannot be read or lack those of mirrored images."""
+    embeddings = load_both_embeddings(folder)
+    for split, name in zip(embeddings, SPLITS, strict=True):
+        remedy = f"{folder / name}.npz has no array named mirrored, so leave it out"
+        require(not options.evaluation.mirror or split.mirrored is not None, "mirror", True, remedy)
+    return embeddings
 
 
 def _measure(
@@ -171,7 +180,7 @@ def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) ->
     bank, test = labelled(embeddings.bank), labelled(embeddings.test)
     if config.whiten:  # before the choice of labels, since it uses none: few images would give a poor covariance
         bank, test = whitened(bank, test)
-    bank = chosen_embeddings(bank, config)
+    bank = chosen_embeddings(bank, config).with_mirrored()
     scores = sharded_knn_scores(
         mesh,
         test.embeddings,
@@ -197,7 +206,7 @@ def measure_linear(embeddings: Embeddings, config: EvaluationConfig, seed: int, 
     Raises:
         DivergenceError: the classifier's logits are not finite after the last epoch.
     """
-    bank, test = chosen_embeddings(embeddings.bank, config), labelled(embeddings.test)
+    bank, test = chosen_embeddings(embeddings.bank, config).with_mirrored(), labelled(embeddings.test)
     top1, top5 = linear_accuracy(classifier_key(seed), bank, test, config, mesh)
     if not np.isfinite(top1[-1]):
         rate = config.linear_learning_rate

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from empssl_jax.config import LabelConfig
+from empssl_jax.config import EvaluationConfig, LabelConfig
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings, labelled
 from empssl_jax.method.random_keys import label_choice_key
 
@@ -34,8 +34,10 @@ def chosen_rows(labels: Int[np.ndarray, " N"], options: LabelConfig) -> Int[np.n
     return random_of_each_class(label_choice_key(options.label_seed), labels, options.label_fraction)
 
 
-def chosen_embeddings(bank: LabelledEmbeddings, options: LabelConfig) -> LabelledEmbeddings:
-    """The embeddings of the labelled images that the options choose."""
+def chosen_embeddings(bank: LabelledEmbeddings, options: EvaluationConfig) -> LabelledEmbeddings:
+    """The embeddings of the labelled images that the options choose and, with `mirror`, of the same images mirrored."""
+    if not options.mirror:
+        bank = bank._replace(mirrored=None)
     if options.label_fraction == 1:
         return labelled(bank)  # copies nothing where all images have a label
     return bank.take(chosen_rows(bank.labels, options))

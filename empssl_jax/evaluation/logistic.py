@@ -12,13 +12,15 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from empssl_jax.evaluation.accuracy import classifier_accuracy
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
+from empssl_jax.evaluation.whitening import apply_whitening, learn_whitening, without_whitening
 from empssl_jax.run_folder.results import Accuracy
 from empssl_jax.runtime.devices import replicated, split_images, to_devices
 
 # From strong to weak: the search for each solution begins at the one before.
-PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 HELD_OUT = 10  # one training image out of so many helps to choose the penalty
 MAX_STEPS = 100
+WHITENED_AT_ONCE = 10_000  # images
 TOLERANCE = 1e-3  # the gradient's norm at the solution, as a fraction of its norm where all parameters are 0
 
 Params = dict[str, Float[Array | np.ndarray, "..."]]  # "kernel" (E, C) and "bias" (C,)
@@ -40,45 +42,67 @@ class Classifier(NamedTuple):
     scale: Float[np.ndarray, " E"]
     kernel: Float[np.ndarray, "E C"]
     bias: Float[np.ndarray, " C"]
-    penalty: float
 
     def logits(self, embeddings: Float[np.ndarray, "N E"]) -> Float[np.ndarray, "N C"]:
         """The score of each class."""
         return (embeddings - self.mean) / self.scale @ self.kernel + self.bias
 
 
+class Fitted(NamedTuple):
+    """A classifier and how it was chosen."""
+
+    classifier: Classifier
+    penalty: float
+    held_out_accuracy: float
+
+
 def logistic_accuracy(train: LabelledEmbeddings, test: LabelledEmbeddings, mesh: Mesh) -> Accuracy:
-    """Accuracy of logistic regression on standardised embeddings, and the chosen L2 penalty; see `fit_classifier`."""
-    classifier = fit_classifier(train, mesh)
-    accuracy = classifier_accuracy(classifier.logits(test.embeddings), test.labels, train.labels)
-    return accuracy | {"penalty": classifier.penalty}
+    """Accuracy of logistic regression, its L2 penalty, and whether the penalty applies to whitened embeddings.
+
+    The held-out images of `fit_classifier` decide whether it does. Whitening helps where embeddings have many
+    dimensions and most images a label, and harms where few have one. If the classifier learns from mirrored images, the
+    scores of each test image and of its mirror image are added.
+    """
+    standardised, whitened = (fit_classifier(train, mesh, whiten) for whiten in (False, True))
+    best = max(standardised, whitened, key=lambda fitted: fitted.held_out_accuracy)
+    scores = best.classifier.logits(test.embeddings)
+    if train.mirrored is not None and test.mirrored is not None:
+        scores += best.classifier.logits(test.mirrored)
+    accuracy = classifier_accuracy(scores, test.labels, train.labels)
+    return accuracy | {"penalty": best.penalty, "whitened": best is whitened}
 
 
-def fit_classifier(train: LabelledEmbeddings, mesh: Mesh) -> Classifier:
-    """Logistic regression on standardised embeddings.
+def fit_classifier(train: LabelledEmbeddings, mesh: Mesh, whiten: bool = False) -> Fitted:
+    """Logistic regression on standardised embeddings, of mirrored images too if there are any.
 
-    Every tenth training image, class by class, is held out; of fewer than ten images, none is, and all are both learned
-    and tested. From the strongest penalty on, the next one is tried until the accuracy on the held-out images falls;
-    then the classifier is fitted to all training images. L-BFGS solves the convex problem, so nothing is drawn at
-    random.
+    Every tenth training image, class by class, is held out, with its mirror image; of fewer than ten images, none is,
+    and all are both learned and tested. From the strongest penalty on, the next one is tried until the accuracy on the
+    held-out images falls; then the classifier is fitted to all training images. L-BFGS solves the convex problem, so
+    nothing is drawn at random.
 
     Args:
         train: embeddings to learn from; they are split over the devices.
         mesh: the devices.
+        whiten: the penalty is on the kernel that whitened embeddings would have, see `learn_whitening`.
     """
-    mean, deviation = np.mean(train.embeddings, axis=0), np.std(train.embeddings, axis=0)
+    size, (bank, labels, *_) = len(train.labels), train.with_mirrored()
+    mean, deviation = np.mean(bank, axis=0), np.std(bank, axis=0)
     # Rounding can give a dimension that does not vary a tiny deviation, but no range. Where the squares of a range are
     # too small for float32, the deviation is 0.
-    scale = np.where((np.ptp(train.embeddings, axis=0) > 0) & (deviation > 0), deviation, 1.0)
-    bank = (train.embeddings - mean) / scale
-    everything = np.ones(len(bank), bool)
+    scale = np.where((np.ptp(bank, axis=0) > 0) & (deviation > 0), deviation, 1.0)
+    bank = bank - mean
+    bank /= scale  # in place, as below, because the bank can fill much of the memory
+    whitening = learn_whitening(bank[:size]) if whiten else None
+    if whitening is not None:
+        for part in np.array_split(bank, -(-len(bank) // WHITENED_AT_ONCE)):
+            part[:] = apply_whitening(whitening, part)
     # Class by class: among images whose classes alternate, every tenth could be of one class.
     held_out = np.argsort(train.labels, kind="stable")[HELD_OUT - 1 :: HELD_OUT]
-    kept = np.isin(np.arange(len(bank)), held_out, invert=True)
+    kept = np.isin(np.arange(len(bank)) % size, held_out, invert=True)
     if len(held_out) == 0:
-        held_out = np.arange(len(bank))
+        held_out = np.arange(size)
     best, penalty, start = -1.0, PENALTIES[0], _zeros(bank.shape[1], train.num_classes)
-    examples = to_examples(bank, train.labels, kept, mesh)
+    examples = to_examples(bank, labels, kept, mesh)
     for candidate in PENALTIES:
         params = fit(start, examples, candidate, mesh)
         scores = bank[held_out] @ params["kernel"] + params["bias"]
@@ -86,8 +110,12 @@ def fit_classifier(train: LabelledEmbeddings, mesh: Mesh) -> Classifier:
         if accuracy < best:
             break
         best, penalty, start = accuracy, candidate, params
-    params = fit(start, examples._replace(weights=_split(everything, np.float32, mesh)), penalty, mesh)
-    return Classifier(mean, scale, np.asarray(params["kernel"]), np.asarray(params["bias"]), penalty)
+    everything = _split(np.ones(len(bank)), np.float32, mesh)
+    params = fit(start, examples._replace(weights=everything), penalty, mesh)
+    kernel, bias = params["kernel"], params["bias"]
+    if whitening is not None:
+        kernel, bias = without_whitening(whitening, kernel, bias)
+    return Fitted(Classifier(mean, scale, np.asarray(kernel), np.asarray(bias)), penalty, best)
 
 
 def _zeros(dim: int, num_classes: int) -> Params:
@@ -103,8 +131,9 @@ def to_examples(
 
 
 def _split(array: Shaped[np.ndarray, "N *rest"], dtype: type, mesh: Mesh) -> Shaped[Array, "M *rest"]:
-    padding = [(0, -len(array) % mesh.size)] + [(0, 0)] * (array.ndim - 1)
-    return to_devices(np.pad(array, padding).astype(dtype), split_images(mesh))
+    if missing := -len(array) % mesh.size:
+        array = np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+    return to_devices(array.astype(dtype, copy=False), split_images(mesh))
 
 
 def fit(start: Params, examples: Examples, penalty: float, mesh: Mesh) -> Params:

@@ -10,7 +10,7 @@ from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.datasets import Datasets, ImageDataset, spread
 from empssl_jax.evaluation.embedding_files import read_origin, read_split, save_embeddings
-from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_dataset, make_embed
+from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_split, make_embed
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.run_folder.digests import array_digests, text_digest
 from empssl_jax.runtime.distributed import is_first_process
@@ -25,16 +25,15 @@ def run_embeddings(config: Config, encoder: EncoderState, datasets: Datasets, me
     Those in the folder's train.npz and test.npz are read if they are of the same encoder, images and options.
     Otherwise they are computed and written there; see `embed_dataset` for the errors raised.
     """
-    embed, options = make_embed(config, mesh), config.evaluation
+    embed = make_embed(config, mesh)
     encoder_digest = text_digest(array_digests(encoder))
     splits = []
     for name, images in (("train", datasets.bank), ("test", datasets.test)):
         path, origin = folder / f"{name}.npz", _origin(config, encoder_digest, images)
-        split = _saved(path, origin, images)
-        if split is None:
-            split = embed_dataset(embed, encoder, images, options.embedding_batch_size, mesh, name)
-            if is_first_process():
-                save_embeddings(path, split, origin)
+        saved = _saved(path, origin, images)
+        split = embed_split(embed, encoder, images, config.evaluation, mesh, name, saved)
+        if split is not saved and is_first_process():
+            save_embeddings(path, split, origin)
         splits.append(split)
     return Embeddings(*splits)
 
@@ -44,11 +43,11 @@ def _saved(path: Path, origin: str, images: ImageDataset) -> LabelledEmbeddings 
     try:
         if read_origin(path) != origin:
             return None
-        embeddings = read_split(path).embeddings
+        split = read_split(path)
     except UserError:
         return None
     print(f"reading {path}: these images have been embedded before")
-    return LabelledEmbeddings(embeddings, images.labels, images.class_names, images.names)
+    return split._replace(labels=images.labels, class_names=images.class_names, names=images.names)
 
 
 def _origin(config: Config, encoder_digest: str, images: ImageDataset) -> str:

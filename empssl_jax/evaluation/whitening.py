@@ -1,5 +1,7 @@
 """Whitening of embeddings: without it, the few directions of largest variance decide which images are neighbours."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,34 +12,61 @@ from empssl_jax.evaluation.embeddings import LabelledEmbeddings
 SHRINKAGE = 0.1  # kNN accuracy hardly depends on it between 0.03 and 1 (docs/recipe.md)
 
 
+class Whitening(NamedTuple):
+    """An affine map of embeddings; see `learn_whitening`."""
+
+    mean: Float[Array, "1 E"]
+    scale: Float[Array, ""]  # keeps sums of squares from overflowing or underflowing
+    factor: Float[Array, "E E"]  # the Cholesky factor of the scaled embeddings' covariance, with the shrinkage
+
+
 @jax.jit
-def whiten(bank: Float[Array, "N E"], queries: Float[Array, "Q E"]) -> tuple[Float[Array, "N E"], Float[Array, "Q E"]]:
-    """Applies one affine map to both sets. The mapped bank has mean 0 and approximately the identity as covariance.
+def learn_whitening(bank: Float[Array, "N E"]) -> Whitening:
+    """The map that gives a bank of embeddings mean 0 and approximately the identity as covariance.
 
     `SHRINKAGE` times the mean variance is added to the variance of each direction. This limits the amplification of
-    directions in which the bank hardly varies, or does not vary at all because it is small. The map depends on neither
-    labels nor queries.
-
-    Args:
-        bank: embeddings whose mean and covariance are used.
-        queries: other embeddings.
+    directions in which the bank hardly varies, or does not vary at all because it is small.
     """
     mean = jnp.mean(bank, axis=0, keepdims=True)
     spread = jnp.max(jnp.abs(bank - mean))
-    scale = jnp.where(spread > 0, spread, 1.0)  # keeps sums of squares from overflowing or underflowing
+    scale = jnp.where(spread > 0, spread, 1.0)
     centred = (bank - mean) / scale
     covariance = jnp.einsum("ne,nf->ef", centred, centred, precision=jax.lax.Precision.HIGHEST) / len(bank)
     variance = jnp.where(spread > 0, jnp.trace(covariance) / len(covariance), 1.0)
-    factor = jnp.linalg.cholesky(covariance + SHRINKAGE * variance * jnp.eye(len(covariance)))
+    return Whitening(mean, scale, jnp.linalg.cholesky(covariance + SHRINKAGE * variance * jnp.eye(len(covariance))))
 
-    def solve(embeddings: Float[Array, "M E"]) -> Float[Array, "M E"]:
-        # Cosine similarities depend only on the inverse covariance; Cholesky gives its cheapest square root.
-        return jax.scipy.linalg.solve_triangular(factor, ((embeddings - mean) / scale).T, lower=True).T
 
-    return solve(bank), solve(queries)
+@jax.jit
+def apply_whitening(whitening: Whitening, embeddings: Float[Array, "M E"]) -> Float[Array, "M E"]:
+    """The mapped embeddings."""
+    # Cosine similarities depend only on the inverse covariance; Cholesky gives its cheapest square root.
+    centred = (embeddings - whitening.mean) / whitening.scale
+    return jax.scipy.linalg.solve_triangular(whitening.factor, centred.T, lower=True).T
+
+
+@jax.jit
+def without_whitening(
+    whitening: Whitening, kernel: Float[Array, "E C"], bias: Float[Array, " C"]
+) -> tuple[Float[Array, "E C"], Float[Array, " C"]]:
+    """The kernel and bias that give the embeddings the scores that these give to whitened embeddings."""
+    plain = jax.scipy.linalg.solve_triangular(whitening.factor, kernel, lower=True, trans=1) / whitening.scale
+    return plain, bias - whitening.mean[0] @ plain
+
+
+def whiten(
+    bank: Float[Array | np.ndarray, "N E"], queries: Float[Array | np.ndarray, "Q E"]
+) -> tuple[Float[Array, "N E"], Float[Array, "Q E"]]:
+    """Applies the bank's whitening to both sets. It depends on neither labels nor queries."""
+    whitening = learn_whitening(bank)
+    return apply_whitening(whitening, bank), apply_whitening(whitening, queries)
 
 
 def whitened(bank: LabelledEmbeddings, queries: LabelledEmbeddings) -> tuple[LabelledEmbeddings, LabelledEmbeddings]:
-    """`whiten` of labelled embeddings."""
-    white_bank, white_queries = (np.asarray(array) for array in whiten(bank.embeddings, queries.embeddings))
-    return bank._replace(embeddings=white_bank), queries._replace(embeddings=white_queries)
+    """Applies the whitening of the bank's images to all embeddings, those of mirrored images too."""
+    whitening = learn_whitening(bank.embeddings)
+
+    def mapped(split: LabelledEmbeddings) -> LabelledEmbeddings:
+        mirrored = None if split.mirrored is None else np.asarray(apply_whitening(whitening, split.mirrored))
+        return split._replace(embeddings=np.asarray(apply_whitening(whitening, split.embeddings)), mirrored=mirrored)
+
+    return mapped(bank), mapped(queries)

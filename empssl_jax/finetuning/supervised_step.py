@@ -80,7 +80,7 @@ def _parts(params: Params) -> PyTree:
 
 def initial_state(encoder: EncoderState, classifier: Classifier, numbers: Numbers) -> SupervisedState:
     """The state before the first step: a trained encoder, and a classifier of its embeddings."""
-    arrays = {name: jnp.asarray(value) for name, value in classifier._asdict().items() if name != "penalty"}
+    arrays = {name: jnp.asarray(value) for name, value in classifier._asdict().items()}
     params = {"encoder": encoder.params, "classifier": arrays}
     return SupervisedState(jnp.zeros([], jnp.int32), params, encoder.batch_stats, make_optimizer(numbers).init(params))
 

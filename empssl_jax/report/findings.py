@@ -56,10 +56,11 @@ def examine(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> Find
     num_classes = max(bank.num_classes, test.num_classes)
     if config.whiten:
         bank, test = whitened(bank, test)
+    voters = bank.with_mirrored() if config.mirror else bank
     scores = knn_scores(
         jnp.asarray(test.embeddings),
-        jnp.asarray(bank.embeddings),
-        jnp.asarray(bank.labels),
+        jnp.asarray(voters.embeddings),
+        jnp.asarray(voters.labels),
         num_classes=num_classes,
         num_neighbours=config.num_neighbours,
         temperature=config.temperature,
