@@ -132,9 +132,7 @@ def test_files_of_embeddings_may_contain_those_of_mirrored_images(tmp_path):
     assert results["kNN"] == measure_knn(Embeddings(*splits.values()), options, device_mesh())
     save_embeddings(tmp_path / "test.npz", splits["test"]._replace(mirrored=None))
     run_eval("--embeddings", tmp_path, *ARGUMENTS)
-    with pytest.raises(
-        UserError, match=r"^--mirror: True, but .*test.npz has no array named mirrored, so leave it out"
-    ):
+    with pytest.raises(UserError, match=r"^--mirror is True: .*test.npz has no array named mirrored, so leave it out"):
         run_eval("--embeddings", tmp_path, "--mirror", *ARGUMENTS)
 
 
