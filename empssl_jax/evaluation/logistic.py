@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from empssl_jax.evaluation.accuracy import classifier_accuracy
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
-from empssl_jax.evaluation.whitening import apply_whitening, learn_whitening, without_whitening
+from empssl_jax.evaluation.whitening import Whitening, apply_whitening, learn_whitening, without_whitening
 from empssl_jax.run_folder.results import Accuracy
 from empssl_jax.runtime.devices import replicated, split_images, to_devices
 
@@ -21,7 +21,7 @@ PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 HELD_OUT = 10  # one training image out of so many helps to choose the penalty
 MAX_STEPS = 100
 WHITENED_AT_ONCE = 10_000  # images
-TOLERANCE = 1e-3  # the gradient's norm at the solution, as a fraction of its norm where all parameters are 0
+TOLERANCE = 1e-4  # the gradient's norm at the solution, as a fraction of its norm where all parameters are 0
 
 Params = dict[str, Float[Array | np.ndarray, "..."]]  # "kernel" (E, C) and "bias" (C,)
 Carry = tuple[Params, optax.OptState, Float[Array, ""], Int[Array, ""]]  # with the gradient's norm and number of steps
@@ -56,6 +56,18 @@ class Fitted(NamedTuple):
     held_out_accuracy: float
 
 
+class Bank(NamedTuple):
+    """Embeddings to learn from: standardised, and then whitened, because L-BFGS needs fewer steps on those."""
+
+    embeddings: Float[np.ndarray, "N E"]  # of images and then, if there are any, of the same images mirrored
+    labels: Int[np.ndarray, " N"]
+    num_images: int
+    num_classes: int
+    mean: Float[np.ndarray, " E"]
+    scale: Float[np.ndarray, " E"]
+    whitening: Whitening
+
+
 def logistic_accuracy(train: LabelledEmbeddings, test: LabelledEmbeddings, mesh: Mesh) -> Accuracy:
     """Accuracy of logistic regression, its L2 penalty, and whether the penalty applies to whitened embeddings.
 
@@ -63,7 +75,8 @@ def logistic_accuracy(train: LabelledEmbeddings, test: LabelledEmbeddings, mesh:
     dimensions and most images a label, and harms where few have one. If the classifier learns from mirrored images, the
     scores of each test image and of its mirror image are added.
     """
-    standardised, whitened = (fit_classifier(train, mesh, whiten) for whiten in (False, True))
+    bank = make_bank(train)
+    standardised, whitened = (fit_with_best_penalty(bank, mesh, of_whitened) for of_whitened in (False, True))
     best = max(standardised, whitened, key=lambda fitted: fitted.held_out_accuracy)
     scores = best.classifier.logits(test.embeddings)
     if train.mirrored is not None and test.mirrored is not None:
@@ -72,50 +85,59 @@ def logistic_accuracy(train: LabelledEmbeddings, test: LabelledEmbeddings, mesh:
     return accuracy | {"penalty": best.penalty, "whitened": best is whitened}
 
 
-def fit_classifier(train: LabelledEmbeddings, mesh: Mesh, whiten: bool = False) -> Fitted:
-    """Logistic regression on standardised embeddings, of mirrored images too if there are any.
+def fit_classifier(train: LabelledEmbeddings, mesh: Mesh) -> Classifier:
+    """Logistic regression on standardised embeddings; see `fit_with_best_penalty`."""
+    return fit_with_best_penalty(make_bank(train), mesh, of_whitened=False).classifier
 
-    Every tenth training image, class by class, is held out, with its mirror image; of fewer than ten images, none is,
-    and all are both learned and tested. From the strongest penalty on, the next one is tried until the accuracy on the
-    held-out images falls; then the classifier is fitted to all training images. L-BFGS solves the convex problem, so
-    nothing is drawn at random.
 
-    Args:
-        train: embeddings to learn from; they are split over the devices.
-        mesh: the devices.
-        whiten: the penalty is on the kernel that whitened embeddings would have, see `learn_whitening`.
-    """
-    size, (bank, labels, *_) = len(train.labels), train.with_mirrored()
+def make_bank(train: LabelledEmbeddings) -> Bank:
+    """Standardises and whitens embeddings, of mirrored images too if there are any."""
+    bank, labels, *_ = train.with_mirrored()
     mean, deviation = np.mean(bank, axis=0), np.std(bank, axis=0)
     # Rounding can give a dimension that does not vary a tiny deviation, but no range. Where the squares of a range are
     # too small for float32, the deviation is 0.
     scale = np.where((np.ptp(bank, axis=0) > 0) & (deviation > 0), deviation, 1.0)
     bank = bank - mean
     bank /= scale  # in place, as below, because the bank can fill much of the memory
-    whitening = learn_whitening(bank[:size]) if whiten else None
-    if whitening is not None:
-        for part in np.array_split(bank, -(-len(bank) // WHITENED_AT_ONCE)):
-            part[:] = apply_whitening(whitening, part)
+    whitening = Whitening(*map(np.asarray, learn_whitening(bank[: len(train.labels)])))
+    for part in np.array_split(bank, -(-len(bank) // WHITENED_AT_ONCE)):
+        part[:] = apply_whitening(whitening, part)
+    return Bank(bank, labels, len(train.labels), train.num_classes, mean, scale, whitening)
+
+
+def fit_with_best_penalty(bank: Bank, mesh: Mesh, of_whitened: bool) -> Fitted:
+    """Logistic regression with the L2 penalty that held-out images prefer.
+
+    Every tenth image, class by class, is held out, with its mirror image; of fewer than ten images, none is, and all
+    are both learned and tested. From the strongest penalty on, the next one is tried until the accuracy on the held-out
+    images falls; then the classifier is fitted to all images. L-BFGS solves the convex problem, so nothing is drawn at
+    random.
+
+    Args:
+        bank: embeddings to learn from; they are split over the devices.
+        mesh: the devices.
+        of_whitened: the penalty is on the kernel of whitened embeddings instead of standardised ones.
+    """
+    labels = bank.labels[: bank.num_images]
     # Class by class: among images whose classes alternate, every tenth could be of one class.
-    held_out = np.argsort(train.labels, kind="stable")[HELD_OUT - 1 :: HELD_OUT]
-    kept = np.isin(np.arange(len(bank)) % size, held_out, invert=True)
+    held_out = np.argsort(labels, kind="stable")[HELD_OUT - 1 :: HELD_OUT]
+    kept = np.isin(np.arange(len(bank.labels)) % bank.num_images, held_out, invert=True)
     if len(held_out) == 0:
-        held_out = np.arange(size)
-    best, penalty, start = -1.0, PENALTIES[0], _zeros(bank.shape[1], train.num_classes)
-    examples = to_examples(bank, labels, kept, mesh)
+        held_out = np.arange(bank.num_images)
+    penalised = None if of_whitened else bank.whitening
+    best, penalty, start = -1.0, PENALTIES[0], _zeros(bank.embeddings.shape[1], bank.num_classes)
+    examples = to_examples(bank.embeddings, bank.labels, kept, mesh)
     for candidate in PENALTIES:
-        params = fit(start, examples, candidate, mesh)
-        scores = bank[held_out] @ params["kernel"] + params["bias"]
-        accuracy = classifier_accuracy(scores, train.labels[held_out], train.labels)["top1"]
+        params = fit(start, examples, candidate, mesh, penalised)
+        scores = bank.embeddings[held_out] @ params["kernel"] + params["bias"]
+        accuracy = classifier_accuracy(scores, labels[held_out], labels)["top1"]
         if accuracy < best:
             break
         best, penalty, start = accuracy, candidate, params
-    everything = _split(np.ones(len(bank)), np.float32, mesh)
-    params = fit(start, examples._replace(weights=everything), penalty, mesh)
-    kernel, bias = params["kernel"], params["bias"]
-    if whitening is not None:
-        kernel, bias = without_whitening(whitening, kernel, bias)
-    return Fitted(Classifier(mean, scale, np.asarray(kernel), np.asarray(bias)), penalty, best)
+    everything = _split(np.ones(len(bank.labels)), np.float32, mesh)
+    params = fit(start, examples._replace(weights=everything), penalty, mesh, penalised)
+    kernel, bias = map(np.asarray, without_whitening(bank.whitening, params["kernel"], params["bias"]))
+    return Fitted(Classifier(bank.mean, bank.scale, kernel, bias), penalty, best)
 
 
 def _zeros(dim: int, num_classes: int) -> Params:
@@ -136,18 +158,27 @@ def _split(array: Shaped[np.ndarray, "N *rest"], dtype: type, mesh: Mesh) -> Sha
     return to_devices(array.astype(dtype, copy=False), split_images(mesh))
 
 
-def fit(start: Params, examples: Examples, penalty: float, mesh: Mesh) -> Params:
-    """Minimises the mean cross entropy plus penalty / 2 times the kernel's squared norm; returns host arrays."""
-    return jax.tree.map(np.asarray, _fit(start, examples, penalty, mesh))
+def fit(start: Params, examples: Examples, penalty: float, mesh: Mesh, whitening: Whitening | None = None) -> Params:
+    """Minimises the mean cross entropy plus penalty / 2 times the kernel's squared norm; returns host arrays.
+
+    With a whitening, the examples are whitened, and the norm is that of the same classifier's kernel of embeddings that
+    are not.
+    """
+    return jax.tree.map(np.asarray, _fit(start, examples, penalty, whitening, mesh))
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _fit(start: Params, examples: Examples, penalty: Float[Array, ""], mesh: Mesh) -> Params:
+@functools.partial(jax.jit, static_argnums=4)
+def _fit(
+    start: Params, examples: Examples, penalty: Float[Array, ""], whitening: Whitening | None, mesh: Mesh
+) -> Params:
     def objective(params: Params) -> Float[Array, ""]:
+        kernel = params["kernel"]
+        if whitening is not None:
+            kernel, _ = without_whitening(whitening, kernel, params["bias"])
         logits = examples.embeddings @ params["kernel"] + params["bias"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels)
         mean = jnp.sum(losses * examples.weights) / jnp.sum(examples.weights)
-        return mean + penalty / 2 * jnp.sum(params["kernel"] ** 2)
+        return mean + penalty / 2 * jnp.sum(kernel**2)
 
     optimizer = optax.lbfgs()
     limit = TOLERANCE * optax.tree.norm(jax.grad(objective)(jax.tree.map(jnp.zeros_like, start)))

@@ -15,9 +15,9 @@ SHRINKAGE = 0.1  # kNN accuracy hardly depends on it between 0.03 and 1 (docs/re
 class Whitening(NamedTuple):
     """An affine map of embeddings; see `learn_whitening`."""
 
-    mean: Float[Array, "1 E"]
-    scale: Float[Array, ""]  # keeps sums of squares from overflowing or underflowing
-    factor: Float[Array, "E E"]  # the Cholesky factor of the scaled embeddings' covariance, with the shrinkage
+    mean: Float[Array | np.ndarray, "1 E"]
+    scale: Float[Array | np.ndarray, ""]  # keeps sums of squares from overflowing or underflowing
+    factor: Float[Array | np.ndarray, "E E"]  # of Cholesky, of the scaled covariance with the shrinkage
 
 
 @jax.jit
