@@ -71,7 +71,7 @@ class Bank(NamedTuple):
 def logistic_accuracy(train: LabelledEmbeddings, test: LabelledEmbeddings, mesh: Mesh) -> Accuracy:
     """Accuracy of logistic regression, its L2 penalty, and whether the penalty applies to whitened embeddings.
 
-    The held-out images of `fit_classifier` decide whether it does. Whitening helps where embeddings have many
+    The held-out images of `fit_with_best_penalty` decide whether it does. Whitening helps where embeddings have many
     dimensions and most images a label, and harms where few have one. If the classifier learns from mirrored images, the
     scores of each test image and of its mirror image are added.
     """
