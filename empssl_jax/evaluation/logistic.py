@@ -57,7 +57,7 @@ class Fitted(NamedTuple):
 
 
 class Bank(NamedTuple):
-    """Embeddings to learn from: standardised, and then whitened, because L-BFGS needs fewer steps on those."""
+    """Embeddings to learn from: standardised, and then whitened, which saves L-BFGS steps where the penalty is weak."""
 
     embeddings: Float[np.ndarray, "N E"]  # of images and then, if there are any, of the same images mirrored
     labels: Int[np.ndarray, " N"]
