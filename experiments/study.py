@@ -43,7 +43,7 @@ from empssl_jax.runtime.memory import keep_freed_memory
 from experiments.records import RESULTS, accuracies, append_line, checkpoint_embeddings, read_lines
 
 RECIPE = read_config_file("cifar10_best")
-# Without hidden features, which narrow encoders do not gain from, and mirrored images, which all encoders gain from.
+# Without hidden features, which narrow encoders do not gain from, and without mirrored images, which help any encoder.
 RECOMMENDED = dataclasses.replace(
     RECIPE.evaluation, embedded_layer="stages", mirror=False, logistic=False, report=False
 )

@@ -80,8 +80,7 @@ def test_a_dimension_that_does_not_vary_in_training_decides_nothing():
 def test_the_penalty_on_whitened_embeddings_is_that_of_scikit_learn(digits):
     """Embeddings are standardised and then whitened in float64, by eigenvectors."""
     pixels, labels = digits[0][:600], digits[1][:600]
-    bank = logistic.make_bank(LabelledEmbeddings(pixels, labels, NAMES))
-    fitted = logistic.fit_with_best_penalty(bank, device_mesh(1), of_whitened=True)
+    fitted = logistic.fit_classifier(LabelledEmbeddings(pixels, labels, NAMES), device_mesh(1), ["whitened"])
     deviation = pixels.std(axis=0)
     x = (np.float64(pixels) - pixels.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
     variances, directions = np.linalg.eigh(np.cov(x.T, bias=True))
@@ -102,7 +101,7 @@ def test_held_out_images_choose_between_standardised_and_whitened_embeddings(see
     noise = random.standard_normal((200, 40))
     bank = LabelledEmbeddings(np.float32(noise + 0.3 * signs[:, None]), labels, NAMES[:2])
     mesh = device_mesh(1)
-    fits = [logistic.fit_with_best_penalty(logistic.make_bank(bank), mesh, whiten) for whiten in (False, True)]
+    fits = [logistic.fit_classifier(bank, mesh, [kernel]) for kernel in ("standardised", "whitened")]
     accuracy = logistic.logistic_accuracy(bank, bank, mesh)
     best = fits[True].held_out_accuracy > fits[False].held_out_accuracy
     assert accuracy["whitened"] == best

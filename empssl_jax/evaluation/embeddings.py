@@ -42,6 +42,10 @@ class LabelledEmbeddings(NamedTuple):
         names, mirrored = (None if array is None else array[rows] for array in (self.names, self.mirrored))
         return LabelledEmbeddings(self.embeddings[rows], self.labels[rows], self.class_names, names, mirrored)
 
+    def keep_mirrored(self, wanted: bool) -> "LabelledEmbeddings":
+        """The embeddings, without those of mirrored images unless these are wanted."""
+        return self if wanted else self._replace(mirrored=None)
+
     def with_mirrored(self) -> "LabelledEmbeddings":
         """The embeddings and then those of the mirrored images, if there are any, with the same labels again."""
         if self.mirrored is None:

@@ -177,7 +177,7 @@ def knn_results(name: str, embeddings: Embeddings, config: EvaluationConfig, mes
 
 def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> Accuracy:
     """Accuracy of weighted kNN on the labelled test embeddings."""
-    bank, test = labelled(embeddings.bank), labelled(embeddings.test)
+    bank, test = labelled(embeddings.bank).keep_mirrored(config.mirror), labelled(embeddings.test).keep_mirrored(False)
     if config.whiten:  # before the choice of labels, since it uses none: few images would give a poor covariance
         bank, test = whitened(bank, test)
     bank = chosen_embeddings(bank, config).with_mirrored()

@@ -36,8 +36,7 @@ def chosen_rows(labels: Int[np.ndarray, " N"], options: LabelConfig) -> Int[np.n
 
 def chosen_embeddings(bank: LabelledEmbeddings, options: EvaluationConfig) -> LabelledEmbeddings:
     """The embeddings of the labelled images that the options choose and, with `mirror`, of the same images mirrored."""
-    if not options.mirror:
-        bank = bank._replace(mirrored=None)
+    bank = bank.keep_mirrored(options.mirror)
     if options.label_fraction == 1:
         return labelled(bank)  # copies nothing where all images have a label
     return bank.take(chosen_rows(bank.labels, options))

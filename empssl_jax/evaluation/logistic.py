@@ -1,7 +1,8 @@
 """Multinomial logistic regression on frozen embeddings, with the L2 penalty that held-out training images prefer."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ MAX_STEPS = 100
 WHITENED_AT_ONCE = 10_000  # images
 TOLERANCE = 1e-4  # the gradient's norm at the solution, as a fraction of its norm where all parameters are 0
 
+Kernel = Literal["standardised", "whitened"]  # which embeddings it multiplies
 Params = dict[str, Float[Array | np.ndarray, "..."]]  # "kernel" (E, C) and "bias" (C,)
 Carry = tuple[Params, optax.OptState, Float[Array, ""], Int[Array, ""]]  # with the gradient's norm and number of steps
 
@@ -48,46 +50,75 @@ class Classifier(NamedTuple):
         return (embeddings - self.mean) / self.scale @ self.kernel + self.bias
 
 
-class Fitted(NamedTuple):
-    """A classifier and how it was chosen."""
-
-    classifier: Classifier
-    penalty: float
-    held_out_accuracy: float
-
-
 class Bank(NamedTuple):
     """Embeddings to learn from: standardised, and then whitened, which saves L-BFGS steps where the penalty is weak."""
 
     embeddings: Float[np.ndarray, "N E"]  # of images and then, if there are any, of the same images mirrored
     labels: Int[np.ndarray, " N"]
-    num_images: int
     num_classes: int
     mean: Float[np.ndarray, " E"]
     scale: Float[np.ndarray, " E"]
     whitening: Whitening
 
 
-def logistic_accuracy(train: LabelledEmbeddings, test: LabelledEmbeddings, mesh: Mesh) -> Accuracy:
-    """Accuracy of logistic regression, its L2 penalty, and whether the penalty applies to whitened embeddings.
+class Solution(NamedTuple):
+    """The best of the tried penalties, and its solution without the held-out images."""
 
-    The held-out images of `fit_with_best_penalty` decide whether it does. Whitening helps where embeddings have many
-    dimensions and most images a label, and harms where few have one. If the classifier learns from mirrored images, the
-    scores of each test image and of its mirror image are added.
+    held_out_accuracy: float
+    penalty: float
+    params: Params
+
+
+class Fitted(NamedTuple):
+    """A classifier, and the penalty and kernel that the held-out images chose."""
+
+    classifier: Classifier
+    penalty: float
+    penalised: Kernel
+    held_out_accuracy: float
+
+
+def logistic_accuracy(train: LabelledEmbeddings, test: LabelledEmbeddings, mesh: Mesh) -> Accuracy:
+    """Accuracy of logistic regression, its L2 penalty, and whether the penalty is on the kernel of whitened embeddings.
+
+    Whitening helps where embeddings have many dimensions and most images a label, and harms where few have one. If the
+    classifier learns from mirrored images, the scores of each test image and of its mirror image are added.
+    """
+    fitted = fit_classifier(train, mesh, kernels=("standardised", "whitened"))
+    scores = fitted.classifier.logits(test.embeddings)
+    if train.mirrored is not None and test.mirrored is not None:
+        scores += fitted.classifier.logits(test.mirrored)
+    accuracy = classifier_accuracy(scores, test.labels, train.labels)
+    return accuracy | {"penalty": fitted.penalty, "whitened": fitted.penalised == "whitened"}
+
+
+def fit_classifier(train: LabelledEmbeddings, mesh: Mesh, kernels: Sequence[Kernel] = ("standardised",)) -> Fitted:
+    """Logistic regression with the L2 penalty that held-out images prefer.
+
+    Every tenth image, class by class, is held out, with its mirror image; of fewer than ten images, none is, and all
+    are both learned and tested. The accuracy on the held-out images decides which kernel is penalised, and how much;
+    then the classifier is fitted to all images. L-BFGS solves the convex problems, so nothing is drawn at random.
+
+    Args:
+        train: embeddings to learn from; they are split over the devices.
+        mesh: the devices.
+        kernels: those that may be penalised.
     """
     bank = make_bank(train)
-    standardised, whitened = (fit_with_best_penalty(bank, mesh, of_whitened) for of_whitened in (False, True))
-    best = max(standardised, whitened, key=lambda fitted: fitted.held_out_accuracy)
-    scores = best.classifier.logits(test.embeddings)
-    if train.mirrored is not None and test.mirrored is not None:
-        scores += best.classifier.logits(test.mirrored)
-    accuracy = classifier_accuracy(scores, test.labels, train.labels)
-    return accuracy | {"penalty": best.penalty, "whitened": best is whitened}
-
-
-def fit_classifier(train: LabelledEmbeddings, mesh: Mesh) -> Classifier:
-    """Logistic regression on standardised embeddings; see `fit_with_best_penalty`."""
-    return fit_with_best_penalty(make_bank(train), mesh, of_whitened=False).classifier
+    # Class by class: among images whose classes alternate, every tenth could be of one class.
+    held_out = np.argsort(train.labels, kind="stable")[HELD_OUT - 1 :: HELD_OUT]
+    kept = np.isin(np.arange(len(bank.labels)) % len(train.labels), held_out, invert=True)
+    examples = to_examples(bank.embeddings, bank.labels, kept, mesh)
+    tested = held_out if len(held_out) else np.arange(len(train.labels))
+    whitenings = {"standardised": bank.whitening, "whitened": None}  # as `fit` takes them
+    solutions = {kernel: search(bank, examples, tested, whitenings[kernel], mesh) for kernel in kernels}
+    penalised = max(kernels, key=lambda kernel: solutions[kernel].held_out_accuracy)
+    held_out_accuracy, penalty, start = solutions[penalised]
+    everything = examples._replace(weights=_split(np.ones(len(bank.labels)), np.float32, mesh))
+    params = fit(start, everything, penalty, mesh, whitenings[penalised])
+    kernel, bias = map(np.asarray, without_whitening(bank.whitening, params["kernel"], params["bias"]))
+    classifier = Classifier(bank.mean, bank.scale, kernel, bias)
+    return Fitted(classifier, penalty, penalised, held_out_accuracy)
 
 
 def make_bank(train: LabelledEmbeddings) -> Bank:
@@ -102,42 +133,23 @@ def make_bank(train: LabelledEmbeddings) -> Bank:
     whitening = Whitening(*map(np.asarray, learn_whitening(bank[: len(train.labels)])))
     for part in np.array_split(bank, -(-len(bank) // WHITENED_AT_ONCE)):
         part[:] = apply_whitening(whitening, part)
-    return Bank(bank, labels, len(train.labels), train.num_classes, mean, scale, whitening)
+    return Bank(bank, labels, train.num_classes, mean, scale, whitening)
 
 
-def fit_with_best_penalty(bank: Bank, mesh: Mesh, of_whitened: bool) -> Fitted:
-    """Logistic regression with the L2 penalty that held-out images prefer.
-
-    Every tenth image, class by class, is held out, with its mirror image; of fewer than ten images, none is, and all
-    are both learned and tested. From the strongest penalty on, the next one is tried until the accuracy on the held-out
-    images falls; then the classifier is fitted to all images. L-BFGS solves the convex problem, so nothing is drawn at
-    random.
-
-    Args:
-        bank: embeddings to learn from; they are split over the devices.
-        mesh: the devices.
-        of_whitened: the penalty is on the kernel of whitened embeddings instead of standardised ones.
-    """
-    labels = bank.labels[: bank.num_images]
-    # Class by class: among images whose classes alternate, every tenth could be of one class.
-    held_out = np.argsort(labels, kind="stable")[HELD_OUT - 1 :: HELD_OUT]
-    kept = np.isin(np.arange(len(bank.labels)) % bank.num_images, held_out, invert=True)
-    if len(held_out) == 0:
-        held_out = np.arange(bank.num_images)
-    penalised = None if of_whitened else bank.whitening
-    best, penalty, start = -1.0, PENALTIES[0], _zeros(bank.embeddings.shape[1], bank.num_classes)
-    examples = to_examples(bank.embeddings, bank.labels, kept, mesh)
-    for candidate in PENALTIES:
-        params = fit(start, examples, candidate, mesh, penalised)
-        scores = bank.embeddings[held_out] @ params["kernel"] + params["bias"]
-        accuracy = classifier_accuracy(scores, labels[held_out], labels)["top1"]
-        if accuracy < best:
+def search(
+    bank: Bank, examples: Examples, tested: Int[np.ndarray, " K"], whitening: Whitening | None, mesh: Mesh
+) -> Solution:
+    """Tries penalties, from the strongest one on, until the accuracy on the tested images falls; see `fit`."""
+    embeddings, labels = bank.embeddings[tested], bank.labels[tested]
+    best = Solution(-1.0, PENALTIES[0], _zeros(bank.embeddings.shape[1], bank.num_classes))
+    for penalty in PENALTIES:
+        params = fit(best.params, examples, penalty, mesh, whitening)
+        scores = embeddings @ params["kernel"] + params["bias"]
+        accuracy = classifier_accuracy(scores, labels, bank.labels)["top1"]
+        if accuracy < best.held_out_accuracy:
             break
-        best, penalty, start = accuracy, candidate, params
-    everything = _split(np.ones(len(bank.labels)), np.float32, mesh)
-    params = fit(start, examples._replace(weights=everything), penalty, mesh, penalised)
-    kernel, bias = map(np.asarray, without_whitening(bank.whitening, params["kernel"], params["bias"]))
-    return Fitted(Classifier(bank.mean, bank.scale, kernel, bias), penalty, best)
+        best = Solution(accuracy, penalty, params)
+    return best
 
 
 def _zeros(dim: int, num_classes: int) -> Params:

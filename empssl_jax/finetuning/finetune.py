@@ -91,7 +91,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Accuracy]:
         print(f"fine-tuning step {encoder.step} of {run} on {len(rows.train)} labelled images")
         print_unknown_classes(bank.labels[rows.train], datasets.test.labels[rows.test], datasets.test.class_names)
         labelled = LabelledEmbeddings(embed(encoder.state, bank, rows.train), bank.labels[rows.train], bank.class_names)
-        state = initial_state(encoder.state, fit_classifier(labelled, mesh), numbers)
+        state = initial_state(encoder.state, fit_classifier(labelled, mesh).classifier, numbers)
         measure = _make_measure(embed, labelled.labels)
         tuned, last = _fit(config, options, bank, rows, numbers, state, measure, mesh)
         accuracies = {

@@ -52,11 +52,11 @@ def examine(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> Find
         config: the options of kNN and whitening.
         seed: seed of the maps.
     """
-    bank, test = embeddings
+    bank, test = embeddings.bank.keep_mirrored(config.mirror), embeddings.test.keep_mirrored(False)
     num_classes = max(bank.num_classes, test.num_classes)
     if config.whiten:
         bank, test = whitened(bank, test)
-    voters = bank.with_mirrored() if config.mirror else bank
+    voters = bank.with_mirrored()
     scores = knn_scores(
         jnp.asarray(test.embeddings),
         jnp.asarray(voters.embeddings),
