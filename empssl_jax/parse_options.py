@@ -60,7 +60,10 @@ def parse_evaluations(arguments: Sequence[str], prog: str = "empssl eval") -> li
     if len(chosen.workdir) == 1:
         return [parse_evaluate_options(arguments, prog)]
     runs = _runs_among(chosen.workdir, "--workdir")
-    return [parse_evaluate_options([*rest, "--workdir", folder], prog, is_alone=False) for folder in runs]
+    options = [parse_evaluate_options([*rest, "--workdir", folder], prog, is_alone=False) for folder in runs]
+    given, remedy = options[0].embeddings, "they are measured as they are, so leave out --workdir, or --embeddings"
+    require(given is None, "embeddings", given, remedy)
+    return options
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from empssl_jax.report.write_report import try_to_report
 from empssl_jax.run_folder import loggers, saved_config
 from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.run_folder.metrics import MetricsWriter
-from empssl_jax.run_folder.results import add_results, format_table, load_results, of_embeddings
+from empssl_jax.run_folder.results import add_results, drop_results, format_table, load_results, recorded
 from empssl_jax.run_folder.workdir import locked, storage_errors
 from empssl_jax.runtime import interruption, profiling
 from empssl_jax.runtime.devices import device_mesh, replicated, to_devices
@@ -58,7 +58,7 @@ def train(config: Config) -> None:
         if first_step == 0:  # the steps that are left may be too few, and the run resumes without a trace
             _check_profile(config, steps.last)
         with storage_errors(workdir):
-            _complete_run(config, datasets, steps, mesh, workdir)
+            _complete_run(config, datasets, first_step, steps, mesh, workdir)
 
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -76,24 +76,45 @@ def _count_steps(config: Config, dataset: ImageDataset) -> Steps:
     return Steps(per_epoch, count_all_steps(per_epoch, config.training.max_epochs))
 
 
-def _complete_run(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: Path) -> None:
+def _complete_run(config: Config, datasets: Datasets, first_step: int, steps: Steps, mesh: Mesh, workdir: Path) -> None:
     """Saves the config, measures the untrained baseline, trains, then embeds, measures and reports, as configured."""
     if is_first_process():
-        saved_config.save_config(workdir, config)
         num_train, size, *_ = datasets.train.images.shape
         images = saved_config.SavedImages(size, folder_fingerprints(config.data), num_train)
+        _drop_results_of_others(workdir, config, images, first_step)
+        saved_config.save_config(workdir, config)
         saved_config.save_images(workdir, images)
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         measure_untrained(config, datasets, mesh, workdir)
     encoder = _fit(config, datasets, steps, mesh, workdir)
+    if first_step < steps.last:
+        drop_results(
+            workdir, lambda result: result.get("step", steps.last) != steps.last, "results of earlier checkpoints"
+        )
     if config.evaluation.valid_patches > 0:
-        embeddings = run_embeddings(config, encoder, datasets, mesh, workdir / "embeddings")
-        measured = of_embeddings(config.evaluation.embeddings, measure_rank(embeddings))
-        if have_labels(embeddings):
-            measured |= knn_results("kNN", embeddings, config.evaluation, mesh)
-        print(format_table(add_results(workdir, measured)))
+        _measure(config, encoder, datasets, mesh, workdir)
     if config.evaluation.report:
         try_to_report(workdir, config, datasets)
+
+
+def _drop_results_of_others(workdir: Path, config: Config, images: saved_config.SavedImages, first_step: int) -> None:
+    """Drops results of a run that left no checkpoint, and of other test images than the run has now."""
+    if first_step == 0:
+        drop_results(workdir, lambda result: True, "results of a run that left no checkpoint")
+        return
+    saved, fingerprints = saved_config.load_config(workdir).data, saved_config.load_saved_images(workdir).fingerprints
+    now = config.data.test_split, config.data.test_images_per_class, images.fingerprints
+    if now != (saved.test_split, saved.test_images_per_class, fingerprints):
+        drop_results(workdir, lambda result: "dataset" not in result, "results of other test images")
+
+
+def _measure(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh, workdir: Path) -> None:
+    """Embeds the images, measures the effective rank and kNN, and adds both to results.json."""
+    embeddings = run_embeddings(config, encoder, datasets, mesh, workdir / "embeddings")
+    measured = recorded(measure_rank(embeddings), embeddings=config.evaluation.embeddings)
+    if have_labels(embeddings):
+        measured |= knn_results("kNN", embeddings, config.evaluation, mesh)
+    print(format_table(add_results(workdir, measured)))
 
 
 def _check_devices(config: Config, mesh: Mesh) -> None:

@@ -156,6 +156,19 @@ def test_a_data_set_for_given_embeddings_is_refused(embeddings_folder):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": 3}, "--step is 3: leave it out, since --embeddings are measured as they are"),
+        ({"workdir": "runs/a"}, "--workdir is 'runs/a': leave it out"),
+        ({"evaluation": EvaluationConfig(valid_patches=16)}, "--valid-patches is 16: leave it out"),
+    ],
+)
+def test_options_of_a_run_for_given_embeddings_are_refused(embeddings_folder, options, message):
+    with pytest.raises(UserError, match=message):
+        evaluation.evaluate(EvaluateOptions(embeddings=str(embeddings_folder), **options), lambda *_: None)
+
+
+@pytest.mark.parametrize(
     "content",
     [
         b'{"kNN": 3}',

@@ -14,7 +14,7 @@ from empssl_jax.evaluation import comparison
 from empssl_jax.evaluation import evaluate as evaluation
 from empssl_jax.parse_options import parse_evaluations
 from empssl_jax.run_folder import saved_config
-from empssl_jax.run_folder.results import add_results, load_results, of_embeddings, on_dataset
+from empssl_jax.run_folder.results import add_results, load_results, on_dataset, recorded
 
 KNN = {0: (0.30, 0.80), 1: (0.34, 0.84), 2: (0.44, 0.88)}  # top-1 and top-5 by seed
 
@@ -44,6 +44,26 @@ def no_evaluation(monkeypatch):
 
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_an_error_of_one_process_of_several_ends_the_comparison(tmp_path, monkeypatch):
+    """The other processes may not have met it, and would wait for ever if this one went on to the next run."""
+
+    def fail(options, write_report):
+        raise UserError(f"{options.workdir} is in use")
+
+    folders = [write_run(tmp_path / name, 1, 0.3, 0.8, linear=False) for name in "ab"]
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    for processes, message in ((1, "2 of 2 runs could not be measured"), (2, f"{folders[0]} is in use")):
+        monkeypatch.setattr("jax.process_count", lambda number=processes: number)
+        with pytest.raises(UserError, match=message):
+            compare(*folders)
+
+
+def test_given_embeddings_and_several_runs_are_refused(tmp_path):
+    folders = [write_run(tmp_path / name, 1, 0.3, 0.8) for name in "ab"]
+    with pytest.raises(UserError, match=r"^--embeddings is 'e': they are measured as they are, so leave out --workdir"):
+        compare(*folders, options=["--embeddings", "e"])
 
 
 def test_mean_and_spread_over_seeds(tmp_path, no_evaluation, capsys):
@@ -107,12 +127,12 @@ def test_only_missing_results_and_changed_options_are_measured(tmp_path, no_eval
 def test_results_of_other_embeddings_are_measured_again(tmp_path, no_evaluation):
     folders = [write_run(tmp_path / name, 0, 0.5, 0.9) for name in ("a", "b")]
     for folder, options in zip(folders, (EvaluationConfig(), EvaluationConfig(whiten=True)), strict=True):
-        add_results(Path(folder), of_embeddings(options.embeddings, {"kNN": {"top1": 0.5, "top5": 0.9}}))
+        add_results(Path(folder), recorded({"kNN": {"top1": 0.5, "top5": 0.9}}, embeddings=options.embeddings))
     compare(*folders)
     assert [options.workdir for options in no_evaluation] == folders[1:]
     # Without a linear classifier, a linear accuracy of other embeddings is neither shown nor measured again.
     old = {"linear": {"top1": 0.6, "top5": 1.0}}
-    add_results(Path(folders[0]), of_embeddings(EvaluationConfig(whiten=True).embeddings, old))
+    add_results(Path(folders[0]), recorded(old, embeddings=EvaluationConfig(whiten=True).embeddings))
     config = Config(evaluation=EvaluationConfig(linear_epochs=0))
     saved_config.save_config(Path(folders[0]), config)
     no_evaluation.clear()

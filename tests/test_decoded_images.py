@@ -100,6 +100,20 @@ def test_other_images_are_decoded_and_replace_those_of_the_same_location(stored,
     assert len(entries(tmp_path)) == files
 
 
+def test_a_killed_command_leaves_no_index_of_other_images(stored, tmp_path, monkeypatch):
+    """The new images have the number and sizes of the old ones, which they have just replaced."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    others = [png(pixels(1000 + i)) for i in range(100)]
+    monkeypatch.setattr(image_store, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        load_images(source_of(others, fingerprint="2"), None, str(tmp_path))
+    monkeypatch.undo()
+    np.testing.assert_array_equal(load_images(source_of(CONTENTS), None, str(tmp_path)).images[3], pixels(3))
+
+
 def cut(folder):
     (folder / "images").write_bytes((folder / "images").read_bytes()[:-1])
 

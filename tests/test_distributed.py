@@ -259,6 +259,15 @@ def test_a_cluster_that_cannot_be_joined_is_named(monkeypatch):
         pass
 
 
+def test_the_others_do_not_wait_for_a_first_process_that_failed(monkeypatch):
+    reached = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.multihost_utils, "sync_global_devices", reached.append)
+    with pytest.raises(UserError, match="no data"), distributed.first_process_first():
+        raise UserError("no data")
+    assert len(reached) == 1
+
+
 def blobs(size, dim):
     """Embeddings around ten centres."""
     random = np.random.default_rng(size)

@@ -10,12 +10,14 @@ import pytest
 from empssl_jax.config import EvaluationConfig, LabelConfig
 from empssl_jax.config.errors import UserError
 from empssl_jax.evaluation import embeddings
+from empssl_jax.evaluation import evaluate as evaluation
 from empssl_jax.evaluation.embedding_files import save_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.evaluation.evaluate import evaluate, measure_knn, measure_linear, measure_logistic
 from empssl_jax.evaluation.few_labels import chosen_rows
 from empssl_jax.evaluation.whitening import whitened
 from empssl_jax.parse_options import parse_evaluate_options
+from empssl_jax.report.findings import examine
 from empssl_jax.runtime.devices import device_mesh
 
 SIZES = {0: 200, 1: 30, 2: 14, 3: 1}  # images of each class; further images have no label
@@ -94,6 +96,20 @@ def test_whitening_learns_from_all_training_embeddings():
     assert measure_knn(Embeddings(split, split), options, device_mesh(1)) == expected
 
 
+def test_whitening_learns_from_training_embeddings_without_labels():
+    """As above, but the other images have no label at all."""
+    random = np.random.default_rng(0)
+    classes = np.tile(np.arange(3, dtype=np.int32), 100)
+    embeddings = np.concatenate([np.eye(3)[classes], 30 * random.standard_normal((300, 1))], axis=1).astype(np.float32)
+    bank = LabelledEmbeddings(embeddings, np.where(np.arange(300) < 6, classes, -1).astype(np.int32), ("a", "b", "c"))
+    test = bank._replace(labels=classes)
+    options = EvaluationConfig(num_neighbours=1, whiten=True)
+    white = Embeddings(*whitened(bank, test))
+    expected = measure_knn(white, dataclasses.replace(options, whiten=False), device_mesh(1))
+    assert measure_knn(Embeddings(bank, test), options, device_mesh(1)) == expected
+    assert examine(Embeddings(bank, test), options, 0).accuracy == pytest.approx(expected["top1"])
+
+
 @pytest.fixture
 def run(tiny_run, tmp_path):
     return shutil.copytree(tiny_run, tmp_path / "run")
@@ -119,6 +135,19 @@ def test_eval_measures_the_embeddings_on_disk(run, monkeypatch, capsys):
     assert after.keys() == before.keys()
     assert all(before[name].items() <= after[name].items() for name in before)  # eval adds step and options
     assert "\nkNN, 50 % of labels " in capsys.readouterr().out
+
+
+def test_each_result_is_written_before_the_next_measure_begins(run, monkeypatch):
+    """A command that is killed loses only what it is measuring."""
+
+    def killed(*_):
+        names = json.loads((run / "results.json").read_text())
+        assert {"kNN, 50 % of labels", "linear, 50 % of labels"} <= set(names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "measure_logistic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_eval("--workdir", run, "--logistic", *ARGUMENTS)
 
 
 def test_eval_measures_files_of_embeddings(run):

@@ -122,6 +122,25 @@ def test_eval_adds_the_mirrored_images_to_the_embeddings_on_disk(tiny_run, tmp_p
     assert results["kNN"]["embeddings"] == "2 random patches, hidden, also mirrored"
 
 
+def test_embeddings_of_images_are_kept_if_the_command_is_killed_before_those_of_mirrored_images(
+    tiny_run, tmp_path, monkeypatch
+):
+    run, embed_dataset, embedded = shutil.copytree(tiny_run, tmp_path / "run"), embeddings.embed_dataset, []
+
+    def killed(*arguments):
+        embedded.append(arguments[-1])
+        if len(embedded) == 2:
+            raise KeyboardInterrupt
+        return embed_dataset(*arguments)
+
+    monkeypatch.setattr(embeddings, "embed_dataset", killed)
+    options = ["--workdir", run, "--mirror", "--valid-patches", "3", *ARGUMENTS]
+    with pytest.raises(KeyboardInterrupt):
+        run_eval(*options)
+    run_eval(*options)
+    assert embedded == ["train", "mirrored train", "mirrored train", "test", "mirrored test"]
+
+
 def test_files_of_embeddings_may_contain_those_of_mirrored_images(tmp_path):
     splits = {"train": blobs(60, 1), "test": blobs(20, 2)}
     for name, split in splits.items():

@@ -223,18 +223,40 @@ def test_patches_are_cropped_and_resized_as_in_training():
 def test_neighbours_are_the_nearest_and_chosen_in_order(written):
     _, embeddings, _ = written
     train, test = embeddings
+    bank = train.embeddings / np.linalg.norm(train.embeddings, axis=1, keepdims=True)
     predicted = knn_by_numpy(test.embeddings, train.embeddings, train.labels, 5, 0.07)
     for right in (True, False):
-        examples = findings.find_neighbours(train, test, predicted, right)
+        examples = findings.find_neighbours(bank, test, predicted, right)
         candidates = np.flatnonzero((predicted == test.labels) == right)
         firsts = [i for n, i in enumerate(candidates) if test.labels[i] not in test.labels[candidates[:n]]]
         assert [one.image for one in examples] == firsts[:6]
         for one in examples:
-            bank = train.embeddings / np.linalg.norm(train.embeddings, axis=1, keepdims=True)
             query = test.embeddings[one.image] / np.linalg.norm(test.embeddings[one.image])
             distances = np.linalg.norm(bank - query, axis=1)
             np.testing.assert_array_equal(one.indices, np.argsort(distances)[:8])
             np.testing.assert_allclose(one.similarities, 1 - distances[one.indices] ** 2 / 2, atol=1e-5)
+
+
+def test_images_other_than_the_embedded_ones_are_not_shown(tmp_path):
+    """They differ in their labels or, if they are files, in their names."""
+    folder, images = tmp_path / "run", datasets()
+    embedded = write_run(folder)
+    reordered = images._replace(test=images.test.take(np.arange(120)[::-1]))
+    assert read_run(folder, CONFIG, images).datasets is not None
+    assert read_run(folder, CONFIG, reordered).datasets is None
+    names = np.array([f"{number}.png" for number in range(200)])
+    save_embeddings(folder / "embeddings" / "train.npz", embedded.bank._replace(names=names))
+    for found, are_shown in ((names, True), (np.roll(names, 1), False)):
+        files = images.bank._replace(names=found)
+        assert (read_run(folder, CONFIG, images._replace(bank=files)).datasets is not None) == are_shown
+
+
+def test_the_dimension_is_that_of_the_embeddings(tmp_path):
+    write_run(tmp_path / "run")
+    other = dataclasses.replace(CONFIG.evaluation, embedded_layer="stages")
+    page = page_of(tmp_path / "run", dataclasses.replace(CONFIG, evaluation=other))
+    assert "24 numbers" in page
+    assert "60 numbers" not in page
 
 
 def test_maps_put_images_of_separate_classes_apart():
@@ -267,8 +289,8 @@ def test_published_figures_appear_only_for_their_own_data_set(written, tmp_path)
 
 def texts(folder, config=CONFIG, embeddings=None):
     run = read_run(folder, config, datasets())
-    found = findings.examine(run.embeddings, config.evaluation, seed=0) if run.embeddings else None
-    directions = None if run.test_embeddings is None else spectrum(run.test_embeddings)
+    found = findings.examine(run.all_embeddings, config.evaluation, seed=0) if run.embeddings else None
+    directions = None if run.all_embeddings is None else spectrum(run.all_embeddings.test.embeddings)
     return [(remark.warns, remark.text) for remark in remarks.remarks(run, found, directions)]
 
 

@@ -1,6 +1,6 @@
 """The table of a run's accuracies, and the file that stores them."""
 
-from empssl_jax.run_folder.results import add_results, format_table, load_results, of_embeddings
+from empssl_jax.run_folder.results import add_results, format_table, load_results, recorded
 
 PLAIN = {"kNN": {"top1": 0.625, "top5": 1.0}}
 LINEAR = {"linear": {"top1": 0.5, "top5": 0.03}}
@@ -25,12 +25,12 @@ def test_effective_ranks_follow_the_accuracies():
 
 
 def test_the_embeddings_are_named_where_they_differ(tmp_path):
-    add_results(tmp_path, of_embeddings("16 random patches", PLAIN))
-    both = add_results(tmp_path, of_embeddings("16 grid patches", LINEAR))
+    add_results(tmp_path, recorded(PLAIN, embeddings="16 random patches"))
+    both = add_results(tmp_path, recorded(LINEAR, embeddings="16 grid patches"))
     assert both == load_results(tmp_path)
     assert [line.rpartition("%  ")[2] for line in format_table(both).splitlines()[1:]] == [
         "16 random patches",
         "16 grid patches",
     ]
-    assert "patches" not in format_table(of_embeddings("16 grid patches", PLAIN | LINEAR))
-    assert of_embeddings(None, PLAIN) == PLAIN
+    assert "patches" not in format_table(recorded(PLAIN | LINEAR, embeddings="16 grid patches"))
+    assert recorded(PLAIN, embeddings=None) == PLAIN

@@ -170,6 +170,7 @@ def _entry(source: Source, side: int | None, cache_dir: str | None) -> Path | No
 def _write(folder: Path, fingerprint: str, first: np.ndarray, decoded: _Decoded) -> Images:
     """Writes the file, then its index, which marks it as complete."""
     path = folder / "images"
+    (folder / "index.json").unlink(missing_ok=True)  # it may be that of other images of the same number and size
     with atomic_write(path) as file:
         file.write(first.data)
         for image in decoded:

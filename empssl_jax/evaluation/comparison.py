@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError, counted, flag
@@ -64,6 +66,8 @@ def evaluate_all(options: Sequence[EvaluateOptions], write_report: WriteReport) 
         except BrokenPipeError:  # nothing reads the output any more
             raise
         except (UserError, OSError) as error:  # the other runs are measured all the same
+            if jax.process_count() > 1:  # the error may be that of this process alone, and the others wait for it
+                raise
             failed[run_options.workdir] = str(error).removesuffix(".")
             print(f"error: {failed[run_options.workdir]}", file=sys.stderr)
     if runs:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Shaped
 
 from empssl_jax.config.errors import UserError, one_line, require
 from empssl_jax.data.datasets import SPLITS
@@ -54,13 +54,24 @@ def read_origin(path: Path) -> str:
         return ""
 
 
-def load_both_embeddings(folder: Path) -> Embeddings:
+def read_names(path: Path) -> Shaped[np.ndarray, " N"] | None:
+    """The names of the image files that the file was saved with, None if it has none or cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read_array(archive, "names", dim=1, kinds="U")
+    except Exception:  # as above
+        return None
+
+
+def load_both_embeddings(folder: Path, with_mirrored: bool = True) -> Embeddings:
     """Reads a folder's train.npz and test.npz, and numbers the classes of both by name, see `match_classes`.
+
+    Those of mirrored images, which may be missing, can be left out.
 
     Raises:
         UserError: a file cannot be read, or the dimensions or the names of the classes do not fit together.
     """
-    bank, test = (read_split(folder / f"{split}.npz") for split in SPLITS)
+    bank, test = (read_split(folder / f"{split}.npz", with_mirrored) for split in SPLITS)
     dims = [split.embeddings.shape[1] for split in (bank, test)]
     remedy = f"train.npz and test.npz have dimensions {dims}, give files of the same dimension"
     require(len(set(dims)) == 1, "embeddings", str(folder), remedy)
@@ -70,10 +81,11 @@ def load_both_embeddings(folder: Path) -> Embeddings:
     return match_classes(bank, test)
 
 
-def read_split(path: Path) -> LabelledEmbeddings:
+def read_split(path: Path, with_mirrored: bool = True) -> LabelledEmbeddings:
     """Reads a file; some or all classes may have no name. `load_embeddings` says which errors are raised.
 
-    Nothing is unpickled, and no array is read before its header is validated.
+    Nothing is unpickled, and no array is read before its header is validated. Embeddings of mirrored images, which may
+    be missing, can be left out.
     """
     if not path.is_file():
         raise UserError(f"--embeddings: there is no {path}: {REMEDY}.")
@@ -85,7 +97,7 @@ def read_split(path: Path) -> LabelledEmbeddings:
             if "class_names.npy" in archive.namelist():
                 class_names = _read_array(archive, "class_names", dim=1, kinds="U")[: MAX_CLASSES + 1].tolist()
             mirrored = None
-            if "mirrored.npy" in archive.namelist():
+            if with_mirrored and "mirrored.npy" in archive.namelist():
                 mirrored = _read_array(archive, "mirrored", dim=2, kinds="fiu")
     except Exception as error:  # numpy, zipfile and zlib raise various exceptions on damaged files
         raise UserError(f"--embeddings: {path} cannot be read ({one_line(error) or 'damaged'}): {REMEDY}.") from error

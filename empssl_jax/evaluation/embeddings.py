@@ -190,14 +190,20 @@ def embed_split(
     mesh: Mesh,
     name: str,
     known: LabelledEmbeddings | None = None,
+    save: Callable[[LabelledEmbeddings], object] = lambda split: None,
 ) -> LabelledEmbeddings:
-    """Embeddings of all images of a split and, with `mirror`, of the mirrored images. Known ones are kept."""
+    """Embeddings of all images of a split and, with `mirror`, of the mirrored images. Known ones are kept.
+
+    `save` is called with the embeddings of the images, and again with those of the mirrored images too, once computed.
+    """
     arguments = options.embedding_batch_size, mesh
     if known is None:
         known = embed_dataset(embed, encoder_state, images, *arguments, name)
+        save(known)
     if options.mirror and known.mirrored is None:
         mirrored = embed_dataset(embed, encoder_state, images.mirrored(), *arguments, f"mirrored {name}")
         known = known._replace(mirrored=mirrored.embeddings)
+        save(known)
     return known
 
 
@@ -244,13 +250,16 @@ def embed_images(
         mesh: the devices.
         progress: called with the number of images done since the last call.
     """
-    size, parts = len(indices), []
+    size = len(indices)
     batch_size = -(-min(batch_size, 1 << (size - 1).bit_length()) // mesh.size) * mesh.size
     rows = own_rows(mesh, batch_size)
     for start in range(0, size, batch_size):
         positions, num_kept = (start + rows) % size, min(batch_size, size - start)
         batch = (rows_to_devices(own, mesh, batch_size) for own in (images_at(positions), indices[positions]))
-        parts.append(to_host(embed(encoder_state, *batch))[:num_kept])
+        embedded = to_host(embed(encoder_state, *batch))[:num_kept]
+        if start == 0:
+            embeddings = np.empty((size, embedded.shape[1]), np.float32)
+        embeddings[start : start + num_kept] = embedded
         if progress is not None:
             progress(num_kept)
-    return np.concatenate(parts)
+    return embeddings

@@ -1,8 +1,10 @@
 """Measures a trained encoder: computes embeddings, their effective rank and accuracies, and writes results.json."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,10 +33,9 @@ from empssl_jax.run_folder.results import (
     add_results,
     format_table,
     load_results,
-    of_checkpoint,
-    of_embeddings,
     of_labels,
     on_dataset,
+    recorded,
 )
 from empssl_jax.run_folder.saved_config import load_config
 from empssl_jax.run_folder.workdir import locked, storage_errors
@@ -58,8 +59,7 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
     mesh = device_mesh()
     if options.embeddings is not None:
         folder = Path(options.embeddings)
-        remedy = "they are measured as they are, so leave out --dataset and its options, or --embeddings"
-        require(options.data == MeasuredData(), "embeddings", options.embeddings, remedy)
+        _check_only_embeddings(options)
         load_results(folder)  # raises an error for a damaged file before the work begins
         return _measure(folder, _given_embeddings(folder, options), Config(evaluation=options.evaluation), mesh)
     folder = Path(options.workdir)
@@ -76,9 +76,15 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
         datasets = load_datasets(config)
         check_neighbours(config, datasets)
         with storage_errors(folder):
-            embeddings = run_embeddings(config, encoder.state, datasets, mesh, measured.embeddings_folder(folder))
-            made = config.evaluation.embeddings
-            results = _measure(folder, embeddings, config, mesh, made, measured.name, encoder.step)
+            results = _measure(
+                folder,
+                run_embeddings(config, encoder.state, datasets, mesh, measured.embeddings_folder(folder)),
+                config,
+                mesh,
+                config.evaluation.embeddings,
+                measured.name,
+                encoder.step,
+            )
         if options.evaluation.report:
             own = dataclasses.replace(trained, run=run)  # the report is about the data set of the run
             is_own = measured.name is None
@@ -86,9 +92,20 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
         return results
 
 
+def _check_only_embeddings(options: EvaluateOptions) -> None:
+    """Raises UserError for options of a run, which are meaningless for given embeddings."""
+    remedy = "they are measured as they are, so leave out --dataset and its options, or --embeddings"
+    require(options.data == MeasuredData(), "embeddings", options.embeddings, remedy)
+    given = {"workdir": options.workdir, "step": options.step} | dataclasses.asdict(options.evaluation.embedding)
+    own = EvaluateOptions()
+    defaults = {"workdir": own.workdir, "step": own.step} | dataclasses.asdict(own.evaluation.embedding)
+    for name, value in given.items():
+        require(value == defaults[name], name, value, "leave it out, since --embeddings are measured as they are")
+
+
 def _given_embeddings(folder: Path, options: EvaluateOptions) -> Embeddings:
     """The embeddings of a folder; raises UserError if they cannot be read or lack those of mirrored images."""
-    embeddings = load_both_embeddings(folder)
+    embeddings = load_both_embeddings(folder, options.evaluation.mirror)
     for split, name in zip(embeddings, SPLITS, strict=True):
         remedy = f"{folder / name}.npz has no array named mirrored, so leave it out"
         require(not options.evaluation.mirror or split.mirrored is not None, "mirror", True, remedy)
@@ -104,7 +121,7 @@ def _measure(
     dataset: str | None = None,
     step: int | None = None,
 ) -> dict[str, Accuracy]:
-    """Measures embeddings and writes the results into the folder, even if a part of them fails.
+    """Measures embeddings; writes each result into the folder as soon as it is known, and prints all at the end.
 
     Args:
         folder: where results.json is.
@@ -116,24 +133,24 @@ def _measure(
         step: the checkpoint, None for embeddings of no run.
     """
 
-    def named(measured: dict[str, Accuracy], names: Sequence[str] = ()) -> dict[str, Accuracy]:
-        options = {name: getattr(config.evaluation, name) for name in names}
-        return on_dataset(dataset, of_checkpoint(step, options, of_embeddings(made, measured)))
+    evaluation, results = config.evaluation, dict[str, Accuracy]()
 
-    def learned(accuracies: dict[str, Accuracy], names: Sequence[str] = ()) -> dict[str, Accuracy]:
-        return named(of_labels(config.evaluation, accuracies), names)
+    def add(measured: dict[str, Accuracy], options: Sequence[str] = ()) -> None:
+        chosen = None if step is None else {name: getattr(evaluation, name) for name in options}
+        results.update(on_dataset(dataset, recorded(measured, embeddings=made, step=step, options=chosen)))
+        with contextlib.suppress(OSError):  # reported at the end, when all has been measured
+            add_results(folder, results)
 
-    results = named(measure_rank(embeddings))
-    has_labels = have_labels(embeddings)
-    if has_labels:
-        results |= learned({"kNN": measure_knn(embeddings, config.evaluation, mesh)}, KNN_OPTIONS)
     try:
-        if has_labels and config.evaluation.linear_epochs > 0:
-            accuracies = measure_linear(embeddings, config.evaluation, config.training.seed, mesh)
-            results |= learned(accuracies, LINEAR_OPTIONS)
-        if has_labels and config.evaluation.logistic:
-            results |= learned({"logistic": measure_logistic(embeddings, config.evaluation, mesh)})
-    finally:  # kNN is kept even if the linear classifier diverges, and shown even if the disk is full
+        add(measure_rank(embeddings))
+        if have_labels(embeddings):
+            add(of_labels(evaluation, {"kNN": measure_knn(embeddings, evaluation, mesh)}), KNN_OPTIONS)
+            if evaluation.linear_epochs > 0:
+                accuracies = measure_linear(embeddings, evaluation, config.training.seed, mesh)
+                add(of_labels(evaluation, accuracies), LINEAR_OPTIONS)
+            if evaluation.logistic:
+                add(of_labels(evaluation, {"logistic": measure_logistic(embeddings, evaluation, mesh)}))
+    finally:  # what has been measured is shown even if the linear classifier diverges, or the disk is full
         try:
             add_results(folder, results)
         finally:
@@ -172,13 +189,18 @@ def have_labels(embeddings: Embeddings) -> bool:
 
 def knn_results(name: str, embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> dict[str, Accuracy]:
     """`measure_knn` of a run's embeddings, as results.json has it under this name."""
-    return of_embeddings(config.embeddings, of_labels(config, {name: measure_knn(embeddings, config, mesh)}))
+    return recorded(of_labels(config, {name: measure_knn(embeddings, config, mesh)}), **how_knn_is_measured(config))
+
+
+def how_knn_is_measured(config: EvaluationConfig) -> dict[str, Any]:
+    """What `knn_results` records."""
+    return {"embeddings": config.embeddings, "options": {name: getattr(config, name) for name in KNN_OPTIONS}}
 
 
 def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> Accuracy:
     """Accuracy of weighted kNN on the labelled test embeddings."""
-    bank, test = labelled(embeddings.bank).keep_mirrored(config.mirror), labelled(embeddings.test).keep_mirrored(False)
-    if config.whiten:  # before the choice of labels, since it uses none: few images would give a poor covariance
+    bank, test = embeddings.bank.keep_mirrored(config.mirror), labelled(embeddings.test).keep_mirrored(False)
+    if config.whiten:  # all images, since it uses no label: those with a label could be few, with a poor covariance
         bank, test = whitened(bank, test)
     bank = chosen_embeddings(bank, config).with_mirrored()
     scores = sharded_knn_scores(

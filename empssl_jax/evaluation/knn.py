@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from empssl_jax.config.errors import counted, require
 from empssl_jax.method.losses import normalise
-from empssl_jax.runtime.devices import DATA_AXIS, replicated, split_images, to_devices, to_host
+from empssl_jax.runtime.devices import DATA_AXIS, padded, replicated, split_images, to_devices, to_host
 
 
 def knn_scores(
@@ -54,8 +54,7 @@ def sharded_knn_scores(
     **options: Any,
 ) -> Float[np.ndarray, "Q C"]:
     """`knn_scores` with the queries split over the devices of all processes. Each device holds a copy of the bank."""
-    padded = np.pad(queries, ((0, -len(queries) % mesh.size), (0, 0)))
-    arrays = to_devices(padded, split_images(mesh)), *to_devices((bank, bank_labels), replicated(mesh))
+    arrays = to_devices(padded(queries, mesh), split_images(mesh)), *to_devices((bank, bank_labels), replicated(mesh))
     return to_host(_compiled_scores(mesh, **options)(*arrays))[: len(queries)]
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from empssl_jax.config import EvaluationConfig
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
-from empssl_jax.runtime.devices import DATA_AXIS, replicated, to_devices
+from empssl_jax.runtime.devices import DATA_AXIS, padded, replicated, to_devices
 
 MOMENTUM = 0.9
 
@@ -53,11 +53,10 @@ def linear_accuracy(
         mesh: the devices.
     """
     dim = train.embeddings.shape[1]
-    # The shares must be of equal size. The padding of the last one changes neither logits nor gradients.
-    padding = ((0, 0), (0, -dim % mesh.size))
     examples = [
         _Examples(
-            to_devices(np.pad(split.embeddings, padding), _split_dimensions(mesh)),
+            # The padding changes neither logits nor gradients.
+            to_devices(padded(split.embeddings, mesh, axis=1), _split_dimensions(mesh)),
             to_devices(split.labels, replicated(mesh)),
         )
         for split in (train, test)
@@ -96,7 +95,7 @@ def _run(
     optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum=MOMENTUM))
     has_images = jnp.zeros(num_classes, bool).at[train.labels].set(True)
     params = init(jax.random.fold_in(key, 0), dim, num_classes)
-    params["kernel"] = _padded(params["kernel"], padded_dim - dim, mesh)
+    params["kernel"] = _pad_dimensions(params["kernel"], padded_dim - dim, mesh)
 
     def loss_fn(params: Params, batch: _Examples, weights: Float[Array, " B"]) -> Float[Array, ""]:
         losses = optax.softmax_cross_entropy_with_integer_labels(_logits(params, batch.embeddings), batch.labels)
@@ -129,7 +128,7 @@ def init(key: Key[Array, ""], dim: int, num_classes: int) -> Params:
     return {"kernel": kernel, "bias": jax.random.uniform(bias_key, (num_classes,), minval=-bound, maxval=bound)}
 
 
-def _padded(kernel: Float[Array, "C E"], missing: int, mesh: Mesh) -> Float[Array, "C F"]:
+def _pad_dimensions(kernel: Float[Array, "C E"], missing: int, mesh: Mesh) -> Float[Array, "C F"]:
     """The kernel, padded with zeros to shares of equal size, and split over the devices."""
     return jax.lax.with_sharding_constraint(jnp.pad(kernel, ((0, 0), (0, missing))), _split_dimensions(mesh))
 

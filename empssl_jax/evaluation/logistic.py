@@ -13,15 +13,14 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from empssl_jax.evaluation.accuracy import classifier_accuracy
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
-from empssl_jax.evaluation.whitening import Whitening, apply_whitening, learn_whitening, without_whitening
+from empssl_jax.evaluation.whitening import Whitening, apply_in_parts, learn_whitening, without_whitening
 from empssl_jax.run_folder.results import Accuracy
-from empssl_jax.runtime.devices import replicated, split_images, to_devices
+from empssl_jax.runtime.devices import padded, replicated, split_images, to_devices
 
 # From strong to weak: the search for each solution begins at the one before.
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 HELD_OUT = 10  # one training image out of so many helps to choose the penalty
 MAX_STEPS = 100
-WHITENED_AT_ONCE = 10_000  # images
 TOLERANCE = 1e-4  # the gradient's norm at the solution, as a fraction of its norm where all parameters are 0
 
 Kernel = Literal["standardised", "whitened"]  # which embeddings it multiplies
@@ -123,16 +122,18 @@ def fit_classifier(train: LabelledEmbeddings, mesh: Mesh, kernels: Sequence[Kern
 
 def make_bank(train: LabelledEmbeddings) -> Bank:
     """Standardises and whitens embeddings, of mirrored images too if there are any."""
-    bank, labels, *_ = train.with_mirrored()
-    mean, deviation = np.mean(bank, axis=0), np.std(bank, axis=0)
+    both, labels, *_ = train.with_mirrored()
+    bank = both.copy() if both is train.embeddings else both
+    del both
+    mean = np.mean(bank, axis=0)
+    bank -= mean  # in place, as all that follows, because the bank can fill much of the memory
+    deviation = np.sqrt(np.einsum("ne,ne->e", bank, bank) / len(bank))
     # Rounding can give a dimension that does not vary a tiny deviation, but no range. Where the squares of a range are
     # too small for float32, the deviation is 0.
-    scale = np.where((np.ptp(bank, axis=0) > 0) & (deviation > 0), deviation, 1.0)
-    bank = bank - mean
-    bank /= scale  # in place, as below, because the bank can fill much of the memory
+    scale = np.where((np.ptp(bank, axis=0) > 0) & (deviation > 0), deviation, np.float32(1.0))
+    bank /= scale
     whitening = Whitening(*map(np.asarray, learn_whitening(bank[: len(train.labels)])))
-    for part in np.array_split(bank, -(-len(bank) // WHITENED_AT_ONCE)):
-        part[:] = apply_whitening(whitening, part)
+    apply_in_parts(whitening, bank, out=bank)
     return Bank(bank, labels, train.num_classes, mean, scale, whitening)
 
 
@@ -165,9 +166,7 @@ def to_examples(
 
 
 def _split(array: Shaped[np.ndarray, "N *rest"], dtype: type, mesh: Mesh) -> Shaped[Array, "M *rest"]:
-    if missing := -len(array) % mesh.size:
-        array = np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-    return to_devices(array.astype(dtype, copy=False), split_images(mesh))
+    return to_devices(padded(array, mesh).astype(dtype, copy=False), split_images(mesh))
 
 
 def fit(start: Params, examples: Examples, penalty: float, mesh: Mesh, whitening: Whitening | None = None) -> Params:

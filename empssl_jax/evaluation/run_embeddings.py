@@ -1,6 +1,7 @@
 """The embeddings of a run, which are computed once for each checkpoint, data set and way of embedding."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -30,20 +31,23 @@ def run_embeddings(config: Config, encoder: EncoderState, datasets: Datasets, me
     splits = []
     for name, images in (("train", datasets.bank), ("test", datasets.test)):
         path, origin = folder / f"{name}.npz", _origin(config, encoder_digest, images)
-        saved = _saved(path, origin, images)
-        split = embed_split(embed, encoder, images, config.evaluation, mesh, name, saved)
-        if split is not saved and is_first_process():
-            save_embeddings(path, split, origin)
-        splits.append(split)
+        saved = _saved(path, origin, images, config.evaluation.mirror)
+        save = functools.partial(_save, path, origin)
+        splits.append(embed_split(embed, encoder, images, config.evaluation, mesh, name, saved, save))
     return Embeddings(*splits)
 
 
-def _saved(path: Path, origin: str, images: ImageDataset) -> LabelledEmbeddings | None:
+def _save(path: Path, origin: str, split: LabelledEmbeddings) -> None:
+    if is_first_process():
+        save_embeddings(path, split, origin)
+
+
+def _saved(path: Path, origin: str, images: ImageDataset, with_mirrored: bool) -> LabelledEmbeddings | None:
     """The embeddings in the file, None if they have another origin or the file is missing or damaged."""
     try:
         if read_origin(path) != origin:
             return None
-        split = read_split(path)
+        split = read_split(path, with_mirrored)
     except UserError:
         return None
     print(f"reading {path}: these images have been embedded before")
@@ -53,7 +57,7 @@ def _saved(path: Path, origin: str, images: ImageDataset) -> LabelledEmbeddings 
 def _origin(config: Config, encoder_digest: str, images: ImageDataset) -> str:
     """A digest of all that embeddings and their labels depend on."""
     compared = spread(len(images.labels), COMPARED_IMAGES)
-    arrays = {"images": images.images[compared], "labels": images.labels}
+    arrays = {f"image {i}": images.images[i] for i in compared} | {"labels": images.labels}
     arrays |= {} if images.names is None else {"names": np.asarray(images.names)}
     parts = {
         "version": VERSION,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
 
 SHRINKAGE = 0.1  # kNN accuracy hardly depends on it between 0.03 and 1 (docs/recipe.md)
+WHITENED_AT_ONCE = 10_000  # images
 
 
 class Whitening(NamedTuple):
@@ -53,12 +54,23 @@ def without_whitening(
     return plain, bias - whitening.mean[0] @ plain
 
 
+def apply_in_parts(
+    whitening: Whitening, embeddings: Float[Array | np.ndarray, "N E"], out: Float[np.ndarray, "N E"] | None = None
+) -> Float[np.ndarray, "N E"]:
+    """`apply_whitening` of any number of embeddings, some at a time to save memory; `out` may be the same array."""
+    out = np.empty(embeddings.shape, np.float32) if out is None else out
+    for start in range(0, len(embeddings), WHITENED_AT_ONCE):
+        part = slice(start, start + WHITENED_AT_ONCE)
+        out[part] = apply_whitening(whitening, embeddings[part])
+    return out
+
+
 def whiten(
     bank: Float[Array | np.ndarray, "N E"], queries: Float[Array | np.ndarray, "Q E"]
-) -> tuple[Float[Array, "N E"], Float[Array, "Q E"]]:
+) -> tuple[Float[np.ndarray, "N E"], Float[np.ndarray, "Q E"]]:
     """Applies the bank's whitening to both sets. It depends on neither labels nor queries."""
     whitening = learn_whitening(bank)
-    return apply_whitening(whitening, bank), apply_whitening(whitening, queries)
+    return apply_in_parts(whitening, bank), apply_in_parts(whitening, queries)
 
 
 def whitened(bank: LabelledEmbeddings, queries: LabelledEmbeddings) -> tuple[LabelledEmbeddings, LabelledEmbeddings]:
@@ -66,7 +78,7 @@ def whitened(bank: LabelledEmbeddings, queries: LabelledEmbeddings) -> tuple[Lab
     whitening = learn_whitening(bank.embeddings)
 
     def mapped(split: LabelledEmbeddings) -> LabelledEmbeddings:
-        mirrored = None if split.mirrored is None else np.asarray(apply_whitening(whitening, split.mirrored))
-        return split._replace(embeddings=np.asarray(apply_whitening(whitening, split.embeddings)), mirrored=mirrored)
+        mirrored = None if split.mirrored is None else apply_in_parts(whitening, split.mirrored)
+        return split._replace(embeddings=apply_in_parts(whitening, split.embeddings), mirrored=mirrored)
 
     return mapped(bank), mapped(queries)

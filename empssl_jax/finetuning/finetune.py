@@ -88,6 +88,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Accuracy]:
     bank, rows, embed = datasets.bank, divide(datasets, options), _make_embed(config, mesh)
     numbers = _numbers(options, len(rows.train))
     with locked(output, "output"):
+        _check_empty(output)  # again: another command may have filled it meanwhile
         print(f"fine-tuning step {encoder.step} of {run} on {len(rows.train)} labelled images")
         print_unknown_classes(bank.labels[rows.train], datasets.test.labels[rows.test], datasets.test.class_names)
         labelled = LabelledEmbeddings(embed(encoder.state, bank, rows.train), bank.labels[rows.train], bank.class_names)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from empssl_jax.config import EvaluationConfig
 from empssl_jax.data.datasets import spread
-from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
+from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, labelled
 from empssl_jax.evaluation.knn import knn_scores
 from empssl_jax.evaluation.whitening import whitened
 
@@ -48,7 +48,8 @@ def examine(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> Find
     """Examines the embeddings of a run.
 
     Args:
-        embeddings: labelled embeddings; those of the test images are classified and shown.
+        embeddings: embeddings of all images. Labelled test images are classified and shown; indices count only images
+            with a label.
         config: the options of kNN and whitening.
         seed: seed of the maps.
     """
@@ -56,6 +57,7 @@ def examine(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> Find
     num_classes = max(bank.num_classes, test.num_classes)
     if config.whiten:
         bank, test = whitened(bank, test)
+    bank, test = labelled(bank), labelled(test)
     voters = bank.with_mirrored()
     scores = knn_scores(
         jnp.asarray(test.embeddings),
@@ -68,13 +70,13 @@ def examine(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> Find
     predicted = np.argmax(np.asarray(scores), axis=1)
     confusion = np.zeros((num_classes, num_classes), int)
     np.add.at(confusion, (test.labels, predicted), 1)
-    shown = _map_images(test.labels)
+    shown, unit_bank = _map_images(test.labels), _unit(bank.embeddings)
     return Findings(
         predicted,
         confusion,
         shown,
         draw_maps(test.embeddings[shown], seed),
-        *(find_neighbours(bank, test, predicted, right) for right in (True, False)),
+        *(find_neighbours(unit_bank, test, predicted, right) for right in (True, False)),
     )
 
 
@@ -104,17 +106,17 @@ def draw_maps(embeddings: Float[np.ndarray, "M E"], seed: int) -> dict[str, Floa
 
 
 def find_neighbours(
-    bank: LabelledEmbeddings, test: LabelledEmbeddings, predicted: Int[np.ndarray, " N"], right: bool
+    unit_bank: Float[np.ndarray, "M E"], test: LabelledEmbeddings, predicted: Int[np.ndarray, " N"], right: bool
 ) -> list[Neighbours]:
     """Finds the nearest neighbours of the first test images that kNN classifies correctly (`right`) or incorrectly.
 
     The first such image of each class comes first. If that gives fewer than `EXAMPLES` images, the next ones follow.
+    The bank's embeddings have unit length.
     """
     candidates = np.flatnonzero((predicted == test.labels) == right)
     _, first = np.unique(test.labels[candidates], return_index=True)
     order = np.concatenate([np.sort(first), np.setdiff1d(np.arange(len(candidates)), first)]).astype(int)
     chosen = candidates[order[:EXAMPLES]]
-    unit_bank = _unit(bank.embeddings)
     examples = []
     for image in chosen:
         similarities = unit_bank @ _unit(test.embeddings[image])

@@ -60,7 +60,7 @@ def render(run: Run, sheet: PatchSheet | None, findings: Findings | None, spectr
         "sheet": _sheet_rows(run, sheet),
         "results": results_by_dataset(run.results),
         "published": PUBLISHED.get(run.config.data.dataset, []),
-        "dimension": embedding_dim(run.config),
+        "dimension": _dimension(run),
         "options": options(run.config),
         "command": command(run.config),
         "findings": findings,
@@ -70,6 +70,13 @@ def render(run: Run, sheet: PatchSheet | None, findings: Findings | None, spectr
     if findings is not None:
         context |= _about_embeddings(run, findings)
     return environment.get_template("report.html").render(context)
+
+
+def _dimension(run: Run) -> int:
+    """E of the embeddings in the run's folder, which can be older than the config; else of those to come."""
+    if run.all_embeddings is None:
+        return embedding_dim(run.config)
+    return run.all_embeddings.test.embeddings.shape[1]
 
 
 def _curves(run: Run) -> list[Curve]:

@@ -84,7 +84,7 @@ def _about_spectrum(spectrum: Spectrum | None) -> Iterator[Remark]:
 
 def _about_predictions(run: Run, findings: Findings | None) -> Iterator[Remark]:
     if findings is None:
-        if run.test_embeddings is not None:
+        if run.all_embeddings is not None:
             yield Remark(False, "Training or test images have no labels, so no accuracy is measured.")
         return
     classes, accuracy = len(findings.confusion), findings.accuracy

@@ -11,8 +11,8 @@ from jaxtyping import Float
 
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError
-from empssl_jax.data.datasets import Datasets, ImageDataset
-from empssl_jax.evaluation.embedding_files import load_both_embeddings
+from empssl_jax.data.datasets import SPLITS, Datasets, ImageDataset
+from empssl_jax.evaluation.embedding_files import load_both_embeddings, read_names
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, labelled
 from empssl_jax.method.hyperparameters import count_all_steps
 from empssl_jax.run_folder.results import Accuracy, load_results
@@ -21,6 +21,7 @@ from empssl_jax.run_folder.step_files import METRICS_FILE, PROBE_FILE, TIMING_FI
 
 METRICS = ("loss", "coding_rate", "coding_rate_fraction", "similarity", "learning_rate")
 PROBED = ("step", "seconds", "top1", "effective_rank")
+EMBEDDINGS = "embeddings"  # the folder of the embeddings, in the run's
 WINDOW = 10  # steps that the throughput is averaged over, as in the progress bar
 
 
@@ -34,8 +35,8 @@ class Run(NamedTuple):
     devices: str | None  # such as "8 x NVIDIA H100"
     probes: list[dict[str, float]]  # each with "step", "seconds", "top1" and "effective_rank"; NaN where unknown
     results: dict[str, Accuracy]
-    test_embeddings: Float[np.ndarray, "N E"] | None  # of all test images
-    embeddings: Embeddings | None  # of the images with a label
+    all_embeddings: Embeddings | None  # of all images
+    embeddings: Embeddings | None  # of the images with a label; None if a split has no such image
     datasets: Datasets | None  # `bank` and `test` contain only images with a label
     class_names: list[str]
     num_train: int | None  # number of training images, with or without a label; None if unknown
@@ -64,9 +65,9 @@ def read_run(folder: Path, config: Config, datasets: Datasets | None) -> Run:
     steps = np.array([line["step"] for line in lines], float)
     patches_per_step = config.training.batch_size * config.patches.train_patches
     metrics["throughput"] = patches_per_step * _steps_per_second(steps, metrics["seconds"])
-    embeddings = _embeddings(folder)
+    embeddings = _embeddings(folder, config.evaluation.mirror)
     if embeddings and datasets:
-        datasets = _of_the_embeddings(datasets, embeddings)
+        datasets = _of_the_embeddings(datasets, embeddings, folder)
     with_labels = _with_labels(embeddings)
     return Run(
         folder,
@@ -76,7 +77,7 @@ def read_run(folder: Path, config: Config, datasets: Datasets | None) -> Run:
         str(times[-1].get("devices")) if times else None,
         [{name: _number(line.get(name)) for name in PROBED} for line in read_steps(folder / PROBE_FILE)],
         load_results(folder),
-        embeddings.test.embeddings if embeddings else None,
+        embeddings,
         with_labels,
         datasets,
         _class_names(datasets or (), with_labels or ()),
@@ -103,19 +104,22 @@ def _num_train(folder: Path, datasets: Datasets | None) -> int | None:
     return None if datasets is None else len(datasets.train.labels)
 
 
-def _embeddings(folder: Path) -> Embeddings | None:
+def _embeddings(folder: Path, with_mirrored: bool) -> Embeddings | None:
     try:
-        return load_both_embeddings(folder / "embeddings")
+        return load_both_embeddings(folder / EMBEDDINGS, with_mirrored)
     except UserError:
         return None
 
 
-def _of_the_embeddings(datasets: Datasets, embeddings: Embeddings) -> Datasets | None:
+def _of_the_embeddings(datasets: Datasets, embeddings: Embeddings, folder: Path) -> Datasets | None:
     """The images, in bank and test only those with a label; None if the embeddings are those of other images."""
-    bank, test = datasets.bank, datasets.test
-    if len(bank.labels) != len(embeddings.bank.labels) or len(test.labels) != len(embeddings.test.labels):
-        return None
-    return datasets._replace(bank=_with_label(bank), test=_with_label(test))
+    for images, embedded, split in zip((datasets.bank, datasets.test), embeddings, SPLITS, strict=True):
+        names = read_names(folder / EMBEDDINGS / f"{split}.npz")
+        if not np.array_equal(images.labels, embedded.labels):
+            return None
+        if images.names is not None and names is not None and not np.array_equal(images.names, names):
+            return None
+    return datasets._replace(bank=_with_label(datasets.bank), test=_with_label(datasets.test))
 
 
 def _with_label(dataset: ImageDataset) -> ImageDataset:
@@ -124,7 +128,6 @@ def _with_label(dataset: ImageDataset) -> ImageDataset:
 
 
 def _with_labels(embeddings: Embeddings | None) -> Embeddings | None:
-    """The embeddings of the images with a label; None if a split has no such image."""
     if embeddings is None:
         return None
     kept = Embeddings(labelled(embeddings.bank), labelled(embeddings.test))

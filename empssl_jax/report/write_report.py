@@ -36,8 +36,9 @@ def write_report(workdir: Path, config: Config, datasets: Datasets | None) -> Pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn and UMAP warn about their own internals
         seed = config.training.seed
-        findings = examine(run.embeddings, config.evaluation, seed) if run.embeddings else None
-    directions = None if run.test_embeddings is None else spectrum(run.test_embeddings)
+        everything = run.all_embeddings if run.embeddings else None
+        findings = examine(everything, config.evaluation, seed) if everything else None
+    directions = spectrum(run.all_embeddings.test.embeddings) if run.all_embeddings else None
     path = workdir / REPORT_FILE
     write_text(path, render(run, sheet, findings, directions))
     write_pictures(run, sheet, findings)

@@ -1,6 +1,7 @@
 """results.json: the accuracies and the effective rank that were measured of a run, by the name of the measure."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ RESULTS_FILE = "results.json"
 EFFECTIVE_RANK = "effective rank"  # the name of the measure
 # "top1" and "top5" as fractions. An effective rank has "rank" instead, with the numbers of "images" and "dimensions" of
 # the embeddings. For runs also "embeddings": how these were made, in words, and "dataset": the name of the data set, if
-# it is not the run's own; and "label_fraction" and "label_seed", if not all labels were used. `eval` of a run adds the
-# "step" of the checkpoint and the "options" of the measure. Without them, the result is of the training's end.
+# it is not the run's own; "label_fraction" and "label_seed", if not all labels were used; and the "options" of the
+# measure. `eval` of a run adds the "step" of the checkpoint. Without it, the result is of the training's end.
 Accuracy = dict[str, Any]
 
 
@@ -55,15 +56,20 @@ def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accurac
     return merged
 
 
-def of_embeddings(made: str | None, results: dict[str, Accuracy]) -> dict[str, Accuracy]:
-    """The results, each with how its embeddings were made; unchanged if `made` is None (unknown)."""
-    return {name: accuracy | ({} if made is None else {"embeddings": made}) for name, accuracy in results.items()}
+def drop_results(folder: Path, is_outdated: Callable[[Accuracy], bool], reason: str) -> None:
+    """Removes outdated results from the folder's results.json, and prints their names and the reason."""
+    results = load_results(folder)
+    outdated = [name for name, value in results.items() if is_outdated(value)]
+    if outdated and is_first_process():
+        kept = {name: value for name, value in results.items() if name not in outdated}
+        write_text(folder / RESULTS_FILE, json.dumps(kept, indent=2) + "\n")
+        print(f"{folder / RESULTS_FILE} no longer has {reason}: {', '.join(outdated)}")
 
 
-def of_checkpoint(step: int | None, options: dict[str, Any], results: dict[str, Accuracy]) -> dict[str, Accuracy]:
-    """The results, each with its checkpoint and options; unchanged if `step` is None (embeddings of no run)."""
-    added = {} if step is None else {"step": step, "options": options}
-    return {name: accuracy | added for name, accuracy in results.items()}
+def recorded(results: dict[str, Accuracy], **how: Any) -> dict[str, Accuracy]:
+    """The results, each with how it was measured: "embeddings", "step" and "options", unless these are None."""
+    known = {name: value for name, value in how.items() if value is not None}
+    return {name: value | known for name, value in results.items()}
 
 
 def of_labels(options: LabelConfig, results: dict[str, Accuracy]) -> dict[str, Accuracy]:

@@ -40,6 +40,14 @@ def rows_to_devices(
     return jax.make_array_from_process_local_data(split_images(mesh), own, (num_rows, *own.shape[1:]))
 
 
+def padded(array: Shaped[np.ndarray, "..."], mesh: Mesh, axis: int = 0) -> Shaped[np.ndarray, "..."]:
+    """The array with zeros at the end of an axis, so that the devices get equal shares; a copy only if necessary."""
+    missing = -array.shape[axis] % mesh.size
+    if not missing:
+        return array
+    return np.pad(array, [(0, missing if number == axis else 0) for number in range(array.ndim)])
+
+
 def to_devices(arrays: PyTree[Shaped[np.ndarray, "..."]], sharding: NamedSharding) -> Any:
     """Copies arrays to the devices. Every process has all of them, and sends what its own devices hold."""
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), arrays)

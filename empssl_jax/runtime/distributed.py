@@ -53,9 +53,11 @@ def first_process_first() -> Iterator[None]:
     """Lets the other processes enter only after the first one has left, for example to download data once."""
     if not is_first_process():
         multihost_utils.sync_global_devices("after the first process")
-    yield
-    if is_first_process() and jax.process_count() > 1:
-        multihost_utils.sync_global_devices("after the first process")
+    try:
+        yield
+    finally:  # also after an error, or the others would wait for ever
+        if is_first_process() and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("after the first process")
 
 
 @contextlib.contextmanager
