@@ -15,7 +15,13 @@ config = Config(
     model=ModelConfig(width=32, hidden_dim=1024, projection_dim=256),
     training=TrainingConfig(batch_size=50, max_epochs=4),
     evaluation=EvaluationConfig(
-        valid_crops="grid+whole", valid_patches=16, embedded_layer="stages", cells=2, whiten=True, logistic=True
+        valid_crops="grid+whole",
+        valid_patches=16,
+        embedded_layer="stages",
+        cells=2,
+        mirror=True,
+        whiten=True,
+        logistic=True,
     ),
     run=RunConfig(workdir="runs/cifar10_cpu", checkpoint_every=250),
 )

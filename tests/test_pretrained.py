@@ -39,7 +39,7 @@ def test_it_has_six_megabytes_at_most_and_a_model_card():
 
 def test_it_embeds_as_its_config_says(images):
     encoder = empssl_jax.load(NAME)
-    assert encoder.config.evaluation == read_config_file("cifar10_cpu").evaluation
+    assert encoder.config.evaluation.embedding == read_config_file("cifar10_cpu").evaluation.embedding
     assert (encoder.image_size, encoder.config.model.width, encoder.config.patches.patch_size) == (32, 32, 16)
     both = encoder.embed(images)
     assert both.shape == (2, 2 * 4 * DIM)
