@@ -42,7 +42,8 @@ def measure_untrained(config: Config, datasets: Datasets, mesh: Mesh, workdir: P
     step, state = make_train_step(config, mesh), create_state(config.model, still, mesh)
     start = jax.tree.map(jnp.copy, state.encoder.batch_stats)  # a copy, because the train step donates the state
     for batch in device_batches(dataset, config.training, 0, STATISTICS_PASSES, mesh):
-        state, _ = step(still, state, batch)
+        # One at a time, as in training: on CPU, XLA aborts if the devices of many steps wait for each other too long.
+        state, _ = jax.block_until_ready(step(still, state, batch))
     weight = batch_norm.MOMENTUM**STATISTICS_PASSES  # of the start, after all steps
     batch_stats = jax.tree.map(
         lambda now, first: (now - weight * first) / (1 - weight), state.encoder.batch_stats, start
