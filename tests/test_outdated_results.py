@@ -1,4 +1,4 @@
-"""Results that are no longer of the run, of its last checkpoint or of its test images leave results.json."""
+"""Training removes results of another run, of an earlier checkpoint or of other test images from results.json."""
 
 import dataclasses
 import shutil

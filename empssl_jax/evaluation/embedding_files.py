@@ -47,19 +47,20 @@ def load_embeddings(path: Path) -> LabelledEmbeddings:
 
 def read_origin(path: Path) -> str:
     """The `origin` that the file was saved with, empty if it has none or cannot be read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return str(_read_array(archive, "origin", dim=1, kinds="U")[0])
-    except Exception:  # numpy, zipfile and zlib raise various exceptions on damaged files
-        return ""
+    origin = _read_text(path, "origin")
+    return "" if origin is None or not len(origin) else str(origin[0])
 
 
 def read_names(path: Path) -> Shaped[np.ndarray, " N"] | None:
     """The names of the image files that the file was saved with, None if it has none or cannot be read."""
+    return _read_text(path, "names")
+
+
+def _read_text(path: Path, name: str) -> Shaped[np.ndarray, " N"] | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            return _read_array(archive, "names", dim=1, kinds="U")
-    except Exception:  # as above
+            return _read_array(archive, name, dim=1, kinds="U")
+    except Exception:  # numpy, zipfile and zlib raise various exceptions on damaged files
         return None
 
 

@@ -199,9 +199,7 @@ def how_knn_is_measured(config: EvaluationConfig) -> dict[str, Any]:
 
 def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> Accuracy:
     """Accuracy of weighted kNN on the labelled test embeddings."""
-    bank, test = embeddings.bank.keep_mirrored(config.mirror), labelled(embeddings.test).keep_mirrored(False)
-    if config.whiten:  # all images, since it uses no label: those with a label could be few, with a poor covariance
-        bank, test = whitened(bank, test)
+    bank, test = knn_embeddings(embeddings, config)
     bank = chosen_embeddings(bank, config).with_mirrored()
     scores = sharded_knn_scores(
         mesh,
@@ -213,6 +211,13 @@ def measure_knn(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) ->
         temperature=config.temperature,
     )
     return {f"top{k}": top_k_accuracy(jnp.asarray(scores), jnp.asarray(test.labels), k) for k in (1, 5)}
+
+
+def knn_embeddings(embeddings: Embeddings, config: EvaluationConfig) -> Embeddings:
+    """The embeddings that kNN compares, of all training images and of the labelled test images."""
+    bank, test = embeddings.bank.keep_mirrored(config.mirror), labelled(embeddings.test).keep_mirrored(False)
+    # Whitening learns from all images, since it uses no label: those with a label could be few, with a poor covariance.
+    return Embeddings(*whitened(bank, test)) if config.whiten else Embeddings(bank, test)
 
 
 def measure_logistic(embeddings: Embeddings, config: EvaluationConfig, mesh: Mesh) -> Accuracy:

@@ -122,11 +122,11 @@ def fit_classifier(train: LabelledEmbeddings, mesh: Mesh, kernels: Sequence[Kern
 
 def make_bank(train: LabelledEmbeddings) -> Bank:
     """Standardises and whitens embeddings, of mirrored images too if there are any."""
-    both, labels, *_ = train.with_mirrored()
-    bank = both.copy() if both is train.embeddings else both
-    del both
+    everything = train.with_mirrored()
+    # A copy, to be changed in place below, because it can fill much of the memory.
+    bank = train.embeddings.copy() if everything is train else everything.embeddings
     mean = np.mean(bank, axis=0)
-    bank -= mean  # in place, as all that follows, because the bank can fill much of the memory
+    bank -= mean
     deviation = np.sqrt(np.einsum("ne,ne->e", bank, bank) / len(bank))
     # Rounding can give a dimension that does not vary a tiny deviation, but no range. Where the squares of a range are
     # too small for float32, the deviation is 0.
@@ -134,7 +134,7 @@ def make_bank(train: LabelledEmbeddings) -> Bank:
     bank /= scale
     whitening = Whitening(*map(np.asarray, learn_whitening(bank[: len(train.labels)])))
     apply_in_parts(whitening, bank, out=bank)
-    return Bank(bank, labels, train.num_classes, mean, scale, whitening)
+    return Bank(bank, everything.labels, train.num_classes, mean, scale, whitening)
 
 
 def search(

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from empssl_jax.config import EvaluationConfig
 from empssl_jax.data.datasets import spread
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, labelled
+from empssl_jax.evaluation.evaluate import knn_embeddings
 from empssl_jax.evaluation.knn import knn_scores
-from empssl_jax.evaluation.whitening import whitened
 
 MAP_IMAGES = 1000  # with more, dots would cover each other
 MAP_CLASSES = 10  # with more, colours would be hard to distinguish
@@ -53,11 +53,9 @@ def examine(embeddings: Embeddings, config: EvaluationConfig, seed: int) -> Find
         config: the options of kNN and whitening.
         seed: seed of the maps.
     """
-    bank, test = embeddings.bank.keep_mirrored(config.mirror), embeddings.test.keep_mirrored(False)
+    bank, test = knn_embeddings(embeddings, config)
+    bank = labelled(bank)
     num_classes = max(bank.num_classes, test.num_classes)
-    if config.whiten:
-        bank, test = whitened(bank, test)
-    bank, test = labelled(bank), labelled(test)
     voters = bank.with_mirrored()
     scores = knn_scores(
         jnp.asarray(test.embeddings),

@@ -21,7 +21,6 @@ from empssl_jax.run_folder.step_files import METRICS_FILE, PROBE_FILE, TIMING_FI
 
 METRICS = ("loss", "coding_rate", "coding_rate_fraction", "similarity", "learning_rate")
 PROBED = ("step", "seconds", "top1", "effective_rank")
-EMBEDDINGS = "embeddings"  # the folder of the embeddings, in the run's
 WINDOW = 10  # steps that the throughput is averaged over, as in the progress bar
 
 
@@ -65,9 +64,10 @@ def read_run(folder: Path, config: Config, datasets: Datasets | None) -> Run:
     steps = np.array([line["step"] for line in lines], float)
     patches_per_step = config.training.batch_size * config.patches.train_patches
     metrics["throughput"] = patches_per_step * _steps_per_second(steps, metrics["seconds"])
-    embeddings = _embeddings(folder, config.evaluation.mirror)
+    saved = folder / "embeddings"
+    embeddings = _embeddings(saved, config.evaluation.mirror)
     if embeddings and datasets:
-        datasets = _of_the_embeddings(datasets, embeddings, folder)
+        datasets = _of_the_embeddings(datasets, embeddings, saved)
     with_labels = _with_labels(embeddings)
     return Run(
         folder,
@@ -106,7 +106,7 @@ def _num_train(folder: Path, datasets: Datasets | None) -> int | None:
 
 def _embeddings(folder: Path, with_mirrored: bool) -> Embeddings | None:
     try:
-        return load_both_embeddings(folder / EMBEDDINGS, with_mirrored)
+        return load_both_embeddings(folder, with_mirrored)
     except UserError:
         return None
 
@@ -114,7 +114,7 @@ def _embeddings(folder: Path, with_mirrored: bool) -> Embeddings | None:
 def _of_the_embeddings(datasets: Datasets, embeddings: Embeddings, folder: Path) -> Datasets | None:
     """The images, in bank and test only those with a label; None if the embeddings are those of other images."""
     for images, embedded, split in zip((datasets.bank, datasets.test), embeddings, SPLITS, strict=True):
-        names = read_names(folder / EMBEDDINGS / f"{split}.npz")
+        names = read_names(folder / f"{split}.npz")
         if not np.array_equal(images.labels, embedded.labels):
             return None
         if images.names is not None and names is not None and not np.array_equal(images.names, names):

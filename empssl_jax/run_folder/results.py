@@ -52,7 +52,7 @@ def add_results(folder: Path, results: dict[str, Accuracy]) -> dict[str, Accurac
     """
     merged = load_results(folder) | results
     if is_first_process():
-        write_text(folder / RESULTS_FILE, json.dumps(merged, indent=2) + "\n")
+        _write(folder, merged)
     return merged
 
 
@@ -61,9 +61,12 @@ def drop_results(folder: Path, is_outdated: Callable[[Accuracy], bool], reason: 
     results = load_results(folder)
     outdated = [name for name, value in results.items() if is_outdated(value)]
     if outdated and is_first_process():
-        kept = {name: value for name, value in results.items() if name not in outdated}
-        write_text(folder / RESULTS_FILE, json.dumps(kept, indent=2) + "\n")
+        _write(folder, {name: value for name, value in results.items() if name not in outdated})
         print(f"{folder / RESULTS_FILE} no longer has {reason}: {', '.join(outdated)}")
+
+
+def _write(folder: Path, results: dict[str, Accuracy]) -> None:
+    write_text(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
 
 
 def recorded(results: dict[str, Accuracy], **how: Any) -> dict[str, Accuracy]:
