@@ -63,7 +63,7 @@ def our_rows(visit: Visit, reserve: float = 0.0) -> dict[str, Row]:
     """
     accuracy = partial(partial, gpu_rows.accuracy, visit)
     return {
-        "train_step": Row(partial(gpu_rows.train_step, visit), 65),
+        "train_step": Row(partial(gpu_rows.train_step, visit, visit.sizes.patch_size), 65),
         "profile": Row(partial(gpu_rows.profile, visit), 25),
         "best": Row(accuracy("best"), 110),
         "best_seed_2": Row(accuracy("best_seed_2"), 50),
@@ -79,12 +79,15 @@ def our_rows(visit: Visit, reserve: float = 0.0) -> dict[str, Row]:
         "seed_3": Row(accuracy("seed_3", "random"), 70),
         "seed_3_recommended": Row(accuracy("seed_3"), 20),
         "other_numbers": Row(partial(gpu_rows.other_numbers, visit), 45),
+        "small_train_step": Row(partial(gpu_rows.train_step, visit, visit.sizes.small_patch_size), 65),
         "flags": Row(partial(gpu_rows.flags, visit), 150),
         "embedding_rates": Row(partial(gpu_rows.embedding_rates, visit), 45),
         **{name: Row(partial(gpu_rows.speed, visit, partial(BENCHMARKS[name].work, "ours")), 15) for name in SPEEDS},
         "ten_epochs": Row(accuracy("ten_epochs"), 190),
         "ten_epochs_published": Row(accuracy("ten_epochs", "random"), 60),
         "best_forty_epochs": Row(accuracy("best_forty_epochs"), 200),
+        "best_forty_epochs_seed_2": Row(accuracy("best_forty_epochs_seed_2"), 200),
+        "best_forty_epochs_seed_3": Row(accuracy("best_forty_epochs_seed_3"), 200),
         "best_forty_epochs_published": Row(accuracy("best_forty_epochs", "random"), 50),
         "best_120_epochs": Row(accuracy("best_120_epochs"), 500),
         "thirty_epochs": Row(accuracy("thirty_epochs"), 420),

@@ -45,6 +45,8 @@ RUNS: dict[str, study.Changes] = {
     "best_seed_2": BEST | {"seed": 2},
     "best_seed_3": BEST | {"seed": 3},
     "best_forty_epochs": BEST | {"max_epochs": 40},
+    "best_forty_epochs_seed_2": BEST | {"max_epochs": 40, "seed": 2},
+    "best_forty_epochs_seed_3": BEST | {"max_epochs": 40, "seed": 3},
     "best_120_epochs": BEST | {"max_epochs": 120},
 }
 GOLDEN_TESTS = ("losses", "lars", "encoder", "knn", "augmentations", "crops")
@@ -114,10 +116,10 @@ class Visit:
         return workdir
 
 
-def train_step(visit: Visit) -> Values:
-    """Speed of the train step of the default recipe, and the seconds to its first step."""
+def train_step(visit: Visit, patch_size: int) -> Values:
+    """Speed of the train step of the default recipe with patches of this size, and the seconds to its first step."""
     size, cached = visit.sizes, len(list((visit.results / "compilation_cache").glob("*")))
-    config, start = ours.make_config(size, size.patch_size), time.perf_counter()
+    config, start = ours.make_config(size, patch_size), time.perf_counter()
     step, (hyperparameters, state, batch) = ready_step(config)
     state, _ = jax.block_until_ready(step(hyperparameters, state, batch))
     first, seconds = time.perf_counter() - start, []
@@ -129,7 +131,7 @@ def train_step(visit: Visit) -> Values:
         seconds.append((time.perf_counter() - start) / 5)
     patches_per_second = size.images * size.patches / statistics.median(seconds)
     rate = limits.matmul_flops(config.model.precision)
-    flops = limits.flops_per_patch(config.model, size.patch_size)
+    flops = limits.flops_per_patch(config.model, patch_size)
     return {
         "run_seconds": seconds,
         "patches_per_second": patches_per_second,

@@ -47,6 +47,7 @@ def _tests(line: Line) -> str:
 # What each row shows, and the goal.
 GOALS: dict[str, tuple[str, str, Callable[[Line], str]]] = {
     "train step": ("train_step", "17.5 ms, 114,000 patches/s, 50 %", _train_step),
+    "the same with patches of 16x16": ("small_train_step", "", _train_step),
     "first step, nothing cached": ("train_step", "20 s", _first_step),
     "first step with flags of XLA, nothing cached": ("flags", "20 s", _flags),
     "first step with another seed": ("other_numbers", "5 s", lambda line: f"{line['seed_seconds']:.1f} s"),
