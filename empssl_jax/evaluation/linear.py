@@ -134,7 +134,8 @@ def _pad_dimensions(kernel: Float[Array, "C E"], missing: int, mesh: Mesh) -> Fl
 
 
 def _logits(params: Params, embeddings: Float[Array, "N E"]) -> Float[Array, "N C"]:
-    return embeddings @ params["kernel"].T + params["bias"][None, :]
+    # As PyTorch multiplies: in float32 on every device.
+    return jnp.matmul(embeddings, params["kernel"].T, precision=jax.lax.Precision.HIGHEST) + params["bias"][None, :]
 
 
 def _hits(

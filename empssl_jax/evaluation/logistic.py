@@ -186,7 +186,8 @@ def _fit(
         kernel = params["kernel"]
         if whitening is not None:
             kernel, _ = without_whitening(whitening, kernel, params["bias"])
-        logits = examples.embeddings @ params["kernel"] + params["bias"]
+        # L-BFGS needs gradients to more digits than GPUs and TPUs multiply with by default.
+        logits = jnp.matmul(examples.embeddings, params["kernel"], precision=jax.lax.Precision.HIGHEST) + params["bias"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels)
         mean = jnp.sum(losses * examples.weights) / jnp.sum(examples.weights)
         return mean + penalty / 2 * jnp.sum(kernel**2)

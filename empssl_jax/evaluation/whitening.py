@@ -51,7 +51,7 @@ def without_whitening(
 ) -> tuple[Float[Array, "E C"], Float[Array, " C"]]:
     """The kernel and bias that give the embeddings the scores that these give to whitened embeddings."""
     plain = jax.scipy.linalg.solve_triangular(whitening.factor, kernel, lower=True, trans=1) / whitening.scale
-    return plain, bias - whitening.mean[0] @ plain
+    return plain, bias - jnp.matmul(whitening.mean[0], plain, precision=jax.lax.Precision.HIGHEST)
 
 
 def apply_in_parts(

@@ -133,4 +133,5 @@ def make_step(model: ModelConfig, mesh: Mesh, batch_size: int, **crops: Any) -> 
 def logits(classifier: dict[str, Array], embeddings: Float[Array, "N E"]) -> Float[Array, "N C"]:
     """The classifier's score of each class."""
     standardised = (embeddings - classifier["mean"][None, :]) / classifier["scale"][None, :]
-    return standardised @ classifier["kernel"] + classifier["bias"][None, :]
+    scores = jnp.matmul(standardised, classifier["kernel"], precision=jax.lax.Precision.HIGHEST)
+    return scores + classifier["bias"][None, :]
