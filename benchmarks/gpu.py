@@ -85,6 +85,7 @@ def our_rows(visit: Visit, reserve: float = 0.0) -> dict[str, Row]:
         **{name: Row(partial(gpu_rows.speed, visit, partial(BENCHMARKS[name].work, "ours")), 15) for name in SPEEDS},
         "ten_epochs": Row(accuracy("ten_epochs"), 190),
         "ten_epochs_published": Row(accuracy("ten_epochs", "random"), 60),
+        "best_twenty_epochs": Row(accuracy("best_twenty_epochs"), 170),
         "best_forty_epochs": Row(accuracy("best_forty_epochs"), 200),
         "best_forty_epochs_seed_2": Row(accuracy("best_forty_epochs_seed_2"), 200),
         "best_forty_epochs_seed_3": Row(accuracy("best_forty_epochs_seed_3"), 200),

@@ -44,6 +44,7 @@ RUNS: dict[str, study.Changes] = {
     "best": BEST,
     "best_seed_2": BEST | {"seed": 2},
     "best_seed_3": BEST | {"seed": 3},
+    "best_twenty_epochs": BEST | {"max_epochs": 20},
     "best_forty_epochs": BEST | {"max_epochs": 40},
     "best_forty_epochs_seed_2": BEST | {"max_epochs": 40, "seed": 2},
     "best_forty_epochs_seed_3": BEST | {"max_epochs": 40, "seed": 3},

@@ -62,7 +62,9 @@ def test_convolutions_to_2x2(stride, images, features_in, features_out):
 @pytest.mark.parametrize(
     ("height", "width"), [(1, 5), (16, 16), (32, 32), (32, 40), (33, 20), (33, 40), (64, 64)]
 )  # up to a height of 32 a sum of products, above it a matrix product
-def test_matrices_applied_to_both_axes(height, width):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_matrices_applied_to_both_axes(backend, height, width, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     planes, rows, columns = (RANDOM.random(shape) for shape in ((3, height, width), (9, height), (7, width)))
     ours = xla_cpu.apply_to_axes(*in_float32(planes, rows, columns))
     np.testing.assert_allclose(ours, np.einsum("chw,ih,jw->cij", planes, rows, columns), rtol=1e-5)
