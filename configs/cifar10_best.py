@@ -25,5 +25,6 @@ config = Config(
         whiten=True,
         logistic=True,
     ),
-    run=RunConfig(workdir="runs/cifar10_best"),
+    # A checkpoint every four epochs: on one H200, saving one takes a third of the time of an epoch.
+    run=RunConfig(workdir="runs/cifar10_best", checkpoint_every=2000),
 )

@@ -178,7 +178,7 @@ def _fit(config: Config, datasets: Datasets, steps: Steps, mesh: Mesh, workdir: 
             store.check()
             probe(steps_done, state.encoder, writer)
             stop = stop_signal(steps_done) is not None
-            if stop or _checkpoint_is_due(config.run, steps_done, steps.per_epoch):
+            if stop or _checkpoint_is_due(config.run, steps_done, steps):
                 store.save(steps_done, state.encoder, state.optimizer, loss=writer.flush())
             return not stop
 
@@ -213,9 +213,9 @@ def _run_steps(
     return state
 
 
-def _checkpoint_is_due(config: RunConfig, steps_done: int, steps_per_epoch: int) -> bool:
-    """Whether to save now: at the end of each epoch and every `checkpoint_every` steps."""
-    return steps_done % (config.checkpoint_every or steps_per_epoch) == 0 or steps_done % steps_per_epoch == 0
+def _checkpoint_is_due(config: RunConfig, steps_done: int, steps: Steps) -> bool:
+    """Whether to save now: every `checkpoint_every` steps, by default those of an epoch, and at the end."""
+    return steps_done % (config.checkpoint_every or steps.per_epoch) == 0 or steps_done == steps.last
 
 
 def _metrics_writer(config: Config, workdir: Path, first_step: int, last_step: int) -> MetricsWriter:

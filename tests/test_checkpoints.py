@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from empssl_jax import config, training
 from empssl_jax.config.errors import DivergenceError, UserError
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.run_folder import checkpoints, saved_config
@@ -41,6 +42,13 @@ def test_restores_what_was_saved(workdir, which, step):
     np.testing.assert_array_equal(encoder.batch_stats["mean"], np.full(3, -step))
     assert jax.tree.structure(optimizer) == jax.tree.structure(OPTIMIZER)
     np.testing.assert_array_equal(optimizer[0]["trace"], np.arange(5))
+
+
+@pytest.mark.parametrize(("every", "saved"), [(None, [5, 10, 15, 20]), (8, [8, 16, 20]), (10, [10, 20]), (100, [20])])
+def test_the_steps_that_are_saved(every, saved):
+    """20 steps, in epochs of 5."""
+    run, steps = config.RunConfig(checkpoint_every=every), training.Steps(per_epoch=5, last=20)
+    assert [step for step in range(1, 21) if training._checkpoint_is_due(run, step, steps)] == saved
 
 
 def test_keeps_the_newest_and_the_best(workdir):

@@ -155,7 +155,7 @@ class RunConfig(Checked):
     data_dir: str | None = path_field(None)
     # Folder for decoded images, which need not fit into memory. Default: empssl_jax/images in the user's cache folder.
     cache_dir: str | None = path_field(None)
-    # Steps between checkpoints, besides those at the end of each epoch.
+    # Steps between checkpoints. Default: one at the end of each epoch. The last step is always saved.
     checkpoint_every: int | None = int_field(None, 1)
     # Newest checkpoints to keep, besides the one with the lowest loss.
     max_to_keep: int = int_field(2, 1)

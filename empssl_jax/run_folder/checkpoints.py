@@ -98,13 +98,14 @@ class Checkpoints:
         if step in saved:
             return
         items = {"encoder": encoder, "optimizer": optimizer}
+        digests = array_digests(items)  # first, as its threads copy the arrays to the host
         if (path := first_not_finite(items)) is not None:
             raise DivergenceError(
                 f"Step {step - 1} has made {path} not finite: the last checkpoint before it is kept; try a lower "
                 "--learning-rate."
             )
         self._losses = {step: loss} | {old: self._losses[old] for old in saved if old in self._losses}
-        record = seal({"loss": loss, "digests": array_digests(items)})
+        record = seal({"loss": loss, "digests": digests})
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         if not self._folder.is_dir():
             raise self._storage_error("the folder is gone")

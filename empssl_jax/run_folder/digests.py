@@ -2,18 +2,25 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 Digests = dict[str, str]
 
 
 def array_digests(tree: PyTree) -> Digests:
     """SHA-256 of each array of a pytree, including its shape and type, by its path."""
-    return {jax.tree_util.keystr(path): _digest(np.asarray(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+    def digest_of(item: tuple[jax.tree_util.KeyPath, Array]) -> tuple[str, str]:
+        return jax.tree_util.keystr(item[0]), _digest(np.asarray(item[1]))
+
+    # In threads, because copying from the device and hashing take one thread long for a large encoder.
+    with ThreadPoolExecutor() as pool:
+        return dict(pool.map(digest_of, jax.tree.leaves_with_path(tree)))
 
 
 def first_not_finite(tree: PyTree) -> str | None:
