@@ -1,7 +1,7 @@
 """EMP-SSL on CIFAR-100 as published: as on CIFAR-10, all defaults are the paper's.
 
-    python train.py --config configs/cifar100.py
-    python eval.py --workdir runs/cifar100
+    empssl train --config cifar100
+    empssl eval --workdir runs/cifar100
 
 Published, not measured here (linear classifier, top-1). The paper's abstract (arXiv 2304.03977): 58.5 % after one epoch
 and 70.1 % in less than ten. The authors' README: 58.5 % after one epoch (its command has `--epoch 2`, which also sets

@@ -1,7 +1,7 @@
 """CIFAR-10 on two CPU cores: half the width, 16x16 patches that are not resized.
 
-    python train.py --config configs/cifar10_cpu.py --precision bfloat16
-    python eval.py --workdir runs/cifar10_cpu
+    empssl train --config cifar10_cpu --precision bfloat16
+    empssl eval --workdir runs/cifar10_cpu
 
 Each of the four epochs takes ten patches of each image. With AVX512_BF16, training took 35 minutes; embedding images
 and mirrored images takes 20 on one core. On processors without AVX512_BF16, leave out --precision: the default on CPU,

@@ -1,7 +1,7 @@
 """Built-in data: scikit-learn's 8x8 digits, enlarged to 32x32, and a narrow encoder. Nothing is downloaded.
 
-    python train.py --config configs/digits.py
-    python eval.py --workdir runs/digits
+    empssl train --config digits
+    empssl eval --workdir runs/digits
 
 Two cores of an AMD EPYC with AVX-512: 2 min 23 s for both commands and the installation together; kNN top-1 74.7 %
 (four seeds, standard deviation 4.8), linear 72.8 % (seed 42). docs/results.md has more.

@@ -1,7 +1,7 @@
 """EMP-SSL on ImageNet-100: 100 classes of ImageNet, about 127,000 training and 5,000 validation images.
 
-    python train.py --config configs/imagenet100.py
-    python eval.py --workdir runs/imagenet100
+    empssl train --config imagenet100
+    empssl eval --workdir runs/imagenet100
 
 TFDS does not have it. Select the classes from ImageNet (ILSVRC 2012, from image-net.org, one folder per class) with the
 list that the authors refer to, imagenet100.txt in github.com/HobbitLong/CMC. Symbolic links are enough:

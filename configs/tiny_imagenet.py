@@ -1,7 +1,7 @@
 """EMP-SSL on Tiny ImageNet: 200 classes, 100,000 training and 10,000 validation images of 64x64 pixels.
 
-    python train.py --config configs/tiny_imagenet.py
-    python eval.py --workdir runs/tiny_imagenet
+    empssl train --config tiny_imagenet
+    empssl eval --workdir runs/tiny_imagenet
 
 TFDS does not have it. Unpack cs231n.stanford.edu/tiny-imagenet-200.zip here, and move the validation images, which are
 in one folder, to one folder per class:

@@ -1,6 +1,6 @@
 """Measures the seconds of training until kNN (k = 10, cosine similarity) reaches an accuracy, from a run's checkpoints.
 
-    python train.py --config configs/cifar10_best.py --max-epochs 40 --max-to-keep 40 --workdir RUN
+    empssl train --config cifar10_best --max-epochs 40 --checkpoint-every 500 --max-to-keep 40 --workdir RUN
     python -m experiments.race --workdir RUN [--accuracy 0.9]
 
 Each checkpoint is measured on the full test set, oldest first, until one reaches the accuracy. The seconds are those of

@@ -135,7 +135,7 @@ def test_warm_up_must_end_before_training_does():
 def test_every_config_file_survives_json(path):
     loaded = read_config_file(str(path))
     assert saved_config.from_json(saved_config.to_json(loaded), "config.json") == loaded
-    assert "python train.py" in path.read_text()
+    assert "empssl train" in path.read_text()
 
 
 def test_options_override_the_file_which_overrides_the_defaults():
