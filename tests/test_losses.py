@@ -94,6 +94,13 @@ def test_bounds_are_reached(images, dim):
     assert smallest < float(coding_rate(jnp.float32(unit_rows(2, images, dim)), EPS)) < largest
 
 
+def test_similarity_is_the_length_of_the_mean_projection():
+    z = np.random.default_rng(3).standard_normal((5, 7, 9))
+    z /= np.linalg.norm(z, axis=-1, keepdims=True)
+    expected = np.linalg.norm(z.mean(axis=0), axis=-1).mean()
+    assert float(similarity(jnp.float32(z))) == pytest.approx(expected, rel=1e-6)
+
+
 def test_similarity_of_opposite_patches_is_small():
     z = unit_rows(1, 5, 8)
     assert float(similarity(jnp.float32(np.concatenate([z, z])))) == pytest.approx(1.0)

@@ -12,7 +12,7 @@ class Loss(NamedTuple):
 
     total: Float[Array, ""]  # -coding_rate - invariance_coefficient * similarity, which training minimises
     coding_rate: Float[Array, ""]  # in nats; larger means that the projections are more spread out
-    similarity: Float[Array, ""]  # mean cosine similarity to the image's mean projection, at most 1
+    similarity: Float[Array, ""]  # mean cosine similarity to the image's mean projection, in [0, 1]
 
 
 def normalise(vectors: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
@@ -58,7 +58,10 @@ def coding_rate_bounds(num_images: int, dim: int, eps: float) -> tuple[float, fl
 
 
 def similarity(projections: Float[Array, "P B D"]) -> Float[Array, ""]:
-    """Mean cosine similarity between each projection and the mean projection of its image (equation 2), in [-1, 1]."""
+    """Mean cosine similarity between each projection and the mean projection of its image (equation 2), in [0, 1].
+
+    Projections are unit vectors, so for an image it is the length of their mean.
+    """
     z = projections.astype(jnp.float32)
     image_mean = normalise(jnp.mean(z, axis=0, keepdims=True))
     return jnp.mean(jnp.sum(normalise(z) * image_mean, axis=-1))
