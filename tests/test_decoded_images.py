@@ -167,6 +167,31 @@ def test_what_cannot_be_decoded_is_left_out_and_remembered(tmp_path):
         assert images.ids.tolist() == [f"{i:03}.png" for i in kept]
 
 
+READ_ERRORS = [OSError(number, os.strerror(number)) for number in (errno.EACCES, errno.ESTALE, errno.EIO, errno.EMFILE)]
+
+
+@pytest.mark.parametrize("error", [*READ_ERRORS, MemoryError()], ids=str)
+def test_an_intact_file_that_cannot_be_read_now_is_not_left_out(tmp_path, monkeypatch, error):
+    for number, content in enumerate(CONTENTS):
+        (tmp_path / f"{number:03}.png").write_bytes(content)
+    source = source_of(sorted(tmp_path.glob("*.png")))
+    opened = PIL.Image.open
+
+    def open_others(path):
+        if path == tmp_path / "040.png":
+            raise error
+        return opened(path)
+
+    monkeypatch.setattr(PIL.Image, "open", open_others)
+    reason = error.strerror if isinstance(error, OSError) else "out of memory"
+    with pytest.raises(UserError, match=rf"^'.*/040\.png' cannot be read \({reason}\): fix this and give the same"):
+        load_images(source, None, str(tmp_path / "cache"))
+    monkeypatch.undo()
+    images = load_images(source, None, str(tmp_path / "cache"))
+    assert images.unreadable == {}
+    np.testing.assert_array_equal(images.images[40], pixels(40))
+
+
 def test_strict_sources_refuse_what_cannot_be_decoded(tmp_path):
     with pytest.raises(UserError, match=r"^Image 001\.png of pictures train cannot be decoded \(no known for"):
         load_images(source_of([CONTENTS[0], BAD[1]], strict=True), None, str(tmp_path))

@@ -1,6 +1,9 @@
 """Decoding of image files: EXIF orientation, cropping, resizing and errors."""
 
+import errno
 import io
+import os
+import re
 import struct
 import zlib
 
@@ -187,3 +190,30 @@ def test_what_cannot_be_decoded_says_why(content, reason, side):
 def test_a_file_that_is_not_there_says_so(tmp_path):
     with pytest.raises(UnreadableError, match="No such file"):
         decode(tmp_path / "none.png", None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG])
+def test_links_that_lead_nowhere_cannot_be_decoded(number, tmp_path):
+    (tmp_path / "file").write_text("x")
+    target = {errno.ENOTDIR: "file/x", errno.ELOOP: "link.png", errno.ENAMETOOLONG: "x" * 300}[number]
+    (tmp_path / "link.png").symlink_to(target)
+    with pytest.raises(UnreadableError, match=re.escape(os.strerror(number))):
+        decode(tmp_path / "link.png", None)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()], ids=["I/O", "memory"])
+def test_errors_while_an_intact_file_is_read_are_kept_apart_from_damage(error, monkeypatch):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(type(error)) as caught:
+        decode(encoded(PIXELS, "png"), None)
+    assert caught.value is error
+
+
+def test_a_damaged_file_that_points_outside_itself_cannot_be_decoded(tmp_path):
+    """The system refuses to go to the position of the first directory of this TIFF file."""
+    (tmp_path / "file.tif").write_bytes(b"II+\0\x08\0\0\0" + struct.pack("<Q", 2**63 - 8))
+    with pytest.raises(UnreadableError, match="Invalid argument"):
+        decode(tmp_path / "file.tif", None)

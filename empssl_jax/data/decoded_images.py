@@ -25,7 +25,7 @@ from empssl_jax.runtime.compilation import user_cache
 from empssl_jax.runtime.file_locks import lock_file
 from empssl_jax.runtime.progress import image_progress
 
-VERSION = 2  # increased when the decoding or the format of the files changes
+VERSION = 3  # increased when the decoding or the format of the files changes
 CHUNK = 32  # images that a thread decodes at once
 NO_LABEL = -1
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that more space prevents
@@ -71,8 +71,8 @@ def load_images(source: Source, side: int | None, cache_dir: str | None) -> Imag
             memory.
 
     Raises:
-        UserError: the images are not squares of one size, none can be decoded, one cannot and the source is strict, or
-            the cache folder cannot be written to.
+        UserError: the images are not squares of one size, none can be decoded, one cannot and the source is strict, one
+            cannot be read now, or the cache folder cannot be written to.
     """
     folder = _entry(source, side, cache_dir)
     fingerprint = hashlib.sha256(f"{VERSION} {side} {source.fingerprint}".encode()).hexdigest()

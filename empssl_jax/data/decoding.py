@@ -1,5 +1,6 @@
 """Decodes images to RGB pixels, as a viewer shows them: of any mode, rotated as EXIF says, and resized on request."""
 
+import errno
 import io
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import PIL.ImageOps
 from jaxtyping import UInt8
 from PIL.Image import Transpose
 
-from empssl_jax.config.errors import one_line
+from empssl_jax.config.errors import UserError, one_line
 from empssl_jax.data.tiff import check_tiff, gray_scale
 
 ORIENTATION = 0x0112  # EXIF tag
@@ -22,6 +23,8 @@ UPRIGHT = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+# Errors of files that stay as they are: links that lead nowhere, and damaged files that point outside themselves.
+LASTING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 class UnreadableError(ValueError):
@@ -37,10 +40,13 @@ def decode(encoded: bytes | Path, side: int | None) -> UInt8[np.ndarray, "H W 3"
 
     Raises:
         UnreadableError: the image is damaged, its format is unknown, or it is not of 8 or 16 bits.
+        OSError, MemoryError: it cannot be read now, and may be intact.
     """
     try:
         image = PIL.Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
     except Exception as error:  # each of PIL's formats raises its own errors
+        if _may_pass(error):
+            raise
         reason = "no known format" if isinstance(error, PIL.UnidentifiedImageError) else one_line(error)
         raise UnreadableError(reason) from error
     with image:
@@ -48,11 +54,26 @@ def decode(encoded: bytes | Path, side: int | None) -> UInt8[np.ndarray, "H W 3"
 
 
 def decode_or_reason(encoded: bytes | Path, side: int | None) -> UInt8[np.ndarray, "H W 3"] | UnreadableError:
-    """The pixels as `decode` returns them, or the error that it raises."""
+    """The pixels as `decode` returns them, or the error that it raises for an image that cannot be decoded.
+
+    Raises:
+        UserError: the image cannot be read now. To skip it would leave out an intact image.
+    """
     try:
         return decode(encoded, side)
     except UnreadableError as reason:
         return reason
+    except (OSError, MemoryError) as error:
+        name = one_line(str(encoded)) if isinstance(encoded, Path) else "An image"
+        cause = error.strerror if isinstance(error, OSError) else "out of memory"
+        raise UserError(
+            f"{name} cannot be read ({cause}): fix this and give the same command again, or remove the file."
+        ) from error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the error may have another cause than the content of the file. PIL's own OSErrors have no errno."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, *LASTING))
 
 
 def to_pixels(image: PIL.Image.Image, side: int | None) -> UInt8[np.ndarray, "H W 3"]:
@@ -64,6 +85,7 @@ def to_pixels(image: PIL.Image.Image, side: int | None) -> UInt8[np.ndarray, "H 
 
     Raises:
         UnreadableError: the image is damaged, empty, or not of 8 or 16 bits.
+        OSError, MemoryError: see `decode`.
     """
     try:
         if 0 in image.size:
@@ -75,6 +97,8 @@ def to_pixels(image: PIL.Image.Image, side: int | None) -> UInt8[np.ndarray, "H 
             rgb = PIL.ImageOps.fit(rgb, (side, side), PIL.Image.Resampling.BICUBIC)
         return np.asarray(rgb)
     except Exception as error:  # each of PIL's decoders raises its own errors
+        if _may_pass(error):
+            raise
         raise UnreadableError(one_line(error)) from error
 
 

@@ -41,12 +41,13 @@ class Part(NamedTuple):
 def embed_files(options: EmbedOptions) -> None:
     """Embeds all images under a folder, sorted by name, and writes them to one .npz, atomically.
 
-    The position of a file in this order decides its random patches. Files that cannot be read are listed and skipped.
+    The position of a file in this order decides its random patches. Files that cannot be decoded are listed and
+    skipped.
 
     Raises:
-        UserError: the run, the checkpoint or the folder does not exist, no image can be read, the output is a folder or
-            a device, or an interrupted command for other images, with another encoder or with other options left its
-            parts beside the output.
+        UserError: the run, the checkpoint or the folder does not exist, no image can be decoded, one cannot be read
+            now, the output is a folder or a device, or an interrupted command for other images, with another encoder or
+            with other options left its parts beside the output.
     """
     root, output = Path(options.images), Path(options.output)
     check_output(output)
