@@ -1,5 +1,6 @@
 """Folders of pictures: splits, classes, and the same embeddings as from TFDS."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from empssl_jax import training
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig, RunConfig, TrainingConfig
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
-from empssl_jax.data.datasets import ImageDataset, load_bank, load_split
+from empssl_jax.data.datasets import ImageDataset, load_bank, load_datasets, load_split
 from empssl_jax.data.folder_images import hold_out
 from empssl_jax.data.image_files import ImageFile, list_images
 from empssl_jax.evaluation import embeddings
@@ -168,6 +169,18 @@ def test_splits_may_have_other_names(root):
     assert (test.labels.tolist(), test.names.tolist()) == ([1], ["b/4.png"])
     bank = load_bank(DataConfig(dataset=f"folder:{root}", **options), train, None, str(root.parent / "cache"))
     assert (bank.labels.tolist(), bank.names.tolist()) == ([0, 1], ["a/1.png", "b/2.png"])
+
+
+def test_training_and_test_images_of_different_sizes_are_refused_with_the_option_that_helps(root):
+    write(root, "train/1.png", "train/2.png")
+    (root / "test").mkdir()
+    PIL.Image.fromarray(pixels("3.png", side=9)).save(root / "test" / "3.png")
+    config = config_of(root)
+    message = r"^--dataset 'folder:.*' has images of shapes \[\(8, 8, 3\), \(9, 9, 3\)\]: .*, so give --image-size"
+    with pytest.raises(UserError, match=message):
+        load_datasets(config)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=8))
+    assert {split.images.shape[1:] for split in load_datasets(config)} == {(8, 8, 3)}
 
 
 def test_image_files_are_found_and_no_others(root, capsys):

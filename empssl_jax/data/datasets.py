@@ -48,10 +48,14 @@ class Datasets(NamedTuple):
 
 
 def load_datasets(config: Config) -> Datasets:
-    """The images of a run; see `load_split` for the errors raised."""
+    """The images of a run, all of one size; see `load_split` for the errors raised."""
+    from empssl_jax.data.decoded_images import check_shapes
+
     folders = config.run.data_dir, config.run.cache_dir
     train, test = (load_split(config.data, split, *folders) for split in SPLITS)
-    return Datasets(train, load_bank(config.data, train, *folders), test)
+    datasets = Datasets(train, load_bank(config.data, train, *folders), test)
+    check_shapes({split.images.shape[1:] for split in datasets}, f"--dataset {config.data.dataset!r}")
+    return datasets
 
 
 def load_datasets_for_pictures(config: Config) -> Datasets | None:

@@ -131,7 +131,7 @@ class _Decoded:
                         self._skip(number - 1 if example.id is None else example.id, image)
                         continue
                     shapes.add(image.shape)
-                    _check_shapes(shapes, source)
+                    check_shapes(shapes, source.name)
                     self._examples.append((example.label, example.id))
                     yield image
                 bar.update(len(chunk))
@@ -147,10 +147,11 @@ class _Decoded:
         self.unreadable[str(name)] = str(reason)
 
 
-def _check_shapes(shapes: set[tuple[int, ...]], source: Source) -> None:
+def check_shapes(shapes: set[tuple[int, ...]], name: str) -> None:
+    """Raises UserError, which begins with the name, unless all shapes of images are the same square."""
     if len(shapes) > 1 or any(shape[0] != shape[1] for shape in shapes):
         raise UserError(
-            f"{source.name} has images of shapes {sorted(shapes)}: they must be squares of one size, so "
+            f"{name} has images of shapes {sorted(shapes)}: they must be squares of one size, so "
             "give --image-size, the side in pixels to resize them to."
         )
 
