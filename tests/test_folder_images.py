@@ -161,6 +161,13 @@ def test_unlabelled_images_need_no_training_folder_with_labels(root):
     assert bank.names.tolist() == ["1.png"]
 
 
+def test_the_labelled_images_cannot_be_the_test_images_of_a_run_on_unlabelled_ones(root):
+    write(root, "train/a/1.png", "train/b/2.png", "loose/3.png")
+    data = DataConfig(dataset=f"folder:{root}", train_split="loose", test_split="train")
+    with pytest.raises(UserError, match=r"^--test-split is 'train': .*from it, since .* 'loose' has no"):
+        load_datasets(dataclasses.replace(config_of(root), data=data))
+
+
 def test_splits_may_have_other_names(root):
     write(root, "train/a/1.png", "train/b/2.png", "loose/3.jpg", "held/b/4.png", "test/b/5.png")
     options = {"train_split": "loose", "test_split": "held"}

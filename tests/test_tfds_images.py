@@ -108,6 +108,13 @@ def test_splits_that_share_images_are_refused(case, tmp_path):
         load_datasets(Config(data=DataConfig(dataset="tiny_stl", **SHARED[case]), run=run))
 
 
+def test_the_labelled_images_cannot_be_the_test_images_of_a_run_on_unlabelled_ones(tmp_path):
+    run = RunConfig(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    data = DataConfig(dataset="tiny_stl", train_split="unlabelled", test_split="train")
+    with pytest.raises(UserError, match=r"^--test-split is 'train': .*from it, since .* 'unlabelled' has no"):
+        load_datasets(Config(data=data, run=run))
+
+
 def test_splits_in_the_same_file_may_leave_images_out(tmp_path):
     options = {"train_split": "train[:10]+unlabelled", "test_split": "train[25:]"}
     assert [len(load(tmp_path, split, **options).labels) for split in ("train", "test")] == [60, 5]

@@ -98,6 +98,9 @@ def load_bank(
 
     They are the training images. If none of these has a label and they are from another split than train, they are the
     images of the split train instead.
+
+    Raises:
+        UserError: that split is also the test split; see `load_split` for the others.
     """
     if (train.labels >= 0).any() or config.train_split in (None, TRAIN):
         return train
@@ -108,6 +111,8 @@ def load_bank(
         name = other_train_folder(config, root_of(config))
         if name is None:
             return train
+    why = f"kNN and the linear classifier learn from it, since --train-split {config.train_split!r} has no labels"
+    require(config.test_split != name, "test_split", config.test_split, f"{why}, so choose another")
     return load_split(dataclasses.replace(config, train_split=name), "train", data_dir, cache_dir)
 
 
