@@ -151,6 +151,20 @@ def test_processes_that_want_the_same_file_wait_for_each_other(tmp_path):
     assert set(sums) == {sum(int(pixels(i).sum()) for i in range(100))}
 
 
+def test_a_process_that_waits_for_another_decodes_nothing(stored, tmp_path, monkeypatch):
+    index = next(tmp_path.glob("*/index.json"))
+    written = index.read_bytes()
+    index.unlink()
+
+    def other_process_ends(file, wait):
+        assert wait
+        index.write_bytes(written)
+
+    monkeypatch.setattr(image_store, "lock_file", other_process_ends)
+    source = source_of(CONTENTS)._replace(read=fail)
+    np.testing.assert_array_equal(load_images(source, None, str(tmp_path)).images, stored.images)
+
+
 BAD = [b"", b"nonsense", CONTENTS[3][:-60]]
 
 

@@ -74,27 +74,22 @@ def load_images(source: Source, side: int | None, cache_dir: str | None) -> Imag
         UserError: the images are not squares of one size, none can be decoded, one cannot and the source is strict, one
             cannot be read now, or the cache folder cannot be written to.
     """
-    folder = _entry(source, side, cache_dir)
+    folder, decoded = _entry(source, side, cache_dir), _Decoded(source, side)
     fingerprint = hashlib.sha256(f"{VERSION} {side} {source.fingerprint}".encode()).hexdigest()
-    if folder is not None and (stored := _open(folder, fingerprint)) is not None:
-        return stored
-    decoded = _Decoded(source, side)
-    first = next(iter(decoded), None)
-    if first is None:
-        example = "".join(f", for example {name} ({reason})" for name, reason in list(decoded.unreadable.items())[:1])
-        found = counted(source.size, "image")
-        raise UserError(f"{source.name} has {found}, none of which can be decoded{example}: check the files.")
     if folder is None:
-        return decoded.images(np.stack([first, *decoded]))
+        return decoded.images(np.stack([decoded.first(), *decoded]))
+    if (stored := _open(folder, fingerprint)) is not None:
+        return stored
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("a") as lock:
-            lock_file(lock, wait=True)  # another process may be writing the same file
+            lock_file(lock, wait=True)  # another process may be writing the same file, so nothing is decoded before
             stored = _open(folder, fingerprint)
-            return stored if stored is not None else _write(folder, fingerprint, first, decoded)
+            return stored if stored is not None else _write(folder, fingerprint, decoded)
     except OSError as error:
-        tenths = math.ceil(first.nbytes * source.size / 1e8)
-        space = f"free {tenths / 10} GB for the decoded images of {source.name}, or " * (error.errno in FULL)
+        tenths = math.ceil(decoded.image_bytes * source.size / 1e8)
+        is_full = error.errno in FULL and tenths > 0
+        space = f"free {tenths / 10} GB for the decoded images of {source.name}, or " * is_full
         reason = error.strerror or error
         raise UserError(
             f"--cache-dir {folder.parent} cannot be written to ({reason}): {space}give another folder."
@@ -102,15 +97,25 @@ def load_images(source: Source, side: int | None, cache_dir: str | None) -> Imag
 
 
 class _Decoded:
-    """Iterates over the decoded images in order, and collects their labels and ids."""
+    """Iterates over the images in order, decodes them, and collects their labels and ids."""
 
     def __init__(self, source: Source, side: int | None):
         self.unreadable: dict[str, str] = {}
+        self.image_bytes = 0  # of each decoded image, 0 before the first
         self._examples: list[tuple[int, str | int | None]] = []
         self._source, self._side, self._iterator = source, side, self._decode()
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
         return self._iterator
+
+    def first(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The first image; raises UserError if none can be decoded."""
+        for image in self:
+            self.image_bytes = image.nbytes
+            return image
+        example = "".join(f", for example {name} ({reason})" for name, reason in list(self.unreadable.items())[:1])
+        found = counted(self._source.size, "image")
+        raise UserError(f"{self._source.name} has {found}, none of which can be decoded{example}: check the files.")
 
     def images(self, images: np.ndarray) -> Images:
         labels, ids = zip(*self._examples, strict=True)
@@ -168,9 +173,9 @@ def _entry(source: Source, side: int | None, cache_dir: str | None) -> Path | No
     return root / f"{name}-{hashlib.sha256(f'{source.location} {side}'.encode()).hexdigest()[:12]}"
 
 
-def _write(folder: Path, fingerprint: str, first: np.ndarray, decoded: _Decoded) -> Images:
+def _write(folder: Path, fingerprint: str, decoded: _Decoded) -> Images:
     """Writes the file, then its index, which marks it as complete."""
-    path = folder / "images"
+    first, path = decoded.first(), folder / "images"
     (folder / "index.json").unlink(missing_ok=True)  # it may be that of other images of the same number and size
     with atomic_write(path) as file:
         file.write(first.data)
