@@ -1,6 +1,5 @@
 """The work of each row of the table as the PyTorch baseline does it; benchmarks/ours.py has the same functions."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from benchmarks import baseline_torch as baseline
 from benchmarks.sizes import Sizes, Work, random_images, random_labels, random_vectors
 from empssl_jax.config import Config
+from empssl_jax.runtime.cores import usable_cores
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -33,7 +33,7 @@ def _patches(sizes: Sizes, patch_size: int) -> torch.Tensor:
 
 def _loader(sizes: Sizes, num_images: int, num_patches: int) -> baseline.DataLoader:
     dataset = baseline.PatchDataset(random_images(num_images), random_labels(num_images), num_patches, sizes.patch_size)
-    workers = len(os.sched_getaffinity(0))
+    workers = usable_cores()
     return baseline.loader(dataset, max(1, min(50, num_images // (2 * workers))), workers, train=False)
 
 
@@ -131,7 +131,7 @@ def end_to_end(config: Config) -> dict[str, float]:
     """Trains, embeds the images and measures kNN and the linear classifier; returns both accuracies from 0 to 1."""
     from empssl_jax.data.datasets import SPLITS, load_datasets  # here: the baseline's start-up does not import JAX
 
-    workers = len(os.sched_getaffinity(0))
+    workers = usable_cores()
     model = baseline.Encoder(config.model.width, config.model.hidden_dim, config.model.projection_dim)
     model = model.to(DEVICE, memory_format=torch.channels_last)
     datasets = load_datasets(config)

@@ -8,7 +8,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from empssl_jax.config.errors import UserError, counted
 from empssl_jax.data.decoding import UnreadableError, decode_or_reason
 from empssl_jax.runtime.atomic_write import atomic_write, write_text
 from empssl_jax.runtime.compilation import user_cache
+from empssl_jax.runtime.cores import usable_cores
 from empssl_jax.runtime.file_locks import lock_file
 from empssl_jax.runtime.progress import image_progress
 
@@ -125,7 +125,7 @@ class _Decoded:
     def _decode(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
         source, number = self._source, 0
         shapes: set[tuple[int, ...]] = set()
-        threads = os.cpu_count() or 1
+        threads = usable_cores()
         chunks = grain.MapDataset.range(0, source.size, CHUNK).map(self._decode_chunk)
         chunks = chunks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
         with image_progress(f"decoding {source.name}", source.size) as bar:

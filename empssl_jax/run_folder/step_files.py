@@ -6,7 +6,6 @@ metrics.jsonl is bit-identical when a run is repeated. Times are not, so they ha
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 
 from empssl_jax.runtime.atomic_write import write_text
+from empssl_jax.runtime.cores import usable_cores
 
 METRICS_FILE = "metrics.jsonl"
 PROBE_FILE = "probe.jsonl"
@@ -102,5 +102,5 @@ def seconds_so_far(workdir: Path) -> float:
 def _devices() -> str:
     """The devices, for example "8 x NVIDIA H100"; on CPU the number of cores, which JAX counts as one device."""
     if jax.default_backend() == "cpu":
-        return f"{len(os.sched_getaffinity(0)) * jax.process_count()} CPU cores"
+        return f"{usable_cores() * jax.process_count()} CPU cores"
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
