@@ -54,7 +54,7 @@ def train(config: Config) -> None:
         interruption.begin_at(first_step)
         datasets = load_datasets(config)
         check_neighbours(config, datasets)
-        steps = _count_steps(config, datasets.train)
+        steps = _count_steps(config, datasets.train, mesh)
         if first_step == 0:  # the steps that are left may be too few, and the run resumes without a trace
             _check_profile(config, steps.last)
         with storage_errors(workdir):
@@ -71,7 +71,10 @@ class Steps(NamedTuple):
     last: int  # in the whole run
 
 
-def _count_steps(config: Config, dataset: ImageDataset) -> Steps:
+def _count_steps(config: Config, dataset: ImageDataset, mesh: Mesh) -> Steps:
+    found, least = counted(len(dataset.labels), "training image"), max(2, mesh.size)
+    remedy = f"it has {found}, and a step on {counted(mesh.size, 'device')} needs at least {least}, so add images"
+    require(len(dataset.labels) >= least, "dataset", config.data.dataset, remedy)
     per_epoch = count_steps(dataset, config.training.batch_size)
     return Steps(per_epoch, count_all_steps(per_epoch, config.training.max_epochs))
 

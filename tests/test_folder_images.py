@@ -394,6 +394,15 @@ def config_of(root, **options):
     )
 
 
+@pytest.mark.parametrize(("images", "devices", "least"), [(1, 1, 2), (3, 4, 4)])
+def test_fewer_images_than_any_step_needs_are_refused_with_the_remedy(root, monkeypatch, images, devices, least):
+    write(root, *(f"train/{i}.png" for i in range(images)), "test/0test.png")
+    monkeypatch.setattr(training, "device_mesh", lambda: device_mesh(devices))
+    needed = f"it has {images} training image.*, and a step on {devices} device.* needs at least {least}, so add images"
+    with pytest.raises(UserError, match=rf"^--dataset is 'folder:.*': {needed}\.$"):
+        training.train(config_of(root))
+
+
 @pytest.mark.long
 def test_pictures_without_classes_are_trained_on_and_embedded_but_not_measured(root, capsys):
     write(root, *FLAT)
