@@ -1,6 +1,7 @@
 """User input works or is refused with one error message. The fuzz tests print how many inputs they try."""
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -453,6 +454,37 @@ def test_cifar10_is_prepared_without_tensorflow(monkeypatch, tmp_path):
     expected = {bytes(record[1:].reshape(3, 32, 32).transpose(1, 2, 0)): record[0] for record in records[0]}
     assert {bytes(image): label for image, label in zip(test.images, test.labels, strict=True)} == expected
     assert len(load_split(DataConfig(), "train", str(tmp_path / "prepared")).labels) == 10
+    assert "tensorflow" not in sys.modules
+
+
+FOLDERS = {  # of the images that TFDS's builders look for, two classes, and the files' suffix
+    "eurosat": (["source/2750"], ["AnnualCrop", "Forest"], ".jpg"),
+    "imagenette/160px-v2": (
+        [f"source/imagenette2-160/{split}" for split in ("train", "val")],
+        ["n01440764", "n02102040"],
+        ".JPEG",
+    ),
+    "caltech101": (["source/101_ObjectCategories"], ["accordion", "airplanes"], ".jpg"),
+    "resisc45": (["prepared/downloads/manual/NWPU-RESISC45"], ["airplane", "airport"], ".jpg"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_data_sets_of_image_files_are_prepared_without_tensorflow(name, monkeypatch, tmp_path):
+    """Runs TFDS's own builders, which find files with `tf.io.gfile`, on 31 images of one colour in each folder."""
+    folders, classes, suffix = FOLDERS[name]
+    for folder, (label, class_name) in itertools.product(folders, enumerate(classes)):
+        (tmp_path / folder / class_name).mkdir(parents=True)
+        for number in range(31):
+            path = tmp_path / folder / class_name / f"{class_name}_{number}{suffix}"
+            PIL.Image.new("RGB", (8, 8), (100 * label,) * 3).save(path)
+    for method in ("download_and_extract", "extract"):
+        monkeypatch.setattr(tfds.download.DownloadManager, method, lambda self, _: tmp_path / "source")
+    config = DataConfig(dataset=name, train_split="train[:60]", test_split="train[60:]")
+    train = load_split(config, "train", str(tmp_path / "prepared"), str(tmp_path / "cache"))
+    colours = [100 * classes.index(train.class_names[label]) for label in train.labels]
+    assert (len(colours), set(colours)) == (60, {0, 100})
+    np.testing.assert_array_equal(train.images, np.broadcast_to(np.reshape(colours, (60, 1, 1, 1)), (60, 8, 8, 3)))
     assert "tensorflow" not in sys.modules
 
 

@@ -1,6 +1,8 @@
 """Images of TFDS data sets, read and, if necessary, prepared without TensorFlow."""
 
 import functools
+import glob
+import os
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,6 +17,16 @@ from empssl_jax.config.errors import UserError, counted, one_line
 from empssl_jax.config.options import TRAIN
 from empssl_jax.data.decoded_images import NO_LABEL, Example, Images, Source, load_images
 from empssl_jax.runtime.distributed import first_process_first
+
+# What `tf.io.gfile` does with local files.
+GFILE = SimpleNamespace(
+    GFile=open,
+    glob=glob.glob,
+    listdir=os.listdir,
+    exists=os.path.exists,
+    isdir=os.path.isdir,
+    walk=os.walk,
+)
 
 
 def load_tfds(
@@ -173,12 +185,12 @@ def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuild
 def _without_tensorflow(builder: tfds.core.DatasetBuilder) -> None:
     """Lets a builder that imports TensorFlow, such as CIFAR-10's, prepare its data without it.
 
-    Python's `open` replaces `tf.io.gfile.GFile`, with which the builder's module opens files. PIL, instead of
-    TensorFlow, encodes images that the builder yields as arrays.
+    Python's own functions replace those of `tf.io.gfile` with which the builder's module finds and opens files. PIL,
+    instead of TensorFlow, encodes images that the builder yields as arrays.
     """
     module = sys.modules[type(builder).__module__]
     if hasattr(module, "tf"):
-        vars(module)["tf"] = SimpleNamespace(io=SimpleNamespace(gfile=SimpleNamespace(GFile=open)))
+        vars(module)["tf"] = SimpleNamespace(io=SimpleNamespace(gfile=GFILE))
     image = dict(builder.info.features).get("image")
     if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
         return
