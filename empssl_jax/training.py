@@ -31,7 +31,7 @@ from empssl_jax.run_folder.results import add_results, drop_results, format_tabl
 from empssl_jax.run_folder.workdir import locked, storage_errors
 from empssl_jax.runtime import interruption, profiling
 from empssl_jax.runtime.devices import device_mesh, replicated, to_devices
-from empssl_jax.runtime.distributed import is_first_process, step_watchdog
+from empssl_jax.runtime.distributed import first_process_first, is_first_process, step_watchdog
 
 
 def train(config: Config) -> None:
@@ -81,12 +81,13 @@ def _count_steps(config: Config, dataset: ImageDataset, mesh: Mesh) -> Steps:
 
 def _complete_run(config: Config, datasets: Datasets, first_step: int, steps: Steps, mesh: Mesh, workdir: Path) -> None:
     """Saves the config, measures the untrained baseline, trains, then embeds, measures and reports, as configured."""
-    if is_first_process():
-        num_train, size, *_ = datasets.train.images.shape
-        images = saved_config.SavedImages(size, folder_fingerprints(config.data), num_train)
-        _drop_results_of_others(workdir, config, images, first_step)
-        saved_config.save_config(workdir, config)
-        saved_config.save_images(workdir, images)
+    with first_process_first():  # the others must find the same results, or they would not measure the same
+        if is_first_process():
+            num_train, size, *_ = datasets.train.images.shape
+            images = saved_config.SavedImages(size, folder_fingerprints(config.data), num_train)
+            _drop_results_of_others(workdir, config, images, first_step)
+            saved_config.save_config(workdir, config)
+            saved_config.save_images(workdir, images)
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         measure_untrained(config, datasets, mesh, workdir)
     encoder = _fit(config, datasets, steps, mesh, workdir)

@@ -1,5 +1,6 @@
 """Several processes on one machine, joined by CPU collectives, give the results of one, even if one is lost."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from synthetic_run import CONFIG, datasets
 from test_end_to_end import DIGITS, REPOSITORY, arrays_of, checkpoint_arrays
 
+from empssl_jax import training as run_training
 from empssl_jax.config import Config, DistributedConfig, EvaluationConfig
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
@@ -22,6 +25,7 @@ from empssl_jax.data.datasets import ImageDataset
 from empssl_jax.evaluation import knn, linear
 from empssl_jax.evaluation.embeddings import LabelledEmbeddings
 from empssl_jax.evaluation.evaluate import evaluate
+from empssl_jax.run_folder.results import add_results, load_results
 from empssl_jax.run_folder.saved_config import from_json, to_json
 from empssl_jax.runtime import distributed
 from empssl_jax.runtime.devices import device_mesh
@@ -270,6 +274,34 @@ def test_the_others_do_not_wait_for_a_first_process_that_failed(monkeypatch):
     with pytest.raises(UserError, match="no data"), distributed.first_process_first():
         raise UserError("no data")
     assert len(reached) == 1
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_no_process_looks_for_the_untrained_baseline_before_the_first_has_dropped_old_results(
+    number, monkeypatch, tmp_path
+):
+    """The baseline is stale. A process that found it would not take part in measuring it."""
+    add_results(tmp_path, {"kNN before training": {"top1": 0.5, "top5": 0.5}})
+    waited = []
+    monkeypatch.setattr(distributed, "is_first_process", lambda: number == 0)
+    monkeypatch.setattr(run_training, "is_first_process", lambda: number == 0)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def sync(name):
+        waited.append(set(load_results(tmp_path)))
+        if number == 1:
+            (tmp_path / "results.json").unlink()  # by the first process
+
+    def measure_untrained(*args):
+        assert load_results(tmp_path) == {}
+        raise SystemExit
+
+    monkeypatch.setattr(distributed.multihost_utils, "sync_global_devices", sync)
+    monkeypatch.setattr(run_training, "measure_untrained", measure_untrained)
+    config = dataclasses.replace(CONFIG, evaluation=dataclasses.replace(CONFIG.evaluation, untrained=True))
+    with pytest.raises(SystemExit):
+        run_training._complete_run(config, datasets(), 0, run_training.Steps(5, 5), device_mesh(1), tmp_path)
+    assert waited == [set() if number == 0 else {"kNN before training"}]
 
 
 def blobs(size, dim):
