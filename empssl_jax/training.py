@@ -50,7 +50,8 @@ def train(config: Config) -> None:
     _check_devices(config, mesh)
     loggers.check_wandb(config)
     with locked(workdir):
-        first_step = _check_workdir(workdir, config)
+        newest = _check_workdir(workdir, config)
+        first_step = newest or 0
         interruption.begin_at(first_step)
         datasets = load_datasets(config)
         check_neighbours(config, datasets)
@@ -58,7 +59,7 @@ def train(config: Config) -> None:
         if first_step == 0:  # the steps that are left may be too few, and the run resumes without a trace
             _check_profile(config, steps.last)
         with storage_errors(workdir):
-            _complete_run(config, datasets, first_step, steps, mesh, workdir)
+            _complete_run(config, datasets, newest, steps, mesh, workdir)
 
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -79,33 +80,35 @@ def _count_steps(config: Config, dataset: ImageDataset, mesh: Mesh) -> Steps:
     return Steps(per_epoch, count_all_steps(per_epoch, config.training.max_epochs))
 
 
-def _complete_run(config: Config, datasets: Datasets, first_step: int, steps: Steps, mesh: Mesh, workdir: Path) -> None:
+def _complete_run(
+    config: Config, datasets: Datasets, newest: int | None, steps: Steps, mesh: Mesh, workdir: Path
+) -> None:
     """Saves the config, measures the untrained baseline, trains, then embeds, measures and reports, as configured."""
     with first_process_first():  # the others must find the same results, or they would not measure the same
         if is_first_process():
             num_train, size, *_ = datasets.train.images.shape
             images = saved_config.SavedImages(size, folder_fingerprints(config.data), num_train)
-            _drop_results_of_others(workdir, config, images, first_step)
+            _drop_outdated_results(workdir, config, images, newest, steps.last)
             saved_config.save_config(workdir, config)
             saved_config.save_images(workdir, images)
     if config.evaluation.untrained and config.evaluation.valid_patches > 0:
         measure_untrained(config, datasets, mesh, workdir)
     encoder = _fit(config, datasets, steps, mesh, workdir)
-    if first_step < steps.last:
-        drop_results(
-            workdir, lambda result: result.get("step", steps.last) != steps.last, "results of earlier checkpoints"
-        )
     if config.evaluation.valid_patches > 0:
         _measure(config, encoder, datasets, mesh, workdir)
     if config.evaluation.report:
         try_to_report(workdir, config, datasets)
 
 
-def _drop_results_of_others(workdir: Path, config: Config, images: saved_config.SavedImages, first_step: int) -> None:
-    """Drops results of a run that left no checkpoint, and of other test images than the run has now."""
-    if first_step == 0:
+def _drop_outdated_results(
+    workdir: Path, config: Config, images: saved_config.SavedImages, newest: int | None, last: int
+) -> None:
+    """Drops results of a run that left no checkpoint, of earlier checkpoints, and of other test images than now."""
+    if newest is None:
         drop_results(workdir, lambda result: True, "results of a run that left no checkpoint")
         return
+    if newest < last:  # dropped before training, which may be stopped after its last step
+        drop_results(workdir, lambda result: result.get("step", last) != last, "results of earlier checkpoints")
     saved, fingerprints = saved_config.load_config(workdir).data, saved_config.load_saved_images(workdir).fingerprints
     now = config.data.test_split, config.data.test_images_per_class, images.fingerprints
     if now != (saved.test_split, saved.test_images_per_class, fingerprints):
@@ -135,8 +138,8 @@ def _check_profile(config: Config, last_step: int) -> None:
         require(last_step > profiling.LAST_STEP, "profile", True, remedy)
 
 
-def _check_workdir(workdir: Path, config: Config) -> int:
-    """Returns the step that training starts or resumes at.
+def _check_workdir(workdir: Path, config: Config) -> int | None:
+    """Returns the step of the newest checkpoint, None if there is none.
 
     Raises:
         UserError: the folder holds checkpoints of a run with other training options, or a damaged results.json.
@@ -148,7 +151,7 @@ def _check_workdir(workdir: Path, config: Config) -> int:
     if differences:
         listed = ", ".join(differences)
         raise UserError(f"--workdir {workdir} holds another run: {listed}; give the former values or another folder.")
-    return newest or 0
+    return newest
 
 
 def _differences(workdir: Path, config: Config) -> list[str]:

@@ -300,7 +300,7 @@ def test_no_process_looks_for_the_untrained_baseline_before_the_first_has_droppe
     monkeypatch.setattr(run_training, "measure_untrained", measure_untrained)
     config = dataclasses.replace(CONFIG, evaluation=dataclasses.replace(CONFIG.evaluation, untrained=True))
     with pytest.raises(SystemExit):
-        run_training._complete_run(config, datasets(), 0, run_training.Steps(5, 5), device_mesh(1), tmp_path)
+        run_training._complete_run(config, datasets(), None, run_training.Steps(5, 5), device_mesh(1), tmp_path)
     assert waited == [set() if number == 0 else {"kNN before training"}]
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from empssl_jax import training
+from empssl_jax import command_line, training
 from empssl_jax.run_folder.results import add_results, load_results
 from empssl_jax.run_folder.saved_config import load_config
 
@@ -35,6 +35,31 @@ def test_results_of_earlier_checkpoints_leave_when_training_continues(run, capsy
     shutil.rmtree(run / "checkpoints" / "2")
     assert train(run) == {"other: linear", "logistic"}
     assert f"{run / 'results.json'} no longer has results of earlier checkpoints: linear\n" in capsys.readouterr().out
+
+
+def test_results_of_earlier_checkpoints_leave_if_training_stops_after_its_last_step(run, monkeypatch):
+    shutil.rmtree(run / "checkpoints" / "2")
+    fit = training._fit
+
+    def fit_and_stop(*args):
+        fit(*args)
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_fit", fit_and_stop)
+        with pytest.raises(SystemExit):
+            train(run)
+    assert train(run) == {"other: linear", "logistic"}
+
+
+def test_results_of_an_imported_run_are_those_of_an_earlier_checkpoint(run, tmp_path, capsys):
+    imported = tmp_path / "imported"
+    command_line.main(["export", str(run)])
+    command_line.main(["import", str(run / "weights.safetensors"), "--workdir", str(imported)])
+    add_results(imported, {"linear": ANY | {"step": 0}})
+    assert train(imported) == set()
+    said = f"{imported / 'results.json'} no longer has results of earlier checkpoints: linear\n"
+    assert said in capsys.readouterr().out
 
 
 def test_results_of_other_test_images_leave(run, capsys):
