@@ -54,6 +54,8 @@ def train(config: Config) -> None:
         first_step = newest or 0
         interruption.begin_at(first_step)
         datasets = load_datasets(config)
+        if newest is not None:
+            _check_num_train(workdir, len(datasets.train.labels))
         check_neighbours(config, datasets)
         steps = _count_steps(config, datasets.train, mesh)
         if first_step == 0:  # the steps that are left may be too few, and the run resumes without a trace
@@ -149,9 +151,20 @@ def _check_workdir(workdir: Path, config: Config) -> int | None:
         newest = store.latest_step()
     differences = [] if newest is None else _differences(workdir, config)
     if differences:
-        listed = ", ".join(differences)
-        raise UserError(f"--workdir {workdir} holds another run: {listed}; give the former values or another folder.")
+        raise _another_run(workdir, differences)
     return newest
+
+
+def _check_num_train(workdir: Path, num_train: int) -> None:
+    """Raises UserError if the run in the folder has another number of training images, which sets its steps."""
+    before = saved_config.load_saved_images(workdir).num_train
+    if before not in (None, num_train):
+        raise _another_run(workdir, [f"{counted(num_train, 'training image')} (was {before})"])
+
+
+def _another_run(workdir: Path, differences: list[str]) -> UserError:
+    listed = ", ".join(differences)
+    return UserError(f"--workdir {workdir} holds another run: {listed}; give the former values or another folder.")
 
 
 def _differences(workdir: Path, config: Config) -> list[str]:

@@ -15,13 +15,14 @@ from empssl_jax import training
 from empssl_jax.config import Config, DataConfig
 from empssl_jax.config.command_options import MeasuredData, ReportOptions
 from empssl_jax.config.errors import UserError
+from empssl_jax.data.datasets import load_datasets
 from empssl_jax.data.folder_images import folder_fingerprints
 from empssl_jax.evaluation.evaluate import evaluate
 from empssl_jax.evaluation.measured_images import measured_images
 from empssl_jax.parse_options import parse_evaluate_options
 from empssl_jax.report.write_report import report_run
 from empssl_jax.run_folder.results import load_results
-from empssl_jax.run_folder.saved_config import SavedImages, load_saved_images, save_config, save_images
+from empssl_jax.run_folder.saved_config import SavedImages, load_config, load_saved_images, save_config, save_images
 
 
 def write_pictures(root):
@@ -197,6 +198,20 @@ def test_changed_images_at_the_same_place_are_another_run(trained_on, pictures):
     assert training._differences(run, config) == []
     change_a_pixel(pictures, "train")
     assert training._differences(run, config) == [f"the training images in {pictures} have changed"]
+
+
+def test_another_number_of_training_images_is_another_run(run, monkeypatch):
+    """Data sets other than folders have no fingerprint, but epochs of 79 images are not those of 80."""
+    config = load_config(run)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, workdir=str(run)))
+    all_images = load_datasets(config)
+    fewer = all_images._replace(train=all_images.train.take(np.arange(79)))
+    monkeypatch.setattr(training, "load_datasets", lambda config: fewer)
+    monkeypatch.setattr(training, "_complete_run", lambda *args: None)
+    with pytest.raises(UserError, match=r" holds another run: 79 training images \(was 80\); give the former values"):
+        training.train(config)
+    save_images(run, load_saved_images(run)._replace(num_train=None))  # as of imported weights
+    training.train(config)
 
 
 def test_runs_that_recorded_no_fingerprint_are_compared_by_path(trained_on, pictures, tmp_path):
