@@ -13,6 +13,7 @@ import pytest
 from empssl_jax import __version__, command_line
 from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.config_files import parse_train_options
+from empssl_jax.config.errors import UserError
 from empssl_jax.parse_options import parse_compare_options
 from empssl_jax.run_folder.saved_config import save_config
 
@@ -212,6 +213,10 @@ def test_the_configs_of_the_package_are_found_from_any_folder(tmp_path, monkeypa
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "digits.py").write_text("from empssl_jax.config import Config\nconfig = Config()\n")
     assert parse_train_options(["--config", "configs/digits.py"]) == Config()  # a file of the user's comes first
+    (tmp_path / "configs" / "cifar10.py").write_text("raise SystemExit('run')")
+    assert parse_train_options([]) == Config()  # but only one that the option names
+    with pytest.raises(UserError, match=r"^--config configs/cifar10\.py cannot be used \(SystemExit: run\)"):
+        parse_train_options(["--config", "configs/cifar10.py"])
     (tmp_path / "digits").mkdir()  # such as a folder of images
     assert parse_train_options(["--config", "digits"]) == by_name
 

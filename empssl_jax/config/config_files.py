@@ -15,7 +15,7 @@ from empssl_jax.config.run_config import Config
 Options = TypeVar("Options")
 
 PACKAGE = Path(__file__).parents[1]
-SHIPPED = (PACKAGE.parent / "configs", PACKAGE / "configs")  # in a checkout; in an installed package
+SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "configs")  # in an installed package; in a checkout
 DEFAULT = "configs/cifar10.py"
 
 
@@ -48,25 +48,32 @@ def _find(name: str) -> Path:
     path = Path(name)
     if path.is_file() or path.parent not in (Path(), Path("configs")):
         return path
+    return _shipped(path)
+
+
+def _shipped(path: Path) -> Path:
+    """The config of that name that comes with the package; the path itself if there is none."""
     shipped = [folder / f"{path.stem}.py" for folder in SHIPPED]
     return next((file for file in shipped if file.is_file()), path)
 
 
 @dataclass(frozen=True)
 class _ConfigOption(Checked):
-    config: str = path_field(DEFAULT)
+    config: str | None = path_field(None)
 
 
 def parse_train_options(arguments: Sequence[str], prog: str | None = None) -> Config:
     """The config of `train [--config FILE] [options]`: the file's values, overridden by the options."""
     chosen, rest = first_options(_ConfigOption, arguments)
+    # Without the option, no file of the current folder runs, even if it has the default's name.
+    file = str(_shipped(Path(DEFAULT))) if chosen.config is None else chosen.config
     description = (
         "Trains an EMP-SSL encoder and measures its embeddings.\n\n"
         "The defaults below are those of the experiment that --config FILE names: one of configs/ or a file of yours "
-        f"(now {chosen.config}). The same command resumes an interrupted run.\n\n"
+        f"(now {chosen.config or DEFAULT}). The same command resumes an interrupted run.\n\n"
         "Example: empssl train --dataset folder:photos --image-size 64 --workdir runs/photos"
     )
-    return tyro.cli(Config, args=rest, default=read_config_file(chosen.config), description=description, prog=prog)
+    return tyro.cli(Config, args=rest, default=read_config_file(file), description=description, prog=prog)
 
 
 def first_options(kind: type[Options], arguments: Sequence[str]) -> tuple[Options, list[str]]:
