@@ -45,7 +45,7 @@ def train(config: Config) -> None:
         StorageError: the folder can no longer be written to.
     """
     data, model = config.data.with_absolute_folder(), with_known_precision(config.model)
-    config = dataclasses.replace(config, data=data, model=model)
+    config = dataclasses.replace(config, data=data, model=model, run=config.run.with_absolute_folders())
     mesh, workdir = device_mesh(), Path(config.run.workdir)
     _check_devices(config, mesh)
     loggers.check_wandb(config)

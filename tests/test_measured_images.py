@@ -12,7 +12,7 @@ import pytest
 
 import empssl_jax
 from empssl_jax import training
-from empssl_jax.config import Config, DataConfig
+from empssl_jax.config import Config, DataConfig, RunConfig
 from empssl_jax.config.command_options import MeasuredData, ReportOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.datasets import load_datasets
@@ -228,3 +228,20 @@ def test_a_relative_folder_is_saved_with_its_place(tmp_path, monkeypatch):
     assert DataConfig(dataset="folder:a/b").with_absolute_folder().dataset == f"folder:{tmp_path}/a/b"
     for name in ("digits", "folder:", "folder:/a"):
         assert DataConfig(dataset=name).with_absolute_folder().dataset == name
+
+
+def test_relative_folders_of_data_are_saved_with_their_place(run, tmp_path, monkeypatch):
+    """A later command finds them from any folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "_fit", lambda *args: None)
+    config = load_config(run)
+    given = dataclasses.replace(config.run, workdir="run", data_dir="tfds", cache_dir="../cache")
+    off = dataclasses.replace(config.evaluation, valid_patches=0)
+    training.train(dataclasses.replace(config, run=given, evaluation=off))
+    saved = parse_evaluate_options(["--workdir", str(run)])
+    assert (saved.data_dir, saved.cache_dir) == (f"{tmp_path}/tfds", f"{tmp_path}/../cache")
+
+
+def test_addresses_and_defaults_of_folders_stay():
+    for folders in (RunConfig(), RunConfig(data_dir="gs://bucket/tfds", cache_dir="/a")):
+        assert folders.with_absolute_folders() == folders

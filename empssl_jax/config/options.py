@@ -170,6 +170,18 @@ class RunConfig(Checked):
     # Also log to Weights & Biases (needs the extra of that name).
     wandb: bool = False
 
+    def with_absolute_folders(self) -> "RunConfig":
+        """The same with absolute paths of the folders of data, which hold whatever the current folder is."""
+        try:
+            return dataclasses.replace(self, data_dir=_absolute(self.data_dir), cache_dir=_absolute(self.cache_dir))
+        except UserError:  # as in `DataConfig.with_absolute_folder`
+            return self
+
+
+def _absolute(folder: str | None) -> str | None:
+    """The absolute path of a folder. Addresses such as gs://bucket/folder, which TFDS also reads, stay as they are."""
+    return folder if folder is None or "://" in folder else str(Path(folder).absolute())
+
 
 @dataclass(frozen=True)
 class DistributedConfig(Checked):
