@@ -19,7 +19,7 @@ from test_end_to_end import DIGITS, REPOSITORY, arrays_of, checkpoint_arrays
 from empssl_jax import training as run_training
 from empssl_jax.config import Config, DistributedConfig, EvaluationConfig
 from empssl_jax.config.command_options import EvaluateOptions
-from empssl_jax.config.errors import UserError
+from empssl_jax.config.errors import StorageError, UserError
 from empssl_jax.data.batches import shuffled_batches
 from empssl_jax.data.datasets import ImageDataset
 from empssl_jax.evaluation import knn, linear
@@ -265,6 +265,37 @@ def test_a_cluster_that_cannot_be_joined_is_named(monkeypatch):
         distributed.processes(DistributedConfig()),
     ):
         pass
+
+
+LOST_ONE = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nmore")  # as JAX raises it
+
+
+def chained(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (LOST_ONE, distributed.LOST),
+        (jax.errors.JaxRuntimeError(str(LOST_ONE)), distributed.LOST),
+        (chained(StorageError("A checkpoint could not be saved."), LOST_ONE), distributed.LOST),
+        (UserError("--workdir /x/nccl-test has no config.json."), None),
+        (chained(StorageError("no"), OSError(28, "No space left on device", "/x/nccl-test/results.json")), None),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), None),
+    ],
+)
+def test_only_errors_of_collective_operations_mean_a_lost_process(error, code, monkeypatch, capsys):
+    """Scripts start the processes again after this exit code, which would not help against other errors."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    raised = SystemExit if code else type(error)
+    with pytest.raises(raised) as caught, distributed.processes(DistributedConfig(num_processes=1)):
+        raise error
+    assert getattr(caught.value, "code", None) == code
+    said = "lost another process (UNKNOWN: Gloo AllGather failed: Connection reset by peer). Start all"
+    assert (said in capsys.readouterr().err) == bool(code)
 
 
 def test_the_others_do_not_wait_for_a_first_process_that_failed(monkeypatch):

@@ -38,9 +38,19 @@ def processes(config: DistributedConfig) -> Iterator[None]:
         with silence:
             yield
     except Exception as error:
-        if jax.process_count() > 1 and any(name in str(error).lower() for name in COLLECTIVES):
-            _end(f"lost another process ({_first_line(error)})")
+        if jax.process_count() > 1 and (collective := _error_of_collective(error)):
+            _end(f"lost another process ({_first_line(collective)})")
         raise
+
+
+def _error_of_collective(error: BaseException | None) -> BaseException | None:
+    """The error itself or the one that caused it, if a collective operation raised it; else None.
+
+    JAX raises a ValueError or a JaxRuntimeError. The user's errors and those of files may name a folder like runs/nccl.
+    """
+    while isinstance(error, UserError | OSError):
+        error = error.__cause__
+    return error if any(name in str(error).lower() for name in COLLECTIVES) else None
 
 
 def is_first_process() -> bool:
@@ -116,7 +126,7 @@ def _join(config: DistributedConfig) -> None:
             ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).split("\n")[0]
 
 
