@@ -55,6 +55,7 @@ def test_resuming_drops_the_steps_that_run_again(tmp_path):
 def test_metrics_that_are_not_finite_stop_the_run_by_name(tmp_path, name, value):
     with writer_in(tmp_path) as writer:
         writer.add(7, metrics_of(1.0) | {name: jnp.float32(value)})
-        with pytest.raises(DivergenceError, match=r"Step 7 has loss .*--learning-rate"):
+        remedy = "any checkpoint before it is kept; try a lower --learning-rate in another --workdir"
+        with pytest.raises(DivergenceError, match=f"^Step 7 has loss .*: {remedy}\\.$"):
             writer.flush()
     assert steps_in(tmp_path) == []

@@ -101,8 +101,8 @@ class Checkpoints:
         digests = array_digests(items)  # first, as its threads copy the arrays to the host
         if (path := first_not_finite(items)) is not None:
             raise DivergenceError(
-                f"Step {step - 1} has made {path} not finite: the last checkpoint before it is kept; try a lower "
-                "--learning-rate."
+                f"Step {step - 1} has made {path} not finite: any checkpoint before it is kept; try a lower "
+                "--learning-rate in another --workdir."
             )
         self._losses = {step: loss} | {old: self._losses[old] for old in saved if old in self._losses}
         record = seal({"loss": loss, "digests": digests})

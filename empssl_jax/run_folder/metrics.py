@@ -116,8 +116,8 @@ class MetricsWriter:
         values = {name: float(value) for name, value in jax.device_get(on_device).items()}
         if not all(map(math.isfinite, values.values())):
             raise DivergenceError(
-                f"Step {step} has loss {values['loss']} and update norm {values['update_norm']}: the last checkpoint "
-                "before it is kept; try a lower --learning-rate."
+                f"Step {step} has loss {values['loss']} and update norm {values['update_norm']}: any checkpoint before "
+                "it is kept; try a lower --learning-rate in another --workdir."
             )
         self._losses.append(values["loss"])
         smallest, largest = self._coding_rate_bounds
