@@ -3,11 +3,15 @@
 import dataclasses
 import shutil
 
+import numpy as np
 import pytest
+from synthetic_run import CONFIG, datasets
 
 from empssl_jax import command_line, training
+from empssl_jax.evaluation import untrained_baseline
 from empssl_jax.run_folder.results import add_results, load_results
 from empssl_jax.run_folder.saved_config import load_config
+from empssl_jax.runtime.devices import device_mesh
 
 ANY = {"top1": 0.5, "top5": 0.75}
 
@@ -72,6 +76,16 @@ def test_results_of_other_test_images_leave(run, capsys):
 def test_results_of_a_run_that_left_no_checkpoint_leave(run):
     shutil.rmtree(run / "checkpoints")
     assert train(run, training={"seed": 3}) == set()
+
+
+def test_no_untrained_encoder_is_made_for_images_without_labels(tmp_path, monkeypatch, capsys):
+    """No accuracy could be measured of it."""
+    images = datasets()
+    unlabelled = images._replace(test=images.test._replace(labels=np.full_like(images.test.labels, -1)))
+    monkeypatch.setattr(untrained_baseline, "make_train_step", lambda *args: pytest.fail("it was made"))
+    untrained_baseline.measure_untrained(CONFIG, unlabelled, device_mesh(1), tmp_path)
+    assert load_results(tmp_path) == {}
+    assert capsys.readouterr().out == "no test image has a label: kNN and linear are not measured\n"
 
 
 def test_the_untrained_baseline_is_measured_again_only_with_other_options(run):

@@ -172,18 +172,18 @@ def measure_rank(embeddings: Embeddings) -> dict[str, Accuracy]:
     return {EFFECTIVE_RANK: rank}
 
 
-def have_labels(embeddings: Embeddings) -> bool:
+def have_labels(images: Embeddings | Datasets) -> bool:
     """Returns whether both splits have labels, which all accuracies need. If not, prints which ones have none.
 
     Also prints how many test images can only be wrong, because no training image has their class.
     """
-    splits = {"train": embeddings.bank, "test": embeddings.test}
-    unlabelled = [name for name, split in splits.items() if not len(labelled(split).labels)]
+    labels = {"train": images.bank.labels, "test": images.test.labels}
+    unlabelled = [name for name, split in labels.items() if not (split >= 0).any()]
     if unlabelled:
         print(f"no {' and no '.join(unlabelled)} image has a label: kNN and linear are not measured")
         return False
-    test = labelled(embeddings.test)
-    print_unknown_classes(embeddings.bank.labels, test.labels, test.class_names)
+    test = labels["test"]
+    print_unknown_classes(labels["train"], test[test >= 0], images.test.class_names)
     return True
 
 

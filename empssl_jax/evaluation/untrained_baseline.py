@@ -26,6 +26,8 @@ STATISTICS_PASSES = 10  # steps that set BatchNorm's statistics
 def measure_untrained(config: Config, datasets: Datasets, mesh: Mesh, workdir: Path) -> None:
     """Measures kNN with the initial parameters and writes it into results.json, unless the same result is there.
 
+    Images without labels allow no kNN, which is printed.
+
     For a fair comparison, BatchNorm's running statistics are first computed from real batches of training patches, in
     a few training steps at a learning rate of 0. They are moving averages that start at mean 0 and variance 1; the
     remaining weight of this start is removed afterwards.
@@ -33,6 +35,8 @@ def measure_untrained(config: Config, datasets: Datasets, mesh: Mesh, workdir: P
     name = "kNN before training"
     known = load_results(workdir).get(measure_name(name, config.evaluation), {})
     if known.items() >= how_knn_is_measured(config.evaluation).items():
+        return
+    if not have_labels(datasets):
         return
     dataset = datasets.train
     steps_per_epoch = count_steps(dataset, config.training.batch_size)
@@ -49,5 +53,4 @@ def measure_untrained(config: Config, datasets: Datasets, mesh: Mesh, workdir: P
         lambda now, first: (now - weight * first) / (1 - weight), state.encoder.batch_stats, start
     )
     embeddings = embed_datasets(config, EncoderState(state.encoder.params, batch_stats), datasets, mesh)
-    if have_labels(embeddings):
-        add_results(workdir, knn_results(name, embeddings, config.evaluation, mesh))
+    add_results(workdir, knn_results(name, embeddings, config.evaluation, mesh))
