@@ -255,6 +255,19 @@ def test_jax_is_asked_for_a_cluster_only_where_the_options_leave_it_open(config,
     assert calls == called
 
 
+def test_a_process_that_has_used_jax_is_told_to_run_alone():
+    """As in a notebook. The error is JAX's own."""
+    jax.devices()
+    remedy = "run the command in a process of its own, or give --num-processes 1"
+    with (
+        pytest.raises(UserError, match=f"^--num-processes is not given, and .* used JAX, .*: {remedy}\\.$"),
+        distributed.processes(DistributedConfig()),
+    ):
+        pass
+    with distributed.processes(DistributedConfig(num_processes=1)):
+        pass
+
+
 def test_a_cluster_that_cannot_be_joined_is_named(monkeypatch):
     def initialize(**timeouts):
         raise RuntimeError("no permission to read pods")

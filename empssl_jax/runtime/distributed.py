@@ -30,7 +30,7 @@ def processes(config: DistributedConfig) -> Iterator[None]:
     A process that loses another one exits with code 75, or JAX aborts it (134) if JAX notices first.
 
     Raises:
-        UserError: JAX recognises a cluster but cannot join it.
+        UserError: JAX recognises a cluster but cannot join it, or is already in use and cannot look for one.
     """
     _join(config)
     silence = contextlib.nullcontext() if is_first_process() else contextlib.redirect_stdout(None)
@@ -120,6 +120,11 @@ def _join(config: DistributedConfig) -> None:
             # This error means that JAX has found no cluster. It has then started nothing.
             if isinstance(error, ValueError) and "coordinator_address" in str(error):
                 return
+            if "must be called before" in str(error):
+                raise UserError(
+                    "--num-processes is not given, and this process has already used JAX, which then cannot look for a "
+                    "cluster: run the command in a process of its own, or give --num-processes 1."
+                ) from error
             raise UserError(
                 f"JAX recognises a cluster here but cannot join it ({_first_line(error)}): give --coordinator, "
                 "--num-processes and --process-id, or --num-processes 1 to run alone."
