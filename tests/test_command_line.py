@@ -115,6 +115,12 @@ def test_each_group_of_options_has_its_own_text(name, groups, capsys):
     assert [text[: len(group)] for text, group in zip(texts, groups, strict=True)] == groups
 
 
+def test_the_help_of_train_says_what_it_measures_and_what_it_only_saves(capsys):
+    shown = " ".join(help_of("train", capsys=capsys).split("Example:")[0].split())
+    assert "Trains an EMP-SSL encoder, embeds the images, and measures kNN and the effective rank." in shown
+    assert "linear classifier and of logistic regression are saved with the run for empssl eval." in shown
+
+
 @pytest.mark.parametrize(("command", "has_it"), [("eval", True), ("compare", True), ("finetune", False)])
 def test_only_commands_that_measure_knn_speak_of_it(command, has_it, capsys):
     assert ("kNN" in help_of(command, capsys=capsys)) == has_it

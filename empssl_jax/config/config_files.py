@@ -68,7 +68,8 @@ def parse_train_options(arguments: Sequence[str], prog: str | None = None) -> Co
     # Without the option, no file of the current folder runs, even if it has the default's name.
     file = str(_shipped(Path(DEFAULT))) if chosen.config is None else chosen.config
     description = (
-        "Trains an EMP-SSL encoder and measures its embeddings.\n\n"
+        "Trains an EMP-SSL encoder, embeds the images, and measures kNN and the effective rank. The options of the "
+        "linear classifier and of logistic regression are saved with the run for empssl eval.\n\n"
         "The defaults below are those of the experiment that --config FILE names: one of configs/ or a file of yours "
         f"(now {chosen.config or DEFAULT}). The same command resumes an interrupted run.\n\n"
         "Example: empssl train --dataset folder:photos --image-size 64 --workdir runs/photos"
