@@ -206,6 +206,16 @@ def test_the_table_is_shown_even_if_it_cannot_be_written(embeddings_folder, monk
     )
 
 
+def test_an_interruption_before_the_first_result_leaves_no_trace(embeddings_folder, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "measure_rank", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(embeddings_folder)
+    assert not (embeddings_folder / "results.json").exists()
+
+
 def test_a_linear_classifier_that_diverges_is_reported_and_the_knn_kept(embeddings_folder, capsys):
     with pytest.raises(DivergenceError, match=r"diverged at --linear-learning-rate 1000000000.0: try a lower one"):
         evaluate(embeddings_folder, linear_epochs=9, linear_learning_rate=1e9, linear_weight_decay=1e3)

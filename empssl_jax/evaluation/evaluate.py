@@ -151,10 +151,11 @@ def _measure(
             if evaluation.logistic:
                 add(of_labels(evaluation, {"logistic": measure_logistic(embeddings, evaluation, mesh)}))
     finally:  # what has been measured is shown even if the linear classifier diverges, or the disk is full
-        try:
-            add_results(folder, results)
-        finally:
-            print(format_table(load_results(folder) | results))
+        if results:  # an interruption can come before the first one
+            try:
+                add_results(folder, results)
+            finally:
+                print(format_table(load_results(folder) | results))
     return results
 
 
