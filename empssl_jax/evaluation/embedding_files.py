@@ -16,6 +16,7 @@ from empssl_jax.runtime.atomic_write import atomic_write
 
 MAX_CLASSES = 100_000  # memory use grows with the number of classes
 MAX_COMPRESSION = 200  # deflate compresses zeros 1000-fold: without a limit, a small file could fill the memory
+UNLIMITED = 2**26  # bytes of an array that may be compressed more: labels in the order of their classes are
 KINDS = {"fiu": "real numbers", "iu": "whole numbers", "U": "text (numpy.str_)"}  # by NumPy's codes
 REMEDY = "give a folder with train.npz and test.npz, or leave --embeddings out to compute them"
 
@@ -138,7 +139,7 @@ def _read_array(archive: zipfile.ZipFile, name: str, dim: int, kinds: str) -> np
         ValueError: its dimensions, type or size are not as expected; raised before memory is allocated for it.
     """
     entry = archive.getinfo(f"{name}.npy")
-    if entry.file_size > MAX_COMPRESSION * (entry.compress_size + 1000):
+    if entry.file_size > max(UNLIMITED, MAX_COMPRESSION * entry.compress_size):
         raise ValueError(f"{name} unpacks to more than {MAX_COMPRESSION} times its size")
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
