@@ -98,7 +98,7 @@ def test_embeddings_that_would_fill_the_memory_are_refused_before_they_do(tmp_pa
     assert path.stat().st_size < 100_000
     tracemalloc.start()
     with pytest.raises(UserError, match=f"cannot be read .*{name}"):
-        embedding_files.load_embeddings(path)
+        embedding_files.read_split(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
@@ -110,7 +110,7 @@ def test_compressed_labels_in_the_order_of_their_classes_are_read(tmp_path):
     np.savez_compressed(path, embeddings=np.random.default_rng(0).random((50_000, 1)), labels=labels)
     with zipfile.ZipFile(path) as archive:
         assert archive.getinfo("labels.npy").compress_size < labels.nbytes / 300
-    np.testing.assert_array_equal(embedding_files.load_embeddings(path).labels, labels)
+    np.testing.assert_array_equal(embedding_files.read_split(path).labels, labels)
 
 
 @pytest.mark.parametrize(("labels", "num_names"), [([0, 1, 2**40], 3), ([0, 1, 2], 100_001), ([0, -2, 2], 3)])
@@ -118,7 +118,7 @@ def test_labels_that_are_not_classes_are_refused(tmp_path, labels, num_names):
     names = np.array(["name"] * num_names)
     np.savez(tmp_path / "test.npz", embeddings=np.eye(3), labels=np.array(labels), class_names=names)
     with pytest.raises(UserError, match="number the classes from 0 to at most 99999"):
-        embedding_files.load_embeddings(tmp_path / "test.npz")
+        embedding_files.read_split(tmp_path / "test.npz")
 
 
 @pytest.mark.parametrize(
@@ -133,14 +133,15 @@ def test_labels_that_are_not_classes_are_refused(tmp_path, labels, num_names):
 def test_arrays_of_another_type_are_refused_with_the_one_to_give(tmp_path, arrays, expected):
     np.savez(tmp_path / "test.npz", **{"embeddings": np.eye(3), "labels": np.arange(3)} | arrays)
     with pytest.raises(UserError, match=expected):
-        embedding_files.load_embeddings(tmp_path / "test.npz")
+        embedding_files.read_split(tmp_path / "test.npz")
 
 
 @pytest.mark.parametrize(("given", "expected"), [(["a", "b"], "a b 2 3"), (None, "0 1 2 3"), (["a"] * 5, "a a a a a")])
 def test_classes_without_a_name_are_called_by_their_numbers(tmp_path, given, expected):
     names = {} if given is None else {"class_names": np.array(given)}
-    np.savez(tmp_path / "test.npz", embeddings=np.eye(3), labels=np.array([0, 1, 3]), **names)
-    assert " ".join(embedding_files.load_embeddings(tmp_path / "test.npz").class_names) == expected
+    for split in SPLITS:
+        np.savez(tmp_path / f"{split}.npz", embeddings=np.eye(3), labels=np.array([0, 1, 3]), **names)
+    assert [" ".join(split.class_names) for split in embedding_files.load_both_embeddings(tmp_path)] == [expected] * 2
 
 
 # Results.

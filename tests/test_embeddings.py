@@ -181,7 +181,7 @@ def test_saving_and_loading(tmp_path):
         np.arange(6, dtype=np.float32).reshape(3, 2), np.array([1, 0, 1], np.int32), ("cat", "Hündin", "ox", "no image")
     )
     embedding_files.save_embeddings(tmp_path / "new" / "test.npz", split)
-    loaded = embedding_files.load_embeddings(tmp_path / "new" / "test.npz")
+    loaded = embedding_files.read_split(tmp_path / "new" / "test.npz")
     np.testing.assert_array_equal(loaded.embeddings, split.embeddings)
     np.testing.assert_array_equal(loaded.labels, split.labels)
     assert (loaded.class_names, loaded.num_classes) == (split.class_names, 4)

@@ -16,7 +16,7 @@ import empssl_jax
 from empssl_jax.config.command_options import EvaluateOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.datasets import load_split
-from empssl_jax.evaluation.embedding_files import load_embeddings
+from empssl_jax.evaluation.embedding_files import read_split
 from empssl_jax.evaluation.embeddings import make_embed
 from empssl_jax.evaluation.evaluate import evaluate
 from empssl_jax.inference import image_encoder as encoder
@@ -40,7 +40,7 @@ def test_embeddings_are_bit_identical_to_those_of_eval(tiny_run, loaded):
     evaluate(EvaluateOptions(str(tiny_run), evaluation=config.evaluation), write_report=lambda *_: None)
     for split, size in (("train", 80), ("test", 10)):
         images = load_split(config.data, split, None).images
-        expected = load_embeddings(tiny_run / "embeddings" / f"{split}.npz").embeddings
+        expected = read_split(tiny_run / "embeddings" / f"{split}.npz").embeddings
         assert len(images) == len(expected) == size
         np.testing.assert_array_equal(loaded.embed(images), expected)
         np.testing.assert_array_equal(loaded.embed(list(images)), expected)

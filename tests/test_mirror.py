@@ -12,7 +12,7 @@ from empssl_jax.config import DataConfig, EvaluationConfig
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.datasets import load_split
 from empssl_jax.evaluation import embeddings
-from empssl_jax.evaluation.embedding_files import load_embeddings, save_embeddings
+from empssl_jax.evaluation.embedding_files import read_split, save_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.evaluation.evaluate import evaluate, measure_knn, measure_linear, measure_logistic
 from empssl_jax.evaluation.few_labels import chosen_rows
@@ -102,7 +102,7 @@ ARGUMENTS = ["--num-neighbours", "3", "--linear-epochs", "2"]
 def test_eval_adds_the_mirrored_images_to_the_embeddings_on_disk(tiny_run, tmp_path, monkeypatch):
     """The flipped images are embedded as other images would be; the images themselves are not embedded again."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    before, embed_dataset, embedded = load_embeddings(run / "embeddings" / "train.npz"), embeddings.embed_dataset, []
+    before, embed_dataset, embedded = read_split(run / "embeddings" / "train.npz"), embeddings.embed_dataset, []
 
     def record(*arguments):
         embedded.append(arguments[-1])
@@ -113,7 +113,7 @@ def test_eval_adds_the_mirrored_images_to_the_embeddings_on_disk(tiny_run, tmp_p
     run_eval("--workdir", run, *ARGUMENTS)
     run_eval("--workdir", run, "--mirror", *ARGUMENTS)
     assert embedded == ["mirrored train", "mirrored test"]
-    after = load_embeddings(run / "embeddings" / "train.npz")
+    after = read_split(run / "embeddings" / "train.npz")
     np.testing.assert_array_equal(after.embeddings, before.embeddings)
     data = DataConfig(dataset="digits", images_per_class=8, test_images_per_class=1)
     flipped = np.ascontiguousarray(load_split(data, "train", None).images[:, :, ::-1])
@@ -166,4 +166,4 @@ def test_files_of_embeddings_may_contain_those_of_mirrored_images(tmp_path):
 def test_mirrored_embeddings_that_do_not_fit_are_refused(tmp_path, mirrored, message):
     np.savez(tmp_path / "train.npz", embeddings=np.eye(3), labels=np.arange(3), mirrored=mirrored)
     with pytest.raises(UserError, match=message):
-        load_embeddings(tmp_path / "train.npz")
+        read_split(tmp_path / "train.npz")

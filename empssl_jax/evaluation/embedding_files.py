@@ -10,7 +10,7 @@ from jaxtyping import Float32, Shaped
 
 from empssl_jax.config.errors import UserError, one_line, require
 from empssl_jax.data.datasets import SPLITS
-from empssl_jax.evaluation.class_names import complete_names, match_classes
+from empssl_jax.evaluation.class_names import match_classes
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
 from empssl_jax.runtime.atomic_write import atomic_write
 
@@ -32,18 +32,6 @@ def save_embeddings(path: Path, split: LabelledEmbeddings, origin: str = "") -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
-
-
-def load_embeddings(path: Path) -> LabelledEmbeddings:
-    """Reads a file that `save_embeddings` wrote; `names` are not read.
-
-    Classes without a name in the file are named by their numbers.
-
-    Raises:
-        UserError: the file is missing or damaged, or does not contain embeddings and their labels.
-    """
-    split = read_split(path)
-    return split._replace(class_names=complete_names(split, ()))
 
 
 def read_origin(path: Path) -> str:
@@ -84,10 +72,13 @@ def load_both_embeddings(folder: Path, with_mirrored: bool = True) -> Embeddings
 
 
 def read_split(path: Path, with_mirrored: bool = True) -> LabelledEmbeddings:
-    """Reads a file; some or all classes may have no name. `load_embeddings` says which errors are raised.
+    """Reads a file that `save_embeddings` wrote; some or all classes may have no name, and `names` are not read.
 
     Nothing is unpickled, and no array is read before its header is validated. Embeddings of mirrored images, which may
     be missing, can be left out.
+
+    Raises:
+        UserError: the file is missing or damaged, or does not contain embeddings and their labels.
     """
     if not path.is_file():
         raise UserError(f"--embeddings: there is no {path}: {REMEDY}.")

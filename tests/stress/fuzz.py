@@ -91,11 +91,12 @@ def load_embeddings(content: bytes, folder: Path) -> None:
     """Embeddings are refused, or finite and with valid labels: a class's number, or -1 for none."""
     path = folder / "test.npz"
     path.write_bytes(content)
-    loaded = embedding_files.load_embeddings(path)
+    loaded = embedding_files.read_split(path)
     assert loaded.embeddings.dtype == np.float32
     assert len(loaded.embeddings) == len(loaded.labels) > 0
     assert np.isfinite(np.linalg.norm(loaded.embeddings, axis=1)).all()
-    assert -1 <= loaded.labels.min() <= loaded.labels.max() < loaded.num_classes <= embedding_files.MAX_CLASSES
+    assert -1 <= loaded.labels.min() <= loaded.labels.max() < embedding_files.MAX_CLASSES
+    assert loaded.num_classes <= embedding_files.MAX_CLASSES
 
 
 def add_to_results(content: bytes, folder: Path) -> None:
