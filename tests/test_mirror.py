@@ -112,6 +112,9 @@ def test_eval_adds_the_mirrored_images_to_the_embeddings_on_disk(tiny_run, tmp_p
     run_eval("--workdir", run, "--mirror", *ARGUMENTS)
     run_eval("--workdir", run, *ARGUMENTS)
     run_eval("--workdir", run, "--mirror", *ARGUMENTS)
+    assert embedded == ["mirrored train"]  # only logistic regression takes the mirrored test images
+    for options in (["--logistic"], [], ["--logistic"]):
+        run_eval("--workdir", run, "--mirror", *options, *ARGUMENTS)
     assert embedded == ["mirrored train", "mirrored test"]
     after = read_split(run / "embeddings" / "train.npz")
     np.testing.assert_array_equal(after.embeddings, before.embeddings)
@@ -138,7 +141,7 @@ def test_embeddings_of_images_are_kept_if_the_command_is_killed_before_those_of_
     with pytest.raises(KeyboardInterrupt):
         run_eval(*options)
     run_eval(*options)
-    assert embedded == ["train", "mirrored train", "mirrored train", "test", "mirrored test"]
+    assert embedded == ["train", "mirrored train", "mirrored train", "test"]
 
 
 def test_files_of_embeddings_may_contain_those_of_mirrored_images(tmp_path):
@@ -151,8 +154,9 @@ def test_files_of_embeddings_may_contain_those_of_mirrored_images(tmp_path):
     assert results["kNN"] == measure_knn(Embeddings(*splits.values()), options, device_mesh())
     save_embeddings(tmp_path / "test.npz", splits["test"]._replace(mirrored=None))
     run_eval("--embeddings", tmp_path, *ARGUMENTS)
+    run_eval("--embeddings", tmp_path, "--mirror", *ARGUMENTS)
     with pytest.raises(UserError, match=r"^--mirror is True: .*test.npz has no array named mirrored, so leave it out"):
-        run_eval("--embeddings", tmp_path, "--mirror", *ARGUMENTS)
+        run_eval("--embeddings", tmp_path, "--mirror", "--logistic", *ARGUMENTS)
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ class EvaluationConfig(LabelConfig, EmbeddingConfig):
 
     # Images embedded at a time, over all devices.
     embedding_batch_size: int = int_field(250, 1, 100_000)
-    # Also embed the mirrored images. kNN and the classifiers learn from both kinds of training images, and logistic
-    # regression adds the scores of both kinds of test images.
+    # Also embed the mirrored training images, which kNN and the classifiers then learn from too, and for --logistic the
+    # mirrored test images: logistic regression adds the scores of both kinds.
     mirror: bool = False
     # Whiten the embeddings before kNN, with mean and covariance of the training images' embeddings.
     whiten: bool = False

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped, UInt
 
 from empssl_jax.config import Config, EmbeddingConfig, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.config.errors import UserError
-from empssl_jax.data.datasets import Datasets, ImageDataset
+from empssl_jax.data.datasets import SPLITS, Datasets, ImageDataset, Split
 from empssl_jax.method.crops import crop_side
 from empssl_jax.method.encoder import EncoderState, encoder_graph
 from empssl_jax.method.patches import grid_patch, multi_patch
@@ -176,10 +176,15 @@ def cell_of(number: Int[Array, ""] | int, options: EmbeddingConfig) -> Int[Array
 
 def embed_datasets(config: Config, encoder_state: EncoderState, datasets: Datasets, mesh: Mesh) -> Embeddings:
     """Embeddings of the bank and of the test images; see `embed_dataset` for the errors raised."""
-    embed, splits = make_embed(config, mesh), (("train", datasets.bank), ("test", datasets.test))
+    embed, splits = make_embed(config, mesh), zip(SPLITS, (datasets.bank, datasets.test), strict=True)
     return Embeddings(
         *(embed_split(embed, encoder_state, split, config.evaluation, mesh, name) for name, split in splits)
     )
+
+
+def needs_mirrored(options: EvaluationConfig, split: Split) -> bool:
+    """Whether a measure takes the mirrored images of a split. Of the test images, only logistic regression does."""
+    return options.mirror and (split == "train" or options.logistic)
 
 
 def embed_split(
@@ -188,11 +193,11 @@ def embed_split(
     images: ImageDataset,
     options: EvaluationConfig,
     mesh: Mesh,
-    name: str,
+    name: Split,
     known: LabelledEmbeddings | None = None,
     save: Callable[[LabelledEmbeddings], object] = lambda split: None,
 ) -> LabelledEmbeddings:
-    """Embeddings of all images of a split and, with `mirror`, of the mirrored images. Known ones are kept.
+    """Embeddings of all images of a split and, if `needs_mirrored`, of the mirrored images. Known ones are kept.
 
     `save` is called with the embeddings of the images, and again with those of the mirrored images too, once computed.
     """
@@ -200,7 +205,7 @@ def embed_split(
     if known is None:
         known = embed_dataset(embed, encoder_state, images, *arguments, name)
         save(known)
-    if options.mirror and known.mirrored is None:
+    if needs_mirrored(options, name) and known.mirrored is None:
         mirrored = embed_dataset(embed, encoder_state, images.mirrored(), *arguments, f"mirrored {name}")
         known = known._replace(mirrored=mirrored.embeddings)
         save(known)

@@ -17,7 +17,7 @@ from empssl_jax.data.datasets import SPLITS, Datasets, load_datasets, load_datas
 from empssl_jax.evaluation.accuracy import print_unknown_classes, top_k_accuracy
 from empssl_jax.evaluation.effective_rank import spectrum
 from empssl_jax.evaluation.embedding_files import load_both_embeddings
-from empssl_jax.evaluation.embeddings import Embeddings, labelled
+from empssl_jax.evaluation.embeddings import Embeddings, labelled, needs_mirrored
 from empssl_jax.evaluation.few_labels import chosen_embeddings, chosen_rows
 from empssl_jax.evaluation.knn import check_num_neighbours, sharded_knn_scores
 from empssl_jax.evaluation.linear import linear_accuracy
@@ -108,7 +108,7 @@ def _given_embeddings(folder: Path, options: EvaluateOptions) -> Embeddings:
     embeddings = load_both_embeddings(folder, options.evaluation.mirror)
     for split, name in zip(embeddings, SPLITS, strict=True):
         remedy = f"{folder / name}.npz has no array named mirrored, so leave it out"
-        require(not options.evaluation.mirror or split.mirrored is not None, "mirror", True, remedy)
+        require(split.mirrored is not None or not needs_mirrored(options.evaluation, name), "mirror", True, remedy)
     return embeddings
 
 

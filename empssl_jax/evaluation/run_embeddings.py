@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError
-from empssl_jax.data.datasets import Datasets, ImageDataset, spread
+from empssl_jax.data.datasets import SPLITS, Datasets, ImageDataset, spread
 from empssl_jax.evaluation.embedding_files import read_origin, read_split, save_embeddings
-from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_split, make_embed
+from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_split, make_embed, needs_mirrored
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.run_folder.digests import array_digests, text_digest
 from empssl_jax.runtime.distributed import is_first_process
@@ -29,9 +29,9 @@ def run_embeddings(config: Config, encoder: EncoderState, datasets: Datasets, me
     embed = make_embed(config, mesh)
     encoder_digest = text_digest(array_digests(encoder))
     splits = []
-    for name, images in (("train", datasets.bank), ("test", datasets.test)):
+    for name, images in zip(SPLITS, (datasets.bank, datasets.test), strict=True):
         path, origin = folder / f"{name}.npz", _origin(config, encoder_digest, images)
-        saved = _saved(path, origin, images, config.evaluation.mirror)
+        saved = _saved(path, origin, images, needs_mirrored(config.evaluation, name))
         save = functools.partial(_save, path, origin)
         splits.append(embed_split(embed, encoder, images, config.evaluation, mesh, name, saved, save))
     return Embeddings(*splits)
