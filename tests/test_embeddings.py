@@ -11,7 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig
-from empssl_jax.config.errors import UserError
+from empssl_jax.config.errors import DivergenceError, UserError
 from empssl_jax.data.datasets import load_split
 from empssl_jax.evaluation import embedding_files, embeddings
 from empssl_jax.evaluation.evaluate import have_labels, measure_knn, measure_linear
@@ -172,7 +172,7 @@ def test_embeddings_depend_on_neither_batches_nor_devices(encoder_state, digits)
 
 def test_embeddings_that_are_not_finite_are_refused(encoder_state, digits):
     broken = encoder_state._replace(params=jax.tree.map(lambda x: x * jnp.nan, encoder_state.params))
-    with pytest.raises(UserError, match="The test embeddings are not all finite"):
+    with pytest.raises(DivergenceError, match="The embeddings are not all finite: train again with a lower --learning"):
         embed_all(broken, digits, 1, 20)
 
 

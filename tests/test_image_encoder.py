@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
@@ -14,7 +15,7 @@ import pytest
 
 import empssl_jax
 from empssl_jax.config.command_options import EvaluateOptions
-from empssl_jax.config.errors import UserError
+from empssl_jax.config.errors import DivergenceError, UserError
 from empssl_jax.data.datasets import load_split
 from empssl_jax.evaluation.embedding_files import read_split
 from empssl_jax.evaluation.embeddings import make_embed
@@ -50,6 +51,12 @@ def test_an_image_s_index_decides_its_patches(loaded, digits):
     together, alone = loaded.embed(digits), loaded.embed(digits[7:8], indices=np.array([7]))
     np.testing.assert_allclose(alone[0], together[7], rtol=1e-4, atol=1e-5)
     assert np.max(np.abs(loaded.embed(digits[7:8])[0] - together[7])) > 1e-3
+
+
+def test_embeddings_that_are_not_finite_are_refused(loaded, digits):
+    broken = loaded.state._replace(params=jax.tree.map(lambda x: x * jnp.nan, loaded.state.params))
+    with pytest.raises(DivergenceError, match="embeddings are not all finite: train again"):
+        encoder.ImageEncoder(loaded.config, broken, loaded.step, loaded.image_size).embed(digits)
 
 
 def test_the_number_of_patches(loaded, digits):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,17 @@ class Recorder:
 
     def close(self):
         pass
+
+
+def test_embeddings_that_are_not_finite_do_not_end_training(tmp_path):
+    config, train = dataclasses.replace(CONFIG, run=RunConfig(probe_every=1)), load_split(CONFIG.data, "train", None)
+    state = init_encoder(CONFIG.model, parameters_key(0))
+    broken = state._replace(params=jax.tree.map(lambda x: x * math.nan, state.params))
+    with MetricsWriter(tmp_path, 0, 1, 1, (0.0, 1.0)) as writer:
+        probe.online_probe(config, Datasets(train, train, train), 1, device_mesh(1))(1, broken, writer)
+    (measured,) = lines_of(tmp_path / "probe.jsonl")
+    assert set(measured) == {"step", "seconds", "effective_rank"}
+    assert math.isnan(measured["effective_rank"])
 
 
 @pytest.mark.parametrize(

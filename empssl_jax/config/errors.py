@@ -18,7 +18,7 @@ class StorageError(UserError):
 
 
 class DivergenceError(UserError):
-    """A loss, an update or a parameter is NaN or infinite."""
+    """A loss, an update, a parameter or an embedding is NaN or infinite."""
 
     exit_code = 1
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped, UInt8
 
 from empssl_jax.config import Config, EmbeddingConfig, EvaluationConfig, ModelConfig, PatchConfig
-from empssl_jax.config.errors import UserError
+from empssl_jax.config.errors import DivergenceError
 from empssl_jax.data.datasets import SPLITS, Datasets, ImageDataset, Split
 from empssl_jax.method.crops import crop_side
 from empssl_jax.method.encoder import EncoderState, encoder_graph
@@ -175,7 +175,7 @@ def cell_of(number: Int[Array, ""] | int, options: EmbeddingConfig) -> Int[Array
 
 
 def embed_datasets(config: Config, encoder_state: EncoderState, datasets: Datasets, mesh: Mesh) -> Embeddings:
-    """Embeddings of the bank and of the test images; see `embed_dataset` for the errors raised."""
+    """Embeddings of the bank and of the test images; see `embed_images` for the errors raised."""
     embed, splits = make_embed(config, mesh), zip(SPLITS, (datasets.bank, datasets.test), strict=True)
     return Embeddings(
         *(embed_split(embed, encoder_state, split, config.evaluation, mesh, name) for name, split in splits)
@@ -215,19 +215,11 @@ def embed_split(
 def embed_dataset(
     embed: Embed, encoder_state: EncoderState, dataset: ImageDataset, batch_size: int, mesh: Mesh, name: str
 ) -> LabelledEmbeddings:
-    """Embeddings of all images of a data set, on each process, with a progress bar.
-
-    Raises:
-        UserError: an embedding is not finite, because training went wrong.
-    """
+    """Embeddings of all images of a data set, on each process, with a progress bar; `embed_images` names the error."""
     indices = np.arange(len(dataset.images), dtype=np.int32)
     with image_progress(f"embedding {name}", len(indices)) as bar:
         embeddings = embed_images(
             embed, encoder_state, dataset.images.__getitem__, indices, batch_size, mesh, bar.update
-        )
-    if not np.isfinite(embeddings).all():
-        raise UserError(
-            f"The {name} embeddings are not all finite: train again, or evaluate an earlier checkpoint with --step."
         )
     return LabelledEmbeddings(embeddings, dataset.labels, dataset.class_names, dataset.names)
 
@@ -254,6 +246,9 @@ def embed_images(
             which keeps the number of sizes to compile small.
         mesh: the devices.
         progress: called with the number of images done since the last call.
+
+    Raises:
+        DivergenceError: an embedding is not finite, because training went wrong.
     """
     size = len(indices)
     batch_size = -(-min(batch_size, 1 << (size - 1).bit_length()) // mesh.size) * mesh.size
@@ -262,6 +257,11 @@ def embed_images(
         positions, num_kept = (start + rows) % size, min(batch_size, size - start)
         batch = (rows_to_devices(own, mesh, batch_size) for own in (images_at(positions), indices[positions]))
         embedded = to_host(embed(encoder_state, *batch))[:num_kept]
+        if not np.isfinite(embedded).all():
+            raise DivergenceError(
+                "The embeddings are not all finite: train again with a lower --learning-rate, or choose an earlier "
+                "checkpoint with --step."
+            )
         if start == 0:
             embeddings = np.empty((size, embedded.shape[1]), np.float32)
         embeddings[start : start + num_kept] = embedded

@@ -6,6 +6,7 @@ measured: the coding rate of each step is already a measure of how they spread.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from empssl_jax.config import Config, EvaluationConfig
+from empssl_jax.config.errors import DivergenceError
 from empssl_jax.data.datasets import Datasets, ImageDataset, first_of_each_class, spread
 from empssl_jax.evaluation.effective_rank import effective_rank
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_images, make_embed
@@ -65,7 +67,10 @@ def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh)
             return
         jax.block_until_ready(encoder)  # steps that are still running count as training time
         with writer.paused():
-            measured = measure(encoder)
+            try:
+                measured = measure(encoder)
+            except DivergenceError:  # reported by training, unless embeddings alone are not finite
+                measured = {"effective_rank": math.nan}
         writer.add_probe(steps_done, measured)
 
     return probe

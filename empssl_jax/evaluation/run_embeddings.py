@@ -24,7 +24,7 @@ def run_embeddings(config: Config, encoder: EncoderState, datasets: Datasets, me
     """The embeddings of the bank and of the test images.
 
     Those in the folder's train.npz and test.npz are read if they are of the same encoder, images and options.
-    Otherwise they are computed and written there; see `embed_dataset` for the errors raised.
+    Otherwise they are computed and written there; see `embed_images` for the errors raised.
     """
     embed = make_embed(config, mesh)
     encoder_digest = text_digest(array_digests(encoder))

@@ -70,6 +70,7 @@ class ImageEncoder:
 
         Raises:
             UserError: an image is of another kind or damaged, or `patches` or `indices` are not valid.
+            DivergenceError: an embedding is not finite, because training went wrong.
         """
         evaluation = self.config.evaluation
         if patches is not None:
