@@ -144,6 +144,20 @@ def test_embeddings_of_images_are_kept_if_the_command_is_killed_before_those_of_
     assert embedded == ["train", "mirrored train", "mirrored train", "test"]
 
 
+def test_an_interruption_leaves_no_embeddings_of_two_checkpoints(tiny_run, tmp_path, monkeypatch):
+    run, embed_dataset = shutil.copytree(tiny_run, tmp_path / "run"), embeddings.embed_dataset
+
+    def killed(*arguments):
+        if arguments[-1] == "test":
+            raise KeyboardInterrupt
+        return embed_dataset(*arguments)
+
+    monkeypatch.setattr(embeddings, "embed_dataset", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_eval("--workdir", run, "--step", "1", *ARGUMENTS)
+    assert [path.name for path in (run / "embeddings").iterdir()] == ["train.npz"]
+
+
 def test_files_of_embeddings_may_contain_those_of_mirrored_images(tmp_path):
     splits = {"train": blobs(60, 1), "test": blobs(20, 2)}
     for name, split in splits.items():

@@ -28,13 +28,16 @@ def run_embeddings(config: Config, encoder: EncoderState, datasets: Datasets, me
     """
     embed = make_embed(config, mesh)
     encoder_digest = text_digest(array_digests(encoder))
-    splits = []
+    splits = []  # functions, since all outdated files leave first: an interruption must not mix those of two encoders
     for name, images in zip(SPLITS, (datasets.bank, datasets.test), strict=True):
         path, origin = folder / f"{name}.npz", _origin(config, encoder_digest, images)
         saved = _saved(path, origin, images, needs_mirrored(config.evaluation, name))
+        if saved is None and is_first_process():
+            path.unlink(missing_ok=True)
         save = functools.partial(_save, path, origin)
-        splits.append(embed_split(embed, encoder, images, config.evaluation, mesh, name, saved, save))
-    return Embeddings(*splits)
+        arguments = images, config.evaluation, mesh, name, saved, save
+        splits.append(functools.partial(embed_split, embed, encoder, *arguments))
+    return Embeddings(*(split() for split in splits))
 
 
 def _save(path: Path, origin: str, split: LabelledEmbeddings) -> None:
