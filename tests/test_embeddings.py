@@ -12,9 +12,10 @@ from PIL import Image
 
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.config.errors import DivergenceError, UserError
-from empssl_jax.data.datasets import load_split
+from empssl_jax.data.datasets import Datasets, ImageDataset, load_split
 from empssl_jax.evaluation import embedding_files, embeddings
 from empssl_jax.evaluation.evaluate import have_labels, measure_knn, measure_linear
+from empssl_jax.evaluation.run_embeddings import run_embeddings
 from empssl_jax.method.encoder import encoder_graph, init_encoder
 from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import embedding_patches_key
@@ -186,6 +187,23 @@ def test_saving_and_loading(tmp_path):
     np.testing.assert_array_equal(loaded.labels, split.labels)
     assert (loaded.class_names, loaded.num_classes) == (split.class_names, 4)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["test.npz"]
+
+
+def test_images_are_embedded_again_if_any_of_them_changes(encoder_state, tmp_path, monkeypatch):
+    embedded = []
+
+    def record(embed, state, images, batch_size, mesh, name):
+        embedded.append(name)
+        vectors = np.ones((len(images.labels), 1), np.float32)
+        return embeddings.LabelledEmbeddings(vectors, images.labels, images.class_names)
+
+    monkeypatch.setattr(embeddings, "embed_dataset", record)
+    train = ImageDataset(np.zeros((3000, 2, 2, 3), np.uint8), np.zeros(3000, np.int32), ("a",))
+    changed = train._replace(images=train.images.copy())
+    changed.images[1, 0, 0, 0] = 1
+    for bank in (train, train, changed):
+        run_embeddings(CONFIG, encoder_state, Datasets(bank, bank, train), device_mesh(1), tmp_path)
+    assert embedded == ["train", "test", "train"]
 
 
 def test_memory_does_not_grow_with_the_number_of_patches(encoder_state):

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError
-from empssl_jax.data.datasets import SPLITS, Datasets, ImageDataset, spread
+from empssl_jax.data.datasets import SPLITS, Datasets, ImageDataset
 from empssl_jax.evaluation.embedding_files import read_origin, read_split, save_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_split, make_embed, needs_mirrored
 from empssl_jax.method.encoder import EncoderState
@@ -17,7 +17,6 @@ from empssl_jax.run_folder.digests import array_digests, text_digest
 from empssl_jax.runtime.distributed import is_first_process
 
 VERSION = 1  # raise it with a change that gives other embeddings: those in the folders of runs are then computed again
-COMPARED_IMAGES = 1000  # of each split, evenly spaced: enough to notice that a data set has changed
 
 
 def run_embeddings(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh, folder: Path) -> Embeddings:
@@ -59,8 +58,7 @@ def _saved(path: Path, origin: str, images: ImageDataset, with_mirrored: bool) -
 
 def _origin(config: Config, encoder_digest: str, images: ImageDataset) -> str:
     """A digest of all that embeddings and their labels depend on."""
-    compared = spread(len(images.labels), COMPARED_IMAGES)
-    arrays = {f"image {i}": images.images[i] for i in compared} | {"labels": images.labels}
+    arrays = {"images": images.images, "labels": images.labels}
     arrays |= {} if images.names is None else {"names": np.asarray(images.names)}
     parts = {
         "version": VERSION,
