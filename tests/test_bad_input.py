@@ -171,7 +171,11 @@ def test_a_data_set_for_given_embeddings_is_refused(embeddings_folder):
     [
         ({"step": 3}, "--step is 3: leave it out, since --embeddings are measured as they are"),
         ({"workdir": "runs/a"}, "--workdir is 'runs/a': leave it out"),
+        ({"data_dir": "tfds"}, "--data-dir is 'tfds': leave it out"),
+        ({"cache_dir": "images"}, "--cache-dir is 'images': leave it out"),
         ({"evaluation": EvaluationConfig(valid_patches=16)}, "--valid-patches is 16: leave it out"),
+        ({"evaluation": EvaluationConfig(embedding_batch_size=9)}, "--embedding-batch-size is 9: leave it out"),
+        ({"evaluation": EvaluationConfig(untrained=True)}, "--untrained is True: leave it out"),
     ],
 )
 def test_options_of_a_run_for_given_embeddings_are_refused(embeddings_folder, options, message):

@@ -173,6 +173,12 @@ def test_results_of_other_options_or_checkpoints_are_measured_again(
     assert len(evaluated) == 2 * again
 
 
+def test_the_accuracy_before_training_is_measured_by_train_only(tmp_path):
+    folder = write_run(tmp_path / "a", 0, 0.5, 0.9)
+    with pytest.raises(UserError, match=r"^--untrained is True: only empssl train measures kNN before"):
+        compare(folder, options=["--untrained"])
+
+
 def test_one_run_is_evaluated_without_a_comparison(tmp_path, no_evaluation):
     folder = write_run(tmp_path / "a", 0, 0.5, 0.9)
     compare(folder)

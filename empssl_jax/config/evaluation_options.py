@@ -120,7 +120,8 @@ class EvaluationConfig(LabelConfig, EmbeddingConfig):
     # standardised or whitened for it. It is more accurate than the linear classifier, which is that of the paper, and
     # takes minutes on a CPU.
     logistic: bool = False
-    # Also measure kNN before training. A few passes first set BatchNorm's statistics; they change no parameter.
+    # For train only: also measure kNN before training. A few passes first set BatchNorm's statistics; they change no
+    # parameter.
     untrained: bool = False
     # Write report.html, a page of figures and explanations, at the end.
     report: bool = True

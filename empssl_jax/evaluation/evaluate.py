@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from empssl_jax.config import Config, EvaluationConfig
+from empssl_jax.config import Config, EmbeddingConfig, EvaluationConfig
 from empssl_jax.config.command_options import EvaluateOptions, MeasuredData
 from empssl_jax.config.errors import DivergenceError, require
 from empssl_jax.data.datasets import SPLITS, Datasets, load_datasets, load_datasets_for_pictures
@@ -65,6 +65,8 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
     folder = Path(options.workdir)
     trained = load_config(folder)
     options.evaluation.require_patches()
+    untrained, remedy = options.evaluation.untrained, "only empssl train measures kNN before training, so leave it out"
+    require(untrained == trained.evaluation.untrained, "untrained", untrained, remedy)
     run = dataclasses.replace(trained.run, data_dir=options.data_dir, cache_dir=options.cache_dir)
     measured = measured_images(options.data, trained.data, folder)
     config = dataclasses.replace(trained, data=measured.data, evaluation=options.evaluation, run=run)
@@ -96,11 +98,16 @@ def _check_only_embeddings(options: EvaluateOptions) -> None:
     """Raises UserError for options of a run, which are meaningless for given embeddings."""
     remedy = "they are measured as they are, so leave out --dataset and its options, or --embeddings"
     require(options.data == MeasuredData(), "embeddings", options.embeddings, remedy)
-    given = {"workdir": options.workdir, "step": options.step} | dataclasses.asdict(options.evaluation.embedding)
-    own = EvaluateOptions()
-    defaults = {"workdir": own.workdir, "step": own.step} | dataclasses.asdict(own.evaluation.embedding)
-    for name, value in given.items():
-        require(value == defaults[name], name, value, "leave it out, since --embeddings are measured as they are")
+    own, remedy = EvaluateOptions(), "leave it out, since --embeddings are measured as they are"
+    of_embedding = [field.name for field in dataclasses.fields(EmbeddingConfig)]
+    groups: list[tuple[Any, Any, list[str]]] = [
+        (options, own, ["workdir", "step", "data_dir", "cache_dir"]),
+        (options.evaluation, own.evaluation, [*of_embedding, "embedding_batch_size", "untrained"]),
+    ]
+    for given, default, names in groups:
+        for name in names:
+            value = getattr(given, name)
+            require(value == getattr(default, name), name, value, remedy)
 
 
 def _given_embeddings(folder: Path, options: EvaluateOptions) -> Embeddings:
