@@ -235,7 +235,20 @@ def test_a_linear_classifier_that_diverges_is_reported_and_the_knn_kept(embeddin
         evaluate(embeddings_folder, linear_epochs=9, linear_learning_rate=1e9, linear_weight_decay=1e3)
     assert "kNN             100.00%  100.00%" in capsys.readouterr().out
     rank = {"rank": pytest.approx(4, rel=1e-5), "images": 4, "dimensions": 4}  # of the identity
-    assert load_results(embeddings_folder) == {"kNN": {"top1": 1.0, "top5": 1.0}, "effective rank": rank}
+    measured = load_results(embeddings_folder)
+    assert len({result.pop("files") for result in measured.values()}) == 1
+    assert measured == {"kNN": {"top1": 1.0, "top5": 1.0}, "effective rank": rank}
+
+
+def test_results_of_files_that_were_replaced_leave(embeddings_folder, capsys):
+    evaluate(embeddings_folder, linear_epochs=1)
+    evaluate(embeddings_folder)
+    assert set(load_results(embeddings_folder)) == {"kNN", "linear", "linear, best epoch on test", "effective rank"}
+    np.savez(embeddings_folder / "test.npz", embeddings=-np.eye(4), labels=np.arange(4))
+    evaluate(embeddings_folder)
+    assert set(load_results(embeddings_folder)) == {"kNN", "effective rank"}
+    removed = "effective rank, kNN, linear, linear, best epoch on test"
+    assert f"results.json no longer has results of other embeddings: {removed}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_files_of_embeddings_may_contain_those_of_mirrored_images(tmp_path):
     run_eval("--embeddings", tmp_path, "--mirror", *ARGUMENTS)
     results = json.loads((tmp_path / "results.json").read_text())
     options = dataclasses.replace(OPTIONS, num_neighbours=3)
-    assert results["kNN"] == measure_knn(Embeddings(*splits.values()), options, device_mesh())
+    assert measure_knn(Embeddings(*splits.values()), options, device_mesh()).items() <= results["kNN"].items()
     save_embeddings(tmp_path / "test.npz", splits["test"]._replace(mirrored=None))
     run_eval("--embeddings", tmp_path, *ARGUMENTS)
     run_eval("--embeddings", tmp_path, "--mirror", *ARGUMENTS)

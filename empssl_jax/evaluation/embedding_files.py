@@ -1,5 +1,6 @@
 """Files of embeddings: .npz archives, validated when they are read."""
 
+import hashlib
 import math
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from empssl_jax.config.errors import UserError, one_line, require
 from empssl_jax.data.datasets import SPLITS
 from empssl_jax.evaluation.class_names import match_classes
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings
+from empssl_jax.run_folder.digests import text_digest
 from empssl_jax.runtime.atomic_write import atomic_write
 
 MAX_CLASSES = 100_000  # memory use grows with the number of classes
@@ -32,6 +34,15 @@ def save_embeddings(path: Path, split: LabelledEmbeddings, origin: str = "") -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def files_digest(folder: Path) -> str:
+    """SHA-256 of a folder's train.npz and test.npz."""
+    digests = []
+    for split in SPLITS:
+        with (folder / f"{split}.npz").open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return text_digest(dict(zip(SPLITS, digests, strict=True)))
 
 
 def read_origin(path: Path) -> str:

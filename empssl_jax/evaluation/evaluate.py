@@ -16,7 +16,7 @@ from empssl_jax.config.errors import DivergenceError, require
 from empssl_jax.data.datasets import SPLITS, Datasets, load_datasets, load_datasets_for_pictures
 from empssl_jax.evaluation.accuracy import print_unknown_classes, top_k_accuracy
 from empssl_jax.evaluation.effective_rank import spectrum
-from empssl_jax.evaluation.embedding_files import load_both_embeddings
+from empssl_jax.evaluation.embedding_files import files_digest, load_both_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, labelled, needs_mirrored
 from empssl_jax.evaluation.few_labels import chosen_embeddings, chosen_rows
 from empssl_jax.evaluation.knn import check_num_neighbours, sharded_knn_scores
@@ -31,6 +31,7 @@ from empssl_jax.run_folder.results import (
     EFFECTIVE_RANK,
     Accuracy,
     add_results,
+    drop_results,
     format_table,
     load_results,
     of_labels,
@@ -61,7 +62,9 @@ def evaluate(options: EvaluateOptions, write_report: WriteReport) -> dict[str, A
         folder = Path(options.embeddings)
         _check_only_embeddings(options)
         load_results(folder)  # raises an error for a damaged file before the work begins
-        return _measure(folder, _given_embeddings(folder, options), Config(evaluation=options.evaluation), mesh)
+        embeddings, files = _given_embeddings(folder, options), files_digest(folder)
+        drop_results(folder, lambda result: result.get("files") != files, "results of other embeddings")
+        return _measure(folder, embeddings, Config(evaluation=options.evaluation), mesh, files=files)
     folder = Path(options.workdir)
     trained = load_config(folder)
     options.evaluation.require_patches()
@@ -127,6 +130,7 @@ def _measure(
     made: str | None = None,
     dataset: str | None = None,
     step: int | None = None,
+    files: str | None = None,
 ) -> dict[str, Accuracy]:
     """Measures embeddings; writes each result into the folder as soon as it is known, and prints all at the end.
 
@@ -138,13 +142,15 @@ def _measure(
         made: how the embeddings were made, which is saved with the results; None if unknown.
         dataset: the data set, None for the run's own.
         step: the checkpoint, None for embeddings of no run.
+        files: digest of the given files, None for embeddings of a run.
     """
 
     evaluation, results = config.evaluation, dict[str, Accuracy]()
 
     def add(measured: dict[str, Accuracy], options: Sequence[str] = ()) -> None:
         chosen = None if step is None else {name: getattr(evaluation, name) for name in options}
-        results.update(on_dataset(dataset, recorded(measured, embeddings=made, step=step, options=chosen)))
+        how = {"embeddings": made, "step": step, "options": chosen, "files": files}
+        results.update(on_dataset(dataset, recorded(measured, **how)))
         with contextlib.suppress(OSError):  # reported at the end, when all has been measured
             add_results(folder, results)
 

@@ -15,7 +15,8 @@ EFFECTIVE_RANK = "effective rank"  # the name of the measure
 # "top1" and "top5" as fractions. An effective rank has "rank" instead, with the numbers of "images" and "dimensions" of
 # the embeddings. For runs also "embeddings": how these were made, in words, and "dataset": the name of the data set, if
 # it is not the run's own; "label_fraction" and "label_seed", if not all labels were used; and the "options" of the
-# measure. `eval` of a run adds the "step" of the checkpoint. Without it, the result is of the training's end.
+# measure. `eval` of a run adds the "step" of the checkpoint. Without it, the result is of the training's end. `eval` of
+# given embeddings adds a digest of their "files".
 Accuracy = dict[str, Any]
 
 
@@ -70,7 +71,7 @@ def _write(folder: Path, results: dict[str, Accuracy]) -> None:
 
 
 def recorded(results: dict[str, Accuracy], **how: Any) -> dict[str, Accuracy]:
-    """The results, each with how it was measured: "embeddings", "step" and "options", unless these are None."""
+    """The results, each with how it was measured, such as "embeddings", "step" and "options", unless these are None."""
     known = {name: value for name, value in how.items() if value is not None}
     return {name: value | known for name, value in results.items()}
 
