@@ -97,7 +97,7 @@ def _complete_run(
         measure_untrained(config, datasets, mesh, workdir)
     encoder = _fit(config, datasets, steps, mesh, workdir)
     if config.evaluation.valid_patches > 0:
-        _measure(config, encoder, datasets, mesh, workdir)
+        _measure(config, encoder, steps.last, datasets, mesh, workdir)
     if config.evaluation.report:
         try_to_report(workdir, config, datasets)
 
@@ -117,13 +117,13 @@ def _drop_outdated_results(
         drop_results(workdir, lambda result: "dataset" not in result, "results of other test images")
 
 
-def _measure(config: Config, encoder: EncoderState, datasets: Datasets, mesh: Mesh, workdir: Path) -> None:
+def _measure(config: Config, encoder: EncoderState, step: int, datasets: Datasets, mesh: Mesh, workdir: Path) -> None:
     """Embeds the images, measures the effective rank and kNN, and adds both to results.json."""
     embeddings = run_embeddings(config, encoder, datasets, mesh, workdir / "embeddings")
     measured = recorded(measure_rank(embeddings), embeddings=config.evaluation.embeddings)
     if have_labels(embeddings):
         measured |= knn_results("kNN", embeddings, config.evaluation, mesh)
-    print(format_table(add_results(workdir, measured)))
+    print(format_table(add_results(workdir, recorded(measured, step=step))))
 
 
 def _check_devices(config: Config, mesh: Mesh) -> None:

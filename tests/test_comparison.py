@@ -38,7 +38,7 @@ def compare(*folders, options=()):
 @pytest.fixture
 def no_evaluation(monkeypatch):
     evaluated = []
-    monkeypatch.setattr(evaluation, "evaluate", lambda options, write_report: evaluated.append(options))
+    monkeypatch.setattr(evaluation, "evaluate", lambda options, write_report: evaluated.append(options) or {})
     return evaluated
 
 
@@ -168,7 +168,7 @@ def test_results_of_other_options_or_checkpoints_are_measured_again(
     differing = {name: value for name, value in recorded.items() if value != own[name]}
     assert differing == {name: value for name, value in changed.items() if name != "step"}
     evaluated = []
-    monkeypatch.setattr(evaluation, "evaluate", lambda options, write_report: evaluated.append(options))
+    monkeypatch.setattr(evaluation, "evaluate", lambda options, write_report: evaluated.append(options) or {})
     compare(folder, folder)
     assert len(evaluated) == 2 * again
 
@@ -177,6 +177,22 @@ def test_the_accuracy_before_training_is_measured_by_train_only(tmp_path):
     folder = write_run(tmp_path / "a", 0, 0.5, 0.9)
     with pytest.raises(UserError, match=r"^--untrained is True: only empssl train measures kNN before"):
         compare(folder, options=["--untrained"])
+
+
+def test_results_of_another_checkpoint_are_not_compared(tmp_path, monkeypatch):
+    """Of a run measured at step 2, the logistic regression of step 1 is left out; results without a step stay."""
+
+    def measure(options, write_report):
+        return add_results(Path(options.workdir), {"kNN": {"top1": 0.5, "top5": 0.9, "step": 2}})
+
+    monkeypatch.setattr(evaluation, "evaluate", measure)
+    folders = [write_run(tmp_path / name, seed, 0.3, 0.8) for seed, name in enumerate("ab")]
+    for folder in folders:
+        add_results(Path(folder), {"logistic": {"top1": 0.6, "top5": 1.0, "step": 1}})
+    compare(*folders, options=["--step", "2"])
+    header, _, row, *_ = (tmp_path / "comparison.md").read_text().splitlines()
+    assert cells(header)[3:] == ["kNN top-1", "kNN top-5", "linear top-1", "linear top-5"]
+    assert cells(row)[3] == "50.00 ± 0.00 %"
 
 
 def test_one_run_is_evaluated_without_a_comparison(tmp_path, no_evaluation):

@@ -471,6 +471,19 @@ def test_every_result_has_a_row_under_its_data_set(tmp_path):
     assert "<dt>Logistic accuracy</dt><dd>62.5 %</dd>" in page
 
 
+def test_the_step_and_the_embeddings_of_results_are_named_where_they_differ(tmp_path):
+    write_run(tmp_path / "run")
+    how = {"embeddings": "2 random patches, hidden", "step": 100}
+    own = {"kNN": {"top1": 0.5, "top5": 0.875} | how, "logistic": {"top1": 0.6, "top5": 0.9} | how | {"step": 90}}
+    there = {"kNN": {"top1": 0.1, "top5": 0.3} | how}
+    add_results(tmp_path / "run", own | on_dataset("birds", there))
+    _, *rows = Tables(page_of(tmp_path / "run")).tables["accuracies"]
+    assert [row[0] for row in rows] == ["kNN (step 100)", "logistic (step 90)", *rows[2], "kNN (step 100)"]
+    add_results(tmp_path / "run", {"logistic": own["logistic"] | {"step": 100, "embeddings": "16 grid patches"}})
+    _, *rows = Tables(page_of(tmp_path / "run")).tables["accuracies"]
+    assert [row[0] for row in rows[:2]] == ["kNN (2 random patches, hidden)", "logistic (16 grid patches)"]
+
+
 def test_results_on_another_data_set_alone_have_a_table(tmp_path):
     write_run(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "embeddings")

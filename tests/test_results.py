@@ -24,7 +24,7 @@ def test_effective_ranks_follow_the_accuracies():
     assert format_table(rank) == "effective rank  31.2 of 1,500"
 
 
-def test_the_embeddings_are_named_where_they_differ(tmp_path):
+def test_the_step_and_the_embeddings_are_named_where_they_differ(tmp_path):
     add_results(tmp_path, recorded(PLAIN, embeddings="16 random patches"))
     both = add_results(tmp_path, recorded(LINEAR, embeddings="16 grid patches"))
     assert both == load_results(tmp_path)
@@ -32,5 +32,12 @@ def test_the_embeddings_are_named_where_they_differ(tmp_path):
         "16 random patches",
         "16 grid patches",
     ]
+    half = recorded(PLAIN, step=450, embeddings="16 random patches") | recorded(LINEAR, step=500)
+    assert [line.rpartition("%  ")[2] for line in format_table(half).splitlines()[1:]] == [
+        "step 450: 16 random patches",
+        "step 500",
+    ]
+    before = {"kNN before training": PLAIN["kNN"]}
+    assert "step" not in format_table(recorded(PLAIN | LINEAR, step=500) | before)
     assert "patches" not in format_table(recorded(PLAIN | LINEAR, embeddings="16 grid patches"))
     assert recorded(PLAIN, embeddings=None) == PLAIN

@@ -84,8 +84,8 @@ def _measured(options: EvaluateOptions, write_report: WriteReport) -> Measured:
     if _is_complete(options, config, results):
         print(f"{folder} is already evaluated")
     else:
-        evaluate.evaluate(options, write_report)
-        results = _results(options)
+        measured = evaluate.evaluate(options, write_report)
+        results = _results(options, next((value["step"] for value in measured.values()), None))
     return Measured(folder, dataclasses.replace(config, evaluation=options.evaluation), results)
 
 
@@ -99,32 +99,33 @@ def _write(path: Path, table: str) -> None:
     print(f"wrote {path}")
 
 
-def _results(options: EvaluateOptions) -> dict[str, Accuracy]:
-    """The run's results that were measured as the options say; those that do not record how are included."""
+def _results(options: EvaluateOptions, step: int | None = None) -> dict[str, Accuracy]:
+    """The run's results that were measured at this step as the options say; those that do not record how are included.
+
+    The step is by default that of the newest checkpoint.
+    """
     results = load_results(Path(options.workdir))
-    return {name: value for name, value in results.items() if _agrees(value, options.evaluation)}
+    if step is None and any("step" in value for value in results.values()):
+        step = _newest_step(Path(options.workdir))
+    return {name: value for name, value in results.items() if _agrees(value, options.evaluation, step)}
 
 
-def _agrees(value: Accuracy, evaluation: EvaluationConfig) -> bool:
-    """Whether all that a result records of its embeddings and options is as in `evaluation`."""
-    made = evaluation.embeddings
-    recorded = value.get("options", {}).items()
-    return value.get("embeddings", made) == made and all(
-        getattr(evaluation, name, None) == chosen for name, chosen in recorded
+def _agrees(value: Accuracy, evaluation: EvaluationConfig, step: int | None) -> bool:
+    """Whether all that a result records of its checkpoint, embeddings and options is as given."""
+    expected = {"step": step, "embeddings": evaluation.embeddings}
+    return all(value.get(name, one) == one for name, one in expected.items()) and all(
+        getattr(evaluation, name, None) == chosen for name, chosen in value.get("options", {}).items()
     )
 
 
 def _is_complete(options: EvaluateOptions, config: Config, results: dict[str, Accuracy]) -> bool:
-    """Whether the results contain every requested measure, with the run's own options and its newest checkpoint."""
+    """Whether the results, of the newest checkpoint, contain every requested measure with the run's own options."""
     as_trained = options.evaluation == config.evaluation and options.step == EvaluateOptions.step
     images = measured_images(options.data, config.data, Path(options.workdir))
     there = by_dataset(results).get(images.name, {})
     wanted = {"kNN": True, "linear": config.evaluation.linear_epochs > 0, "logistic": config.evaluation.logistic}
     names = [measure_name(name, config.evaluation) for name, is_wanted in wanted.items() if is_wanted]
-    if not (as_trained and all(name in there for name in names)):
-        return False
-    steps = {there[name]["step"] for name in names if "step" in there[name]}
-    return not steps or steps == {_newest_step(Path(options.workdir))}
+    return as_trained and all(name in there for name in names)
 
 
 def _newest_step(folder: Path) -> int | None:

@@ -14,7 +14,7 @@ from empssl_jax.config import Config
 from empssl_jax.config.errors import flag, words
 from empssl_jax.data.datasets import spread
 from empssl_jax.report.run import Run
-from empssl_jax.run_folder.results import Accuracy, by_dataset, is_rank, rank_of
+from empssl_jax.run_folder.results import Accuracy, by_dataset, differences, is_rank, rank_of
 
 TABLE_ROWS = 21
 WORST_PAIRS = 20
@@ -68,9 +68,17 @@ def numbers(run: Run) -> list[list[str]]:
 
 
 def results_by_dataset(results: dict[str, Accuracy]) -> list[tuple[str | None, list[tuple[str, list[str]]]]]:
-    """Each data set, None for the run's own, with its rows: the measure, then top-1 and top-5 or the effective rank."""
+    """Each data set, None for the run's own, with its rows: the measure, then top-1 and top-5 or the effective rank.
+
+    Where the step or the embeddings of the results differ, they stand behind the measure.
+    """
+    measured_on = differences(results)
+
+    def row(name: str, value: Accuracy) -> tuple[str, list[str]]:
+        return (f"{name} ({differing})" if (differing := measured_on(value)) else name), _cells(value)
+
     return [
-        (dataset, [(name, _cells(value)) for name, value in sorted(measures.items(), key=lambda row: is_rank(row[1]))])
+        (dataset, [row(*result) for result in sorted(measures.items(), key=lambda result: is_rank(result[1]))])
         for dataset, measures in by_dataset(results).items()
         if measures
     ]

@@ -15,23 +15,39 @@ EFFECTIVE_RANK = "effective rank"  # the name of the measure
 # "top1" and "top5" as fractions. An effective rank has "rank" instead, with the numbers of "images" and "dimensions" of
 # the embeddings. For runs also "embeddings": how these were made, in words, and "dataset": the name of the data set, if
 # it is not the run's own; "label_fraction" and "label_seed", if not all labels were used; and the "options" of the
-# measure. `eval` of a run adds the "step" of the checkpoint. Without it, the result is of the training's end. `eval` of
-# given embeddings adds a digest of their "files".
+# measure. The "step" is that of the checkpoint; without it, the result is of the training's end, or of before the
+# training. `eval` of given embeddings adds a digest of their "files".
 Accuracy = dict[str, Any]
 
 
 def format_table(results: dict[str, Accuracy]) -> str:
-    """Accuracies in percent, then effective ranks, one a line; with a column for the embeddings if these differ."""
+    """Accuracies in percent, then effective ranks, one a line; with the step and the embeddings where these differ."""
     accuracies = {name: value for name, value in results.items() if not is_rank(value)}
     ranks = {name: value for name, value in results.items() if is_rank(value)}
     width = max(map(len, results))
-    differ = len({value.get("embeddings") for value in results.values()}) > 1
+    measured_on = differences(results)
     lines = [f"{'':{width}}   top-1   top-5"] if accuracies else []
     for name, value in (accuracies | ranks).items():
         shown = rank_of(value) if is_rank(value) else f"{100 * value['top1']:5.2f}%  {100 * value['top5']:5.2f}%"
         line = f"{name:{width}}  {shown}"
-        lines.append(f"{line}  {value.get('embeddings', '')}".rstrip() if differ else line)
+        lines.append(f"{line}  {measured_on(value)}".rstrip())
     return "\n".join(lines)
+
+
+def differences(results: dict[str, Accuracy]) -> Callable[[Accuracy], str]:
+    """The function that names the step and the embeddings that a result is of, each only if it differs among results.
+
+    Results without a step do not count: they are of the training's end, or of before the training.
+    """
+    steps = {value["step"] for value in results.values() if "step" in value}
+    embeddings = {value.get("embeddings") for value in results.values()}
+
+    def measured_on(value: Accuracy) -> str:
+        step = [f"step {value['step']}"] if len(steps) > 1 and "step" in value else []
+        made = [value["embeddings"]] if len(embeddings) > 1 and "embeddings" in value else []
+        return ": ".join(step + made)
+
+    return measured_on
 
 
 def is_rank(value: Accuracy) -> bool:
