@@ -16,7 +16,7 @@ from flax import nnx
 
 import empssl_jax
 from empssl_jax import command_line, training
-from empssl_jax.config import ModelConfig
+from empssl_jax.config import ModelConfig, RunConfig
 from empssl_jax.config.command_options import ImportOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.inference import torch_names as names_module
@@ -114,8 +114,7 @@ def test_export_then_import_is_exact(tiny_run, tmp_path, kind):
     ours, theirs = empssl_jax.load(workdir), empssl_jax.load(tiny_run, 1)
     assert_equal(ours.state, theirs.state)
     assert (ours.step, ours.image_size) == (0, theirs.image_size)
-    run = dataclasses.replace(theirs.config.run, workdir=str(workdir))
-    assert ours.config == dataclasses.replace(theirs.config, run=run)
+    assert ours.config == dataclasses.replace(theirs.config, run=RunConfig(workdir=str(workdir)))
     # Training starts from the imported encoder.
     hyperparameters = Hyperparameters.of(ours.config.training, 2)
     with Checkpoints(workdir) as store:
@@ -138,7 +137,9 @@ def test_metadata_say_how_to_build_the_encoder(tiny_run):
         "4",
         "2",
     )
-    assert json.loads(metadata["config"])["patches"]["patch_size"] == 16
+    config = json.loads(metadata["config"])
+    assert config["patches"]["patch_size"] == 16
+    assert "run" not in config  # it names folders
     assert (metadata["embedding"], metadata["features"]) == (
         "2 random patches, hidden",
         "relu(pre_feature(mean of layer4)); patches are averaged, cells concatenated",
@@ -228,6 +229,14 @@ def test_a_file_with_several_resnets_is_refused(tmp_path):
     other = {"encoder_k.layer1.0.conv1.weight": np.zeros((2, 2, 1, 1))}
     with pytest.raises(UserError, match=r"2 ResNets, with prefixes such as 'encoder_k\.', 'encoder_q\.': give"):
         read(resnet_file(tmp_path / "a.safetensors", "encoder_q.", other), None, True)
+
+
+def test_an_imported_run_has_none_of_the_exporter_s_folders(official, tmp_path):
+    """Files of earlier versions name them."""
+    run = {"workdir": "/theirs", "data_dir": "/theirs", "cache_dir": "/theirs", "probe_every": 7}
+    metadata = {"config": json.dumps({"run": run, "training": {"seed": 5}})}
+    config = read(save(tmp_path / "a.safetensors", official[1], metadata)).config
+    assert (config.run, config.training.seed) == (RunConfig(workdir="run"), 5)
 
 
 def without(name):

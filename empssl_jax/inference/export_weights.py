@@ -55,7 +55,7 @@ def torch_metadata(encoder: ImageEncoder) -> Metadata:
 
 
 def metadata_of(encoder: ImageEncoder) -> Metadata:
-    """Describes the encoder for users of any file, as strings; also contains the run's config as JSON."""
+    """Describes the encoder for users of any file, as strings; also contains the config as JSON, without folders."""
     config = encoder.config
     model = {
         name: " ".join(words(value)) for name, value in dataclasses.asdict(config.model).items() if name != "precision"
@@ -64,5 +64,5 @@ def metadata_of(encoder: ImageEncoder) -> Metadata:
         "step": str(encoder.step),
         "image_size": str(encoder.image_size),
         "embedding": config.evaluation.embedding.embeddings,
-        "config": to_json(config),
+        "config": to_json(config, leave_out=("distributed", "run")),
     }

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from empssl_jax.config import Config, ModelConfig
+from empssl_jax.config import Config, ModelConfig, RunConfig
 from empssl_jax.config.command_options import ImportOptions
 from empssl_jax.config.config_files import read_config_file
 from empssl_jax.config.errors import UserError, one_line, require, words
@@ -107,7 +107,10 @@ def _base_config(options: ImportOptions, metadata: Metadata) -> Config:
     """The config file's config, else the one in the metadata, else the defaults."""
     if options.config is not None:
         return read_config_file(options.config)
-    return from_json(metadata["config"], f"`config` in {options.file}") if "config" in metadata else Config()
+    if "config" not in metadata:
+        return Config()
+    config = from_json(metadata["config"], f"`config` in {options.file}")
+    return dataclasses.replace(config, run=RunConfig())  # the exporter's folders may not exist here
 
 
 def _image_size(options: ImportOptions, metadata: Metadata, config: Config) -> int:

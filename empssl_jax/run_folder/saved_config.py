@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,9 @@ DEFAULT_IMAGE_SIZE = 32  # of runs that do not record it
 MAX_IMAGE_SIZE = 2**16
 
 
-def to_json(config: Config) -> str:
-    """The config as JSON, one object a group, without `distributed`: processes are not part of the run."""
-    groups = {name: values for name, values in dataclasses.asdict(config).items() if name != "distributed"}
+def to_json(config: Config, leave_out: Collection[str] = ("distributed",)) -> str:
+    """The config as JSON, one object a group, by default without `distributed`: processes are not part of the run."""
+    groups = {name: values for name, values in dataclasses.asdict(config).items() if name not in leave_out}
     return json.dumps(groups, indent=2) + "\n"
 
 
