@@ -81,7 +81,7 @@ def test_paths_may_begin_with_the_user_s_home_folder(monkeypatch, tmp_path):
     assert [options.workdir for options in runs] == [f"{home}/run"] * 2
     (tmp_path / "mine.py").write_text("from empssl_jax.config import Config\nconfig = Config()\n")
     assert parse_train_options(["--config=~/mine.py"]) == Config()
-    assert ExportOptions("~/run", output="~/w.pt") == ExportOptions(f"{home}/run", output=f"{home}/w.pt")
+    assert ExportOptions("~/run", output="~/w") == ExportOptions(f"{home}/run", output=f"{home}/w")
     assert ImportOptions("~/w.pt", "~/new") == ImportOptions(f"{home}/w.pt", f"{home}/new")
     assert ReportOptions("~/run").run == f"{home}/run"
 

@@ -17,7 +17,7 @@ from flax import nnx
 import empssl_jax
 from empssl_jax import command_line, training
 from empssl_jax.config import ModelConfig, RunConfig
-from empssl_jax.config.command_options import ImportOptions
+from empssl_jax.config.command_options import ExportOptions, ImportOptions
 from empssl_jax.config.errors import UserError
 from empssl_jax.inference import torch_names as names_module
 from empssl_jax.inference.import_weights import IMAGENET, read_run
@@ -124,6 +124,30 @@ def test_export_then_import_is_exact(tiny_run, tmp_path, kind):
     other = dataclasses.replace(ours.config, model=dataclasses.replace(ours.config.model, width=8))
     with pytest.raises(UserError, match=r"holds another run: --width 8 \(was 4\)"):
         training._check_workdir(workdir, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "other"),
+    [
+        ("safetensors", "enc.pt", "torch"),
+        ("safetensors", "enc.PTH", "torch"),
+        ("safetensors", "enc.onnx", "onnx"),
+        ("torch", "enc.safetensors", "safetensors"),
+        ("onnx", "enc.pt", "torch"),
+    ],
+)
+def test_a_file_does_not_have_the_suffix_of_another_format(kind, name, other):
+    message = f"^--output is '{name}': that suffix belongs to --format {other}, so give that format or another name"
+    with pytest.raises(UserError, match=message):
+        ExportOptions("runs/x", kind, output=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("torch", "a.pt"), ("torch", "a.pth"), ("onnx", "a.onnx"), ("safetensors", "a.safetensors"), ("torch", "a.bin")],
+)
+def test_a_file_has_a_suffix_of_its_format_or_an_unknown_one(kind, name):
+    assert ExportOptions("runs/x", kind, output=name).output == name
 
 
 def test_metadata_say_how_to_build_the_encoder(tiny_run):

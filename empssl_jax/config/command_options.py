@@ -5,15 +5,18 @@ An empty line stands above the groups of options. Otherwise --help would show th
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from empssl_jax.config.checked_fields import Checked, float_field, int_field, path_field
+from empssl_jax.config.errors import require
 from empssl_jax.config.evaluation_options import EmbeddingConfig, EvaluationConfig, LabelConfig
 from empssl_jax.config.options import FOLDER, DistributedConfig, RunConfig, TrainingConfig
 
 RUN = "RUN"  # how help and errors name the folder of a run that is given without an option
+FORMAT_OF_SUFFIX = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".onnx": "onnx"}
 CheckpointChoice = int | Literal["latest", "best"]
 
 
@@ -105,6 +108,12 @@ class ExportOptions(Checked):
     output: str | None = path_field(None)
     # For --format onnx only.
     embedding: OmitArgPrefixes[EmbeddingConfig] = dataclasses.field(default_factory=EmbeddingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = FORMAT_OF_SUFFIX.get(Path(self.output or "").suffix.lower(), self.format)
+        remedy = f"that suffix belongs to --format {named}, so give that format or another name"
+        require(named == self.format, "output", self.output, remedy)
 
 
 @dataclass(frozen=True)
