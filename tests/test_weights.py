@@ -25,6 +25,7 @@ from empssl_jax.method import encoder as models
 from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.random_keys import parameters_key
 from empssl_jax.method.resnet import BACKBONES
+from empssl_jax.run_folder import results, step_files
 from empssl_jax.run_folder.checkpoints import Checkpoints
 from empssl_jax.runtime.devices import device_mesh
 
@@ -448,6 +449,26 @@ def test_a_folder_with_a_run_is_refused(official, tiny_run, tmp_path):
         run_command(["import", file, "--workdir", str(tiny_run)])
 
 
+def test_a_foreign_config_in_a_file_gives_way_to_a_config_file(official, tmp_path):
+    (tmp_path / "config.py").write_text(SMALL_HEADS)
+    file = save(tmp_path / "a.safetensors", official[1], {"config": "configs/theirs.yaml"})
+    with pytest.raises(UserError, match=r"^`config` in .* is not a config of this .*: give --config FILE\.py\.$"):
+        read(file)
+    assert read(file, str(tmp_path / "config.py")).config.model == OFFICIAL
+
+
+def test_an_imported_run_has_no_results_or_metrics_of_a_run_that_left_no_checkpoint(official, tmp_path):
+    workdir, file = tmp_path / "run", save(tmp_path / "a.safetensors", official[1])
+    workdir.mkdir()
+    results.add_results(workdir, {"kNN": {"top1": 0.5, "top5": 0.9}})
+    names = ("metrics.jsonl", "probe.jsonl", "timing.jsonl")
+    for name in names:
+        (workdir / name).write_text('{"step": 0, "seconds": 1.0}\n')
+    run_command(["import", file, "--workdir", str(workdir)])
+    assert results.load_results(workdir) == {}
+    assert [step_files.read_steps(workdir / name) for name in names] == [[], [], []]
+
+
 def test_files_of_something_else_are_refused(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"no tensors")
     for file, message in (("a.safetensors", "cannot be read"), ("b.safetensors", "There is no file")):
@@ -487,6 +508,7 @@ def test_torch_files_may_nest_the_state_dictionary(official, tmp_path):
     for content in (
         tensors,
         {"state_dict": tensors, "epoch": 3},
+        *({"state_dict": tensors, "metadata": foreign} for foreign in (None, [1], "text", 3)),
         {"model": {"net": tensors}, "optimizer": {"state": {0: {"momentum": torch.zeros(3)}}, "lr": 0.1}},
         {"state_dict": tensors, "ema": ema},
         {name: torch.nn.Parameter(tensor.double()) if tensor.ndim else tensor for name, tensor in tensors.items()},
@@ -499,7 +521,6 @@ def test_torch_files_may_nest_the_state_dictionary(official, tmp_path):
         (tensors | {"x": torch.zeros(3, dtype=torch.complex64)}, "x is complex"),
         (tensors | {"x": torch.zeros(3, dtype=torch.float8_e5m2)}, "arrays of type torch.float8_e5m2, such as 'x'"),
         (torch.zeros(3), "contains a Tensor"),
-        ({"state_dict": tensors, "metadata": 3}, "cannot be read"),
         ({"state_dict": tensors, "metadata": {"image_size": -3}}, "`image_size` in .* is '-3'"),
     ):
         torch.save(content, tmp_path / "a.pt")

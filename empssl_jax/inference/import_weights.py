@@ -23,6 +23,7 @@ from empssl_jax.method.hyperparameters import Hyperparameters
 from empssl_jax.method.random_keys import parameters_key
 from empssl_jax.method.train_step import make_optimizer
 from empssl_jax.run_folder.checkpoints import Checkpoints
+from empssl_jax.run_folder.results import drop_results
 from empssl_jax.run_folder.saved_config import (
     DEFAULT_IMAGE_SIZE,
     MAX_IMAGE_SIZE,
@@ -31,6 +32,7 @@ from empssl_jax.run_folder.saved_config import (
     save_config,
     save_images,
 )
+from empssl_jax.run_folder.step_files import METRICS_FILE, PROBE_FILE, TIMING_FILE, drop_steps_from
 from empssl_jax.run_folder.workdir import locked, storage_errors
 
 IMAGENET = {"input_mean": (0.485, 0.456, 0.406), "input_std": (0.229, 0.224, 0.225)}  # of torchvision's weights
@@ -97,6 +99,9 @@ def _write_run(imported: ImportedRun) -> None:
     with locked(workdir), storage_errors(workdir), Checkpoints(workdir) as checkpoints:
         held = checkpoints.latest_step()
         require(held is None, "workdir", config.run.workdir, "that folder holds a run, so give another one")
+        drop_results(workdir, lambda result: True, "results of a run that left no checkpoint")
+        for name in (METRICS_FILE, PROBE_FILE, TIMING_FILE):
+            drop_steps_from(workdir / name, 0)
         save_config(workdir, config)
         save_images(workdir, SavedImages(image_size, {}))
         checkpoints.save(0, encoder, optimizer.init(encoder.params), loss=math.inf)
@@ -109,7 +114,7 @@ def _base_config(options: ImportOptions, metadata: Metadata) -> Config:
         return read_config_file(options.config)
     if "config" not in metadata:
         return Config()
-    config = from_json(metadata["config"], f"`config` in {options.file}")
+    config = from_json(metadata["config"], f"`config` in {options.file}", remedy="give --config FILE.py")
     return dataclasses.replace(config, run=RunConfig())  # the exporter's folders may not exist here
 
 

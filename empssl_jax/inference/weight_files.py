@@ -52,7 +52,8 @@ def read_weights(path: Path) -> tuple[Weights, Metadata]:
             tensors = _state_dict(content, path)
             _check_types(path, {name: getattr(tensor, "dtype", None) for name, tensor in tensors.items()})
             weights = {name: _from_tensor(name, tensor) for name, tensor in tensors.items()}
-            metadata = {str(name): str(value) for name, value in content.get("metadata", {}).items()}
+            found = content.get("metadata")  # other programs write other things under this name
+            metadata = {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
         else:
             with safetensors.safe_open(path, framework="numpy") as file:
                 names = list(file.keys())

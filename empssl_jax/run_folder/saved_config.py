@@ -25,8 +25,8 @@ def to_json(config: Config, leave_out: Collection[str] = ("distributed",)) -> st
     return json.dumps(groups, indent=2) + "\n"
 
 
-def from_json(text: str | bytes, source: object) -> Config:
-    """Parses the output of `to_json`; raises UserError, naming `source`, for any other text."""
+def from_json(text: str | bytes, source: object, remedy: str = "train again") -> Config:
+    """Parses the output of `to_json`; raises UserError, naming `source` and the remedy, for any other text."""
     try:
         groups = json.loads(text)
         types: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(Config)}
@@ -35,7 +35,7 @@ def from_json(text: str | bytes, source: object) -> Config:
         raise UserError(f"{source} has a wrong value: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = one_line(error)
-        raise UserError(f"{source} is not a config of this version of empssl_jax ({reason}): train again.") from error
+        raise UserError(f"{source} is not a config of this version of empssl_jax ({reason}): {remedy}.") from error
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
