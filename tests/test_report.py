@@ -318,6 +318,22 @@ def test_too_few_neighbours_and_unfinished_training_are_reported(written):
     assert any("100 of 200 steps are done" in text for warns, text in reported if warns)
 
 
+def test_class_names_without_images_are_not_counted(tmp_path):
+    """Ten of 1000 names have images, 20 each, so guessing gives 10 %."""
+    call_classes(tmp_path / "run", write_run(tmp_path / "run"), [f"class {number}" for number in range(1000)])
+    page = " ".join(page_of(tmp_path / "run", images=datasets()).split())
+    assert "tested on 120 other images of 10 classes." in page
+    assert "(guessing: 10.0 %)" in page
+    assert "the smallest class has" not in page
+
+
+def test_guessing_among_few_classes_is_reported_although_there_are_many_names(tmp_path):
+    embeddings = write_run(tmp_path / "run", embed=lambda labels, seed: embeddings_of(np.zeros_like(labels), seed))
+    call_classes(tmp_path / "run", embeddings, [f"class {number}" for number in range(1000)])
+    (text,) = [text for warns, text in texts(tmp_path / "run") if warns and "guessing" in text]
+    assert "with 10 classes" in text
+
+
 def test_the_number_of_training_images_is_that_of_the_run_and_not_of_the_embeddings(tmp_path):
     """The run has 200 embeddings of labelled images, and made 100 steps of 40 images in 20 epochs."""
     folder = tmp_path / "run"
@@ -415,7 +431,9 @@ def test_embeddings_of_other_images_leave_the_pictures_out(tmp_path):
     write_run(tmp_path / "run", embed=embeddings_of)
     other = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, test_images_per_class=3))
     page = page_of(tmp_path / "run", images=datasets(other))
-    assert "no pictures" in page
+    assert "The images are not those that were embedded, so this page has no pictures." in page
+    assert "were not available" not in page
+    assert "were not available" in page_of(tmp_path / "run")
     assert "data:image" not in re.sub(r"img-src data:", "", page)
 
 

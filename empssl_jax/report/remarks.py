@@ -87,18 +87,23 @@ def _about_predictions(run: Run, findings: Findings | None) -> Iterator[Remark]:
         if run.all_embeddings is not None:
             yield Remark(False, "Training or test images have no labels, so no accuracy is measured.")
         return
-    classes, accuracy = len(findings.confusion), findings.accuracy
+    classes, accuracy = len(run.class_sizes), findings.accuracy
     tested = int(findings.confusion.sum())
     if accuracy < 1 / classes + margin(max(accuracy, 1 / classes), tested):
         yield Remark(True, f"kNN is no better than guessing ({percent(accuracy)} with {classes} classes).")
-    if run.datasets is None:
+    if run.has_other_images:
+        yield Remark(
+            False,
+            "The images are not those that were embedded, so this page has no pictures. Run empssl eval, which embeds "
+            "them again.",
+        )
+    elif run.datasets is None:
         yield Remark(False, "The images were not available when this page was written, so it has no pictures.")
 
 
 def _about_measures(run: Run, findings: Findings | None) -> Iterator[Remark]:
     if findings is None:
         return
-    assert run.embeddings is not None
     knn, before = run.results.get("kNN"), run.results.get("kNN before training")
     if knn and not math.isclose(knn["top1"], findings.accuracy, abs_tol=1e-3):
         yield Remark(
@@ -110,8 +115,7 @@ def _about_measures(run: Run, findings: Findings | None) -> Iterator[Remark]:
     comparable = knn and before and knn.get("embeddings") == before.get("embeddings")
     if knn and before and comparable and knn["top1"] <= before["top1"] + margin(knn["top1"], tested):
         yield Remark(True, "After training, kNN is not measurably better than with the untrained network.")
-    smallest = int(np.bincount(run.embeddings.bank.labels, minlength=len(findings.confusion)).min())
-    voters = run.config.evaluation.num_neighbours
+    smallest, voters = int(run.class_sizes.min()), run.config.evaluation.num_neighbours
     if smallest < voters:
         yield Remark(
             False,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError
@@ -37,8 +37,15 @@ class Run(NamedTuple):
     all_embeddings: Embeddings | None  # of all images
     embeddings: Embeddings | None  # of the images with a label; None if a split has no such image
     datasets: Datasets | None  # `bank` and `test` contain only images with a label
+    has_other_images: bool  # than the embedded ones, so `datasets` is None
     class_names: list[str]
     num_train: int | None  # number of training images, with or without a label; None if unknown
+
+    @property
+    def class_sizes(self) -> Int[np.ndarray, " K"]:
+        """Number of training images with a label in each class that has any."""
+        assert self.embeddings is not None
+        return np.unique(self.embeddings.bank.labels, return_counts=True)[1]
 
     @property
     def last_step(self) -> int | None:
@@ -66,6 +73,7 @@ def read_run(folder: Path, config: Config, datasets: Datasets | None) -> Run:
     metrics["throughput"] = patches_per_step * _steps_per_second(steps, metrics["seconds"])
     saved = folder / "embeddings"
     embeddings = _embeddings(saved, config.evaluation.mirror)
+    are_there = datasets is not None
     if embeddings and datasets:
         datasets = _of_the_embeddings(datasets, embeddings, saved)
     with_labels = _with_labels(embeddings)
@@ -80,6 +88,7 @@ def read_run(folder: Path, config: Config, datasets: Datasets | None) -> Run:
         embeddings,
         with_labels,
         datasets,
+        are_there and datasets is None,
         _class_names(datasets or (), with_labels or ()),
         _num_train(folder, datasets),
     )
