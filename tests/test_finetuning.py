@@ -82,6 +82,8 @@ def test_crops_are_in_the_scale_of_the_patches(tiny_run):
     assert crops_in_scale(config, options, 32)["patch_size"] == 25
     doubled = dataclasses.replace(config, patches=dataclasses.replace(config.patches, patch_size=32))
     assert crops_in_scale(doubled, options, 32)["patch_size"] == 50
+    tiny = dataclasses.replace(OPTIONS, crop_area=1e-4)  # 3 of 256 pixels a side are 0.4 pixels of the input
+    assert crops_in_scale(config, tiny, 256)["patch_size"] == 1
 
 
 def test_the_first_two_steps():
@@ -195,6 +197,29 @@ def test_fine_tuning_is_reproducible(tiny_run, tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
     assert lines[:3] == lines[3:]
     assert all("held-out top-1 " in line for line in lines)
+
+
+def test_a_command_that_was_interrupted_while_it_wrote_can_run_again(tiny_run, tmp_path, monkeypatch):
+    options = dataclasses.replace(OPTIONS, run=str(tiny_run), output=str(tmp_path / "out"), max_epochs=1)
+
+    def interrupted(folder, results):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("empssl_jax.finetuning.finetune.add_results", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(options)
+    assert (tmp_path / "out" / "encoder.safetensors").exists()
+    finetune(options)
+    assert (tmp_path / "out" / "results.json").exists()
+    with pytest.raises(UserError, match="is not an empty folder"):
+        finetune(options)
+
+
+def test_a_folder_with_another_encoder_is_refused(tiny_run, tmp_path):
+    (tmp_path / "encoder.safetensors").touch()
+    with pytest.raises(UserError, match="is not an empty folder"):
+        finetune(dataclasses.replace(OPTIONS, run=str(tiny_run), output=str(tmp_path)))
 
 
 def test_a_fraction_of_the_labels_is_in_the_name_of_the_result(tiny_run, capsys, monkeypatch):

@@ -39,12 +39,13 @@ from empssl_jax.method.crops import crop_side
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.method.hyperparameters import count_all_steps
 from empssl_jax.method.random_keys import finetuning_order_key, held_out_key
-from empssl_jax.run_folder.results import Accuracy, add_results, format_table, of_labels, on_dataset
+from empssl_jax.run_folder.results import RESULTS_FILE, Accuracy, add_results, format_table, of_labels, on_dataset
 from empssl_jax.run_folder.saved_config import load_config
 from empssl_jax.run_folder.workdir import LOCK_FILE, locked
 from empssl_jax.runtime.atomic_write import write_text
 from empssl_jax.runtime.devices import device_mesh
 
+OPTIONS_FILE = "finetune.json"  # written first
 HELD_OUT = 10  # one labelled image out of so many helps to choose the epoch
 
 Embed = Callable[[EncoderState, ImageDataset, Int[np.ndarray, " K"]], Float[np.ndarray, "K E"]]
@@ -70,7 +71,8 @@ class FineTuned(NamedTuple):
 def finetune(options: FinetuneOptions) -> dict[str, Accuracy]:
     """Fine-tunes, measures, and writes weights, options and results into a new folder.
 
-    Held-out training images choose the epoch; without them, it is the last. An interrupted command has written nothing.
+    Held-out training images choose the epoch; without them, it is the last. An interrupted command can run again:
+    results.json is written last.
 
     Raises:
         UserError: the run or the checkpoint does not exist or is damaged, its images have no labels, or the output
@@ -101,15 +103,18 @@ def finetune(options: FinetuneOptions) -> dict[str, Accuracy]:
         }
         results = on_dataset(measured.name, of_labels(options.labels, accuracies))
         fine_tuned = ImageEncoder(config, tuned.state.encoder, encoder.step, bank.images.shape[1])
+        write_text(output / OPTIONS_FILE, json.dumps(dataclasses.asdict(options), indent=2) + "\n")
         _write_weights(output, fine_tuned, tuned, bank)
-        write_text(output / "finetune.json", json.dumps(dataclasses.asdict(options), indent=2) + "\n")
         print(format_table(add_results(output, results)))
     print(f"wrote {output}")
     return results
 
 
 def _check_empty(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and {file.name for file in output.iterdir()} <= {LOCK_FILE}):
+    """Raises UserError unless the folder is new, empty, or one in which this command was interrupted."""
+    names = {file.name for file in output.iterdir()} if output.is_dir() else set()
+    was_interrupted = OPTIONS_FILE in names and RESULTS_FILE not in names
+    if output.exists() and not (output.is_dir() and (names <= {LOCK_FILE} or was_interrupted)):
         raise UserError(f"--output {output} is not an empty folder: give a new one, or delete it.")
 
 
@@ -219,7 +224,7 @@ def _shown(tuned: FineTuned) -> str:
 def crops_in_scale(config: Config, options: FinetuneOptions, image_side: int) -> dict[str, Any]:
     """The options of `multi_patch` for square crops that are enlarged as much as the crops of patches are."""
     scale = whole_image_size(image_side, config.patches) / image_side
-    size = round(crop_side(image_side, options.crop_area) * scale)
+    size = max(1, round(crop_side(image_side, options.crop_area) * scale))
     return dict(patch_area=options.crop_area, patch_size=size, interpolation=config.patches.interpolation)
 
 
