@@ -20,7 +20,7 @@ from empssl_jax.parse_options import (
     parse_export_options,
 )
 from empssl_jax.runtime.imports import quick_imports
-from empssl_jax.runtime.user_errors import escape_unprintable_characters, user_errors_exit
+from empssl_jax.runtime.user_errors import MORE_MEMORY, escape_unprintable_characters, user_errors_exit
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "empssl") -> None:
@@ -32,13 +32,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "empssl") -> None:
     """
     escape_unprintable_characters()
     name, *options = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
-    with user_errors_exit():
+    command = COMMANDS.get(name)
+    with user_errors_exit(command.memory_remedy if command else MORE_MEMORY):
         if name in HELP:
             print(_overview(prog))
-        elif name not in COMMANDS:
+        elif command is None:
             raise UserError(f"{prog} has no command {one_line(name)}: give one of {', '.join(COMMANDS)}.")
         else:
-            COMMANDS[name].run(options, f"{prog} {name}")
+            command.run(options, f"{prog} {name}")
 
 
 def _overview(prog: str) -> str:
@@ -147,15 +148,23 @@ class Command(NamedTuple):
 
     run: Callable[[Sequence[str], str], None]  # takes the options and the program's name
     summary: str
+    memory_remedy: str = MORE_MEMORY
 
 
+LESS_TO_TRAIN = (
+    "lower --batch-size, --embedding-batch-size, --train-patches or --width, or give --remat or a higher --accumulate"
+)
+LESS_TO_FINETUNE = "lower --batch-size or --embedding-batch-size"
+LESS_TO_EMBED = "lower --embedding-batch-size"
 COMMANDS = {
-    "train": Command(train, "train an encoder, or resume its training"),
-    "eval": Command(evaluate, "measure a trained encoder by kNN and a linear classifier"),
-    "embed": Command(embed, "embed image files with a trained encoder"),
-    "finetune": Command(finetune, "fine-tune a trained encoder on labelled images, of which a few can be enough"),
+    "train": Command(train, "train an encoder, or resume its training", LESS_TO_TRAIN),
+    "eval": Command(evaluate, "measure a trained encoder by kNN and a linear classifier", LESS_TO_EMBED),
+    "embed": Command(embed, "embed image files with a trained encoder", LESS_TO_EMBED),
+    "finetune": Command(
+        finetune, "fine-tune a trained encoder on labelled images, of which a few can be enough", LESS_TO_FINETUNE
+    ),
     "export": Command(export, "write a trained encoder to a file for PyTorch or as ONNX"),
     "import": Command(import_, "create a run from a file of weights"),
     "report": Command(report, "write a run's report, an HTML page"),
-    "compare": Command(compare, "measure and compare several runs"),
+    "compare": Command(compare, "measure and compare several runs", LESS_TO_EMBED),
 }

@@ -263,7 +263,7 @@ def test_too_little_memory_gets_an_error_message(error, capsys):
     with pytest.raises(SystemExit) as caught, user_errors_exit():
         raise error
     assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: out of memory ({error}): lower --batch-size, ")
+    assert capsys.readouterr().err.startswith(f"error: out of memory ({error}): end other programs, ")
 
 
 def test_xla_s_out_of_memory_error_is_recognised(capsys):

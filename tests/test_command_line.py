@@ -126,6 +126,21 @@ def test_only_commands_that_measure_knn_speak_of_it(command, has_it, capsys):
     assert ("kNN" in help_of(command, capsys=capsys)) == has_it
 
 
+@pytest.mark.parametrize("name", command_line.COMMANDS)
+def test_too_little_memory_names_options_that_the_command_has(name, capsys, monkeypatch):
+    def run(arguments, prog):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setitem(command_line.COMMANDS, name, command_line.COMMANDS[name]._replace(run=run))
+        with pytest.raises(SystemExit):
+            command_line.main([name])
+    named = re.findall("--[a-z-]+", capsys.readouterr().err)
+    assert ("--embedding-batch-size" in named) == (name not in ("export", "import", "report"))
+    options = re.findall("--[a-z-]+", help_of(name, capsys=capsys))
+    assert set(named) <= set(options)
+
+
 def test_an_unknown_command_is_refused_with_the_commands(capsys):
     with pytest.raises(SystemExit) as ended:
         command_line.main(["trian"])

@@ -17,7 +17,7 @@ from empssl_jax.config.command_options import FinetuneOptions, ImportOptions, Me
 from empssl_jax.config.errors import UserError
 from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
 from empssl_jax.evaluation.logistic import Classifier
-from empssl_jax.finetuning.finetune import crops_in_scale, divide, epoch_batches, finetune
+from empssl_jax.finetuning.finetune import _embeds_whole_images, crops_in_scale, divide, epoch_batches, finetune
 from empssl_jax.finetuning.supervised_step import Numbers, initial_state, make_step
 from empssl_jax.inference.import_weights import import_weights
 from empssl_jax.method.encoder import init_encoder
@@ -84,6 +84,12 @@ def test_crops_are_in_the_scale_of_the_patches(tiny_run):
     assert crops_in_scale(doubled, options, 32)["patch_size"] == 50
     tiny = dataclasses.replace(OPTIONS, crop_area=1e-4)  # 3 of 256 pixels a side are 0.4 pixels of the input
     assert crops_in_scale(config, tiny, 256)["patch_size"] == 1
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, 32), (7, 7)])
+def test_images_are_embedded_in_batches_of_the_run_s_size_or_the_given_one(tiny_run, given, used):
+    config, options = load_config(tiny_run), dataclasses.replace(OPTIONS, embedding_batch_size=given)
+    assert _embeds_whole_images(config, options, config.data).evaluation.embedding_batch_size == used
 
 
 def test_the_first_two_steps():

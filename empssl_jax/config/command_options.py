@@ -165,6 +165,8 @@ class FinetuneOptions(Checked):
     max_epochs: int = int_field(30, 1, 100_000)
     # Images in a step, over all devices; all of them if there are fewer.
     batch_size: int = int_field(50, 2, 100_000)
+    # Images embedded at a time, over all devices. Default: as in the run's evaluation.
+    embedding_batch_size: int | None = int_field(None, 1, 100_000)
     # Initial learning rate of the encoder (AdamW); it decays to 0 along a half cosine.
     learning_rate: float = float_field(1e-3, 1e-9)
     # Initial learning rate of the classifier, which starts as a logistic regression on the run's embeddings.

@@ -121,6 +121,7 @@ def _check_empty(output: Path) -> None:
 def _embeds_whole_images(trained: Config, options: FinetuneOptions, data: DataConfig) -> Config:
     """The run's config with other images, and with the embedding that the classifier takes: of whole images."""
     whole: dict[str, Any] = dict(valid_crops="whole", valid_patches=1, embedded_layer=LAYER, cells=CELLS)
+    whole["embedding_batch_size"] = options.embedding_batch_size or trained.evaluation.embedding_batch_size
     folders = {name: getattr(options, name) or getattr(trained.run, name) for name in ("data_dir", "cache_dir")}
     return dataclasses.replace(
         trained,

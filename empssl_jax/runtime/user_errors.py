@@ -12,12 +12,15 @@ from collections.abc import Iterator
 
 from empssl_jax.config.errors import UserError, one_line
 
+MORE_MEMORY = "end other programs, or use a machine with more memory"
+
 
 @contextlib.contextmanager
-def user_errors_exit() -> Iterator[None]:
+def user_errors_exit(memory_remedy: str = MORE_MEMORY) -> Iterator[None]:
     """Turns errors that the user can fix into one sentence and an exit code, and Ctrl-C into exit code 130.
 
-    These errors are UserError, failures of the file system, too little memory, and output that nothing reads any more.
+    These errors are UserError, failures of the file system, too little memory, for which `memory_remedy` says what to
+    do, and output that nothing reads any more.
     """
     _silence_background_threads()
     try:
@@ -36,9 +39,7 @@ def user_errors_exit() -> Iterator[None]:
         # XLA has no exception class for too little memory; the messages differ between GPU and CPU.
         if not (isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|Out of memory", str(error))):
             raise
-        remedy = "lower --batch-size, --embedding-batch-size, --train-patches or --width, or give --remat"
-        remedy += " or, for training, --accumulate"
-        print(f"error: out of memory ({one_line(error)}): {remedy}.", file=sys.stderr)
+        print(f"error: out of memory ({one_line(error)}): {memory_remedy}.", file=sys.stderr)
         raise SystemExit(UserError.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
