@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import stat
+import tracemalloc
 
 import numpy as np
 import PIL.Image
@@ -156,6 +157,23 @@ def test_a_resumed_command_is_bit_identical_to_an_uninterrupted_one(
     for name, array in uninterrupted.items():
         np.testing.assert_array_equal(resumed[name], array)
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+
+
+def test_joining_the_parts_takes_the_memory_of_one(tmp_path):
+    """40 parts of 1 MB; two are in memory while one is turned into bytes."""
+    embeddings = np.random.default_rng(0).standard_normal((40, 1000, 250), np.float32)
+    paths = [tmp_path / f"{number}.npz" for number in range(40)]
+    for path, part in zip(paths, embeddings, strict=True):
+        np.savez(path, embeddings=part, reasons=np.array([""] * 1000))
+    names = [f"{number}.png" for number in range(40_000)]
+    tracemalloc.start()
+    embed._join_parts(tmp_path / "out.npz", paths, 250, names, [])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["embeddings"], embeddings.reshape(-1, 250))
+        assert (arrays["files"].tolist(), arrays["unreadable"].tolist()) == (names, [])
 
 
 def test_a_wrong_number_of_patches_leaves_nothing_behind(photos, tiny_run, tmp_path):

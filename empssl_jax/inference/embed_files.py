@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import sys
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,19 +55,17 @@ def embed_files(options: EmbedOptions) -> None:
     files = _find_images(root)
     embedding = dataclasses.asdict(options.embedding)
     encoder = load(options.workdir, options.step, embedding_batch_size=options.embedding_batch_size, **embedding)
-    encoder.embed([])  # raises UserError for 0 patches before anything is written
+    dim = encoder.embed([]).shape[1]  # raises UserError for 0 patches before anything is written
     folder = output.with_name(output.name + ".parts")
     names = [file.name for file in files]
     with locked(folder, "output"):
         _begin(folder, encoder, files)
         parts = _embed_parts(encoder, files, folder, f"embedding {root}")
-        embeddings = np.concatenate([part.embeddings for part in parts])
-        reasons = [reason for part in parts for reason in part.reasons]
+        reasons = [reason for of_part in parts.values() for reason in of_part]
         kept = [name for name, reason in zip(names, reasons, strict=True) if not reason]
         unreadable = [name for name, reason in zip(names, reasons, strict=True) if reason]
         if kept:
-            with atomic_write(output) as file:
-                np.savez(file, files=np.array(kept), embeddings=embeddings, unreadable=np.array(unreadable, np.str_))
+            _join_parts(output, list(parts), dim, kept, unreadable)
         shutil.rmtree(folder)
     _report_unreadable(names, reasons, root)
     print(f"embeddings of {counted(len(kept), 'image')}: {output}")
@@ -109,10 +108,10 @@ def _begin(folder: Path, encoder: ImageEncoder, files: Files) -> None:
         )
 
 
-def _embed_parts(encoder: ImageEncoder, files: Files, folder: Path, title: str) -> list[Part]:
-    """All parts. Those in the folder are read, whatever their sizes; the others are computed and saved there."""
+def _embed_parts(encoder: ImageEncoder, files: Files, folder: Path, title: str) -> dict[Path, Sequence[str]]:
+    """The files of all parts, with their reasons. Those in the folder are kept, whatever their sizes."""
     size, start = BATCHES * encoder.config.evaluation.embedding_batch_size, 0
-    parts: list[Part] = []
+    reasons: dict[Path, Sequence[str]] = {}  # and not the embeddings, which may not fit into memory
     with image_progress(title, len(files)) as bar, ThreadPoolExecutor() as threads:
         while start < len(files):
             path = folder / f"{start}.npz"
@@ -123,10 +122,10 @@ def _embed_parts(encoder: ImageEncoder, files: Files, folder: Path, title: str) 
                 part = _embed_part(encoder, read, start)
                 with atomic_write(path) as file:
                     np.savez(file, embeddings=part.embeddings, reasons=np.array(part.reasons))
-            parts.append(part)
+            reasons[path] = part.reasons
             start += len(part.reasons)
             bar.update(len(part.reasons))
-    return parts
+    return reasons
 
 
 def _embed_part(encoder: ImageEncoder, read: list[UInt8[np.ndarray, "S S 3"] | UnreadableError], start: int) -> Part:
@@ -144,6 +143,20 @@ def _load_part(path: Path, most: int) -> Part | None:
             return part if part.is_complete(most) else None
     except Exception:  # numpy, zipfile and zlib raise various exceptions on damaged files
         return None
+
+
+def _join_parts(output: Path, parts: Sequence[Path], dim: int, kept: list[str], unreadable: list[str]) -> None:
+    """Writes what np.savez would, atomically, with the embeddings of one part in memory at a time."""
+    header = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": (len(kept), dim)}
+    with atomic_write(output) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, names in (("files", kept), ("unreadable", unreadable)):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.array(names, np.str_), allow_pickle=False)
+        with archive.open("embeddings.npy", "w", force_zip64=True) as entry:
+            np.lib.format.write_array_header_1_0(entry, header)
+            for path in parts:
+                with np.load(path, allow_pickle=False) as arrays:
+                    entry.write(arrays["embeddings"].tobytes())
 
 
 def _report_unreadable(names: list[str], reasons: list[str], root: Path) -> None:
