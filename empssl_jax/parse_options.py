@@ -22,6 +22,10 @@ HELP = ("-h", "--help")
 @dataclass(frozen=True)
 class _Workdir(Checked):
     workdir: str = path_field(EvaluateOptions.workdir)
+
+
+@dataclass(frozen=True)
+class _WorkdirOrEmbeddings(_Workdir):
     embeddings: str | None = None
 
 
@@ -38,7 +42,7 @@ def parse_evaluate_options(
     Raises:
         UserError: there is no valid run in --workdir. Unless the run `is_alone`, this is left to its evaluation.
     """
-    source, _ = first_options(_Workdir, arguments)
+    source, _ = first_options(_WorkdirOrEmbeddings, arguments)
     needs_run = is_alone and source.embeddings is None and not asks_for_help(arguments)
     config = _run_defaults(source.workdir, needs_run) if source.embeddings is None else Config()
     run = config.run
