@@ -111,7 +111,7 @@ def test_the_first_two_steps():
     first, loss = step(numbers, initial_state(encoder, zeros, numbers), *batch)
     assert float(loss) == pytest.approx(np.log(4), rel=1e-6)
     # 1/4 - 5/8, 1/4 - 2/8 (zero), 1/4 - 1/8, 1/4
-    np.testing.assert_allclose(first.params["classifier"]["bias"], [0.001, 0, -0.001, -0.001], atol=1e-8)
+    np.testing.assert_allclose(first.params["classifier"].bias, [0.001, 0, -0.001, -0.001], atol=1e-8)
     for (path, before), after in zip(
         jax.tree.leaves_with_path(encoder.params), jax.tree.leaves(first.params["encoder"]), strict=True
     ):

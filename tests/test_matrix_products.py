@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from empssl_jax.evaluation import knn, linear, logistic, whitening
-from empssl_jax.finetuning import supervised_step
 from empssl_jax.method import crops, losses
 from empssl_jax.runtime.devices import device_mesh
 
 ROWS, LABELS, KERNEL, BIAS = jnp.ones((12, 4)), jnp.arange(12) % 3, jnp.ones((4, 3)), jnp.ones(3)
 PIXELS, PARAMS = jnp.ones((3, 8, 8)), {"kernel": KERNEL, "bias": BIAS}
-CLASSIFIER = PARAMS | {"mean": jnp.ones(4), "scale": jnp.ones(4)}
+CLASSIFIER = logistic.Classifier(jnp.ones(4), jnp.ones(4), KERNEL, BIAS)
 MAP = whitening.Whitening(jnp.ones((1, 4)), jnp.ones(()), jnp.eye(4))
 
 
@@ -44,7 +43,7 @@ COMPUTATIONS = {
     "learning to whiten": lambda: whitening.learn_whitening(ROWS),
     "undoing whitening": lambda: whitening.without_whitening(MAP, KERNEL, BIAS),
     "the linear classifier": linear_classifier,
-    "the classifier of fine-tuning": lambda: supervised_step.logits(CLASSIFIER, ROWS),
+    "the classifier of fine-tuning": lambda: CLASSIFIER.logits(ROWS),
     "logistic regression": logistic_regression(None),
     "logistic regression of whitened embeddings": logistic_regression(MAP),
 }

@@ -39,14 +39,15 @@ class Examples(NamedTuple):
 class Classifier(NamedTuple):
     """A linear classifier of standardised embeddings."""
 
-    mean: Float[np.ndarray, " E"]
-    scale: Float[np.ndarray, " E"]
-    kernel: Float[np.ndarray, "E C"]
-    bias: Float[np.ndarray, " C"]
+    mean: Float[Array | np.ndarray, " E"]
+    scale: Float[Array | np.ndarray, " E"]
+    kernel: Float[Array | np.ndarray, "E C"]
+    bias: Float[Array | np.ndarray, " C"]
 
-    def logits(self, embeddings: Float[np.ndarray, "N E"]) -> Float[np.ndarray, "N C"]:
+    def logits(self, embeddings: Float[Array | np.ndarray, "N E"]) -> Float[Array, "N C"]:
         """The score of each class."""
-        return (embeddings - self.mean) / self.scale @ self.kernel + self.bias
+        standardised = (embeddings - self.mean[None, :]) / self.scale[None, :]
+        return jnp.matmul(standardised, self.kernel, precision=jax.lax.Precision.HIGHEST) + self.bias[None, :]
 
 
 class Bank(NamedTuple):

@@ -29,7 +29,6 @@ from empssl_jax.finetuning.supervised_step import (
     Numbers,
     SupervisedState,
     initial_state,
-    logits,
     make_step,
 )
 from empssl_jax.inference.export_weights import write_encoder
@@ -173,7 +172,7 @@ def _make_measure(embed: Embed, train_labels: Int[np.ndarray, " N"]) -> Measure:
     """The function (state, images, rows) -> accuracy on these images."""
 
     def measure(state: SupervisedState, dataset: ImageDataset, rows: Int[np.ndarray, " K"]) -> Accuracy:
-        scores = logits(state.params["classifier"], jnp.asarray(embed(state.encoder, dataset, rows)))
+        scores = state.params["classifier"].logits(embed(state.encoder, dataset, rows))
         return classifier_accuracy(np.asarray(scores), dataset.labels[rows], train_labels)
 
     return measure
@@ -241,8 +240,8 @@ def epoch_batches(
 def _write_weights(output: Path, encoder: ImageEncoder, tuned: FineTuned, bank: ImageDataset) -> None:
     """Writes the encoder as `empssl export` does, and the classifier with the names of torch's Linear."""
     write_encoder(output / "encoder.safetensors", encoder, "safetensors")
-    classifier = {name: np.asarray(array) for name, array in tuned.state.params["classifier"].items()}
-    weight = (classifier["kernel"] / classifier["scale"][:, None]).T
-    arrays = {"weight": weight, "bias": classifier["bias"] - weight @ classifier["mean"]}
+    classifier = jax.tree.map(np.asarray, tuned.state.params["classifier"])
+    weight = (classifier.kernel / classifier.scale[:, None]).T
+    arrays = {"weight": weight, "bias": classifier.bias - weight @ classifier.mean}
     metadata = {"class_names": json.dumps(bank.class_names)}
     write_weights(output / "classifier.safetensors", arrays, metadata, "safetensors")

@@ -18,7 +18,7 @@ from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import finetuning_crops_key
 from empssl_jax.runtime.devices import replicated, split_images
 
-Params = dict[str, Any]  # "encoder", and "classifier" with the arrays of `logistic.Classifier`
+Params = dict[str, Any]  # "encoder", and "classifier", which is a `logistic.Classifier`
 LAYER, CELLS = "stages", 2  # the embedding that is classified: means of all stages, of each quarter of the image
 
 
@@ -74,14 +74,13 @@ def _are_kernels(params: PyTree) -> PyTree:
 def _parts(params: Params) -> PyTree:
     """The part of the optimizer that each parameter belongs to."""
     encoder = {name: "encoder" if name == "backbone" else "unused" for name in params["encoder"]}
-    classifier = {name: "classifier" if name in ("kernel", "bias") else "unused" for name in params["classifier"]}
+    classifier = Classifier._make(("unused", "unused", "classifier", "classifier"))  # mean, scale, kernel, bias
     return {"encoder": encoder, "classifier": classifier}
 
 
 def initial_state(encoder: EncoderState, classifier: Classifier, numbers: Numbers) -> SupervisedState:
     """The state before the first step: a trained encoder, and a classifier of its embeddings."""
-    arrays = {name: jnp.asarray(value) for name, value in classifier._asdict().items()}
-    params = {"encoder": encoder.params, "classifier": arrays}
+    params = {"encoder": encoder.params, "classifier": jax.tree.map(jnp.asarray, classifier)}
     return SupervisedState(jnp.zeros([], jnp.int32), params, encoder.batch_stats, make_optimizer(numbers).init(params))
 
 
@@ -106,7 +105,7 @@ def make_step(model: ModelConfig, mesh: Mesh, batch_size: int, **crops: Any) -> 
         encoder = nnx.merge(graph, params["encoder"], batch_stats)
         encoder.train()
         embeddings = encoder.embed_cells(patches, LAYER, CELLS).astype(jnp.float32).reshape(len(patches), -1)
-        scores = logits(params["classifier"], embeddings)
+        scores = params["classifier"].logits(embeddings)
         losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
         return jnp.mean(losses), encoder_state(encoder).batch_stats
 
@@ -128,10 +127,3 @@ def make_step(model: ModelConfig, mesh: Mesh, batch_size: int, **crops: Any) -> 
     copied = replicated(mesh)
     batch = split_images(mesh) if batch_size % mesh.size == 0 else copied
     return jax.jit(step, in_shardings=(copied, copied, batch, batch, batch), out_shardings=copied)
-
-
-def logits(classifier: dict[str, Array], embeddings: Float[Array, "N E"]) -> Float[Array, "N C"]:
-    """The classifier's score of each class."""
-    standardised = (embeddings - classifier["mean"][None, :]) / classifier["scale"][None, :]
-    scores = jnp.matmul(standardised, classifier["kernel"], precision=jax.lax.Precision.HIGHEST)
-    return scores + classifier["bias"][None, :]
