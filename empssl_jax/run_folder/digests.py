@@ -15,7 +15,7 @@ Digests = dict[str, str]
 def array_digests(tree: PyTree) -> Digests:
     """SHA-256 of each array of a pytree, including its shape and type, by its path."""
 
-    def digest_of(item: tuple[jax.tree_util.KeyPath, Array]) -> tuple[str, str]:
+    def digest_of(item: tuple[jax.tree_util.KeyPath, Array | np.ndarray]) -> tuple[str, str]:
         return jax.tree_util.keystr(item[0]), _digest(np.asarray(item[1]))
 
     # In threads, because copying from the device and hashing take one thread long for a large encoder.
