@@ -226,10 +226,14 @@ def their_end_to_end(visit: Visit) -> Values:
 
 
 def golden_tests(visit: Visit) -> Values:
-    """Numbers of golden tests that pass and fail on the device, in float32. By default XLA and cuDNN use TF32."""
+    """Numbers of golden tests that pass and fail on the device, in float32. By default XLA and cuDNN use TF32.
+
+    Without autotuning, since the tests compile many small programs and are not about speed.
+    """
     files = [f"tests/test_{name}.py" for name in GOLDEN_TESTS]
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "-k", "golden", *files]
-    variables = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    variables = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_FLAGS": flags}
     limit, root = min(GOLDEN_SECONDS * visit.patience, visit.left()), Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, timeout=limit)
     print(done.stdout[-2000:])
