@@ -3,7 +3,7 @@
     empssl train --config cifar10_best
     empssl eval --workdir runs/cifar10_best
 
-Four epochs take a third longer than one epoch of enlarged patches. Embeddings are the means of all ResNet stages, of a
+The steps of four epochs take 1.4 times as long as those of one epoch of enlarged patches. Embeddings are the means of all ResNet stages, of a
 grid of crops and of the whole image, in 2x2 cells, and the hidden features, whitened for kNN. Mirrored images are
 embedded too. configs/cifar10.py is the paper's recipe.
 
