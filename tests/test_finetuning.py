@@ -240,6 +240,8 @@ def test_a_fraction_of_the_labels_is_in_the_name_of_the_result(tiny_run, capsys,
         return datasets._replace(bank=datasets.bank._replace(labels=labels))
 
     monkeypatch.setattr("empssl_jax.finetuning.finetune.load_datasets", without_nines)
+    # Eight virtual devices take minutes to exchange the many sums of logistic regression.
+    monkeypatch.setattr("empssl_jax.finetuning.finetune.device_mesh", lambda: device_mesh(1))
     few = dataclasses.replace(OPTIONS, run=str(tiny_run), max_epochs=1, labels=LabelConfig(0.6), data=MeasuredData())
     results = finetune(few)
     assert list(results) == ["fine-tuned, 60 % of labels", "fine-tuned, last epoch, 60 % of labels"]
