@@ -1,6 +1,7 @@
 """Data sets and the order of their images."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -67,6 +68,17 @@ def test_a_batch_larger_than_the_data_is_refused(digits):
 def test_an_unknown_data_set_is_refused(tmp_path):
     with pytest.raises(UserError, match="--dataset 'nonsense' is not known to TFDS"):
         load_split(DataConfig(dataset="nonsense"), "train", str(tmp_path))
+
+
+def test_a_builder_that_needs_more_of_tensorflow_is_named(tmp_path, monkeypatch):
+    def decode(self, **options):
+        vars(sys.modules[type(self).__module__])["tf"].io.decode_raw(b"")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", decode)
+    with pytest.raises(
+        UserError, match=r"--dataset 'cifar10' needs TensorFlow to be prepared .*'decode_raw'.*--data-dir"
+    ):
+        load_split(DataConfig(dataset="cifar10"), "train", str(tmp_path))
 
 
 def test_a_failed_download_names_the_folder_and_the_ways_out(tmp_path, monkeypatch, capsys):

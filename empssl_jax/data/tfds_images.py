@@ -175,6 +175,11 @@ def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuild
     try:
         builder.download_and_prepare()
     except Exception as error:  # TFDS, requests, archives and file systems each raise their own errors
+        if isinstance(error, AttributeError) and "SimpleNamespace" in str(error):  # of what stands for TensorFlow
+            raise UserError(
+                f"--dataset {name!r} needs TensorFlow to be prepared ({error}): prepare it where TensorFlow is "
+                "installed, as docs/data.md says, and give its folder as --data-dir."
+            ) from error
         raise UserError(
             f"{name} is not in {folder} and cannot be downloaded ({type(error).__name__}): give the folder that has it "
             "as --data-dir or $TFDS_DATA_DIR, or try the built-in data with --config configs/digits.py."
