@@ -32,6 +32,7 @@ from empssl_jax.config.errors import UserError
 from empssl_jax.data import decoding
 from empssl_jax.data.batches import Batch
 from empssl_jax.evaluation import embedding_files, embeddings
+from empssl_jax.evaluation.class_names import complete_names
 from empssl_jax.evaluation.evaluate import measure_knn, measure_linear
 from empssl_jax.inference.import_weights import read_run
 from empssl_jax.method import losses
@@ -95,12 +96,12 @@ def load_embeddings(content: bytes, folder: Path) -> None:
     """Embeddings are refused, or finite and with valid labels: a class's number, or -1 for none."""
     path = folder / "test.npz"
     path.write_bytes(content)
-    loaded = embedding_files.read_split(path)
+    split = embedding_files.read_split(path)
+    loaded = split._replace(class_names=complete_names(split, ()))
     assert loaded.embeddings.dtype == np.float32
     assert len(loaded.embeddings) == len(loaded.labels) > 0
     assert np.isfinite(np.linalg.norm(loaded.embeddings, axis=1)).all()
-    assert -1 <= loaded.labels.min() <= loaded.labels.max() < embedding_files.MAX_CLASSES
-    assert loaded.num_classes <= embedding_files.MAX_CLASSES
+    assert -1 <= loaded.labels.min() <= loaded.labels.max() < loaded.num_classes <= embedding_files.MAX_CLASSES
 
 
 def add_to_results(content: bytes, folder: Path) -> None:
