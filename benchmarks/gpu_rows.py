@@ -188,11 +188,15 @@ def flags(visit: Visit) -> Values:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "benchmarks.gpu", folder, "--rows", "train_step"]
             command += ["--budget", str(visit.left()), *["--tiny"] * visit.tiny]
-            variables = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
-            subprocess.run(command, env=variables, check=True)
+            subprocess.run(command, env=_with_xla_flag(flag), check=True)
             (line,) = read_lines(Path(folder) / ("tiny" if visit.tiny else "") / "gpu.jsonl")
         found[name] = {"first_step_seconds": line["first_step_seconds"], "run_seconds": line["run_seconds"]}
     return {"flags": found}
+
+
+def _with_xla_flag(flag: str) -> dict[str, str]:
+    """The environment of a process that has one more flag of XLA."""
+    return os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
 
 
 def embedding_rates(visit: Visit) -> Values:
@@ -232,8 +236,7 @@ def golden_tests(visit: Visit) -> Values:
     """
     files = [f"tests/test_{name}.py" for name in GOLDEN_TESTS]
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "-k", "golden", *files]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-    variables = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_FLAGS": flags}
+    variables = _with_xla_flag(FLAGS["autotuning off"]) | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     limit, root = min(GOLDEN_SECONDS * visit.patience, visit.left()), Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, timeout=limit)
     print(done.stdout[-2000:])
