@@ -157,6 +157,18 @@ def test_a_run_without_an_option_is_named_without_one(command, tmp_path, capsys)
     assert capsys.readouterr().err == f"error: RUN {tmp_path}/none has no config.json: give the folder of a run.\n"
 
 
+@pytest.mark.parametrize("command", ["report", "export", "compare", "finetune", "eval"])
+def test_exported_weights_are_not_taken_for_a_run(command, tmp_path, capsys):
+    weights = tmp_path / "w.safetensors"
+    weights.touch()
+    with pytest.raises(SystemExit) as ended:
+        command_line.main([command, *(["--workdir"] if command == "eval" else []), str(weights)])
+    assert ended.value.code == 2
+    argument = "--workdir" if command == "eval" else "RUN"
+    remedy = f"of exported weights, `empssl import {weights} --workdir RUN` makes one"
+    assert capsys.readouterr().err == f"error: {argument} {weights} is a file, not the folder of a run: {remedy}.\n"
+
+
 def test_an_unknown_config_is_refused_with_those_there_are(capsys):
     with pytest.raises(SystemExit):
         command_line.main(["train", "--config", "nope"])

@@ -46,6 +46,11 @@ class Datasets(NamedTuple):
     bank: ImageDataset  # kNN and the linear classifier learn from it: `train`, unless that has no labels
     test: ImageDataset  # kNN and the linear classifier are measured on it
 
+    @property
+    def embedded(self) -> tuple[tuple[Split, ImageDataset], ...]:
+        """The images that are embedded for evaluation, with the name of their split."""
+        return ("train", self.bank), ("test", self.test)
+
 
 def load_datasets(config: Config) -> Datasets:
     """The images of a run, all of one size; see `load_split` for the errors raised."""

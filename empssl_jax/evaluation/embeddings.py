@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped, UInt
 
 from empssl_jax.config import Config, EmbeddingConfig, EvaluationConfig, ModelConfig, PatchConfig
 from empssl_jax.config.errors import DivergenceError
-from empssl_jax.data.datasets import SPLITS, Datasets, ImageDataset, Split
+from empssl_jax.data.datasets import Datasets, ImageDataset, Split
 from empssl_jax.method.crops import crop_side
 from empssl_jax.method.encoder import EncoderState, encoder_graph
 from empssl_jax.method.patches import grid_patch, multi_patch
@@ -176,9 +176,9 @@ def cell_of(number: Int[Array, ""] | int, options: EmbeddingConfig) -> Int[Array
 
 def embed_datasets(config: Config, encoder_state: EncoderState, datasets: Datasets, mesh: Mesh) -> Embeddings:
     """Embeddings of the bank and of the test images; see `embed_images` for the errors raised."""
-    embed, splits = make_embed(config, mesh), zip(SPLITS, (datasets.bank, datasets.test), strict=True)
+    embed, options = make_embed(config, mesh), config.evaluation
     return Embeddings(
-        *(embed_split(embed, encoder_state, split, config.evaluation, mesh, name) for name, split in splits)
+        *(embed_split(embed, encoder_state, images, options, mesh, split) for split, images in datasets.embedded)
     )
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError
-from empssl_jax.data.datasets import SPLITS, Datasets, ImageDataset
+from empssl_jax.data.datasets import Datasets, ImageDataset
 from empssl_jax.evaluation.embedding_files import read_origin, read_split, save_embeddings
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_split, make_embed, needs_mirrored
 from empssl_jax.method.encoder import EncoderState
@@ -28,7 +28,7 @@ def run_embeddings(config: Config, encoder: EncoderState, datasets: Datasets, me
     embed = make_embed(config, mesh)
     encoder_digest = text_digest(array_digests(encoder))
     splits = []  # functions, since all outdated files leave first: an interruption must not mix those of two encoders
-    for name, images in zip(SPLITS, (datasets.bank, datasets.test), strict=True):
+    for name, images in datasets.embedded:
         path, origin = folder / f"{name}.npz", _origin(config, encoder_digest, images)
         saved = _saved(path, origin, images, needs_mirrored(config.evaluation, name))
         if saved is None and is_first_process():

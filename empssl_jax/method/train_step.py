@@ -31,9 +31,9 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-# Images, and their indices in the data set.
-Batch = tuple[UInt8[Array | np.ndarray, "B H W 3"], Int[Array | np.ndarray, " B"]]
-TrainStep = Callable[[Hyperparameters, TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+# Images and their indices in the data set, such as a `data.batches.Batch`.
+IndexedImages = tuple[UInt8[Array | np.ndarray, "B H W 3"], Int[Array | np.ndarray, " B"]]
+TrainStep = Callable[[Hyperparameters, TrainState, IndexedImages], tuple[TrainState, dict[str, Array]]]
 
 
 def make_optimizer(hyperparameters: Hyperparameters) -> optax.GradientTransformation:
@@ -73,7 +73,9 @@ def _compiled_step(model: ModelConfig, patches_config: PatchConfig, pieces: int,
     graph = encoder_graph(model, DATA_AXIS, remat)
     piece_size = patches_config.train_patches // pieces
 
-    def step(hyperparameters: Hyperparameters, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        hyperparameters: Hyperparameters, state: TrainState, batch: IndexedImages
+    ) -> tuple[TrainState, dict[str, Array]]:
         images, indices = batch
         key = training_patches_key(hyperparameters.seed, state.step // hyperparameters.steps_per_epoch)
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from empssl_jax.config import Config
 from empssl_jax.config.errors import UserError
-from empssl_jax.data.datasets import SPLITS, Datasets, ImageDataset
+from empssl_jax.data.datasets import Datasets, ImageDataset
 from empssl_jax.evaluation.embedding_files import load_both_embeddings, read_names
 from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, labelled
 from empssl_jax.method.hyperparameters import count_all_steps
@@ -122,7 +122,7 @@ def _embeddings(folder: Path, with_mirrored: bool) -> Embeddings | None:
 
 def _of_the_embeddings(datasets: Datasets, embeddings: Embeddings, folder: Path) -> Datasets | None:
     """The images, in bank and test only those with a label; None if the embeddings are those of other images."""
-    for images, embedded, split in zip((datasets.bank, datasets.test), embeddings, SPLITS, strict=True):
+    for (split, images), embedded in zip(datasets.embedded, embeddings, strict=True):
         names = read_names(folder / f"{split}.npz")
         if not np.array_equal(images.labels, embedded.labels):
             return None

@@ -60,6 +60,9 @@ def load_config(workdir: Path, argument: str = "--workdir") -> Config:
     """
     path = workdir / CONFIG_FILE
     check_not_pretrained(workdir, argument)
+    if workdir.is_file():
+        command = f"`empssl import {workdir} --workdir RUN` makes one"
+        raise UserError(f"{argument} {workdir} is a file, not the folder of a run: of exported weights, {command}.")
     if not path.is_file():
         raise UserError(f"{argument} {workdir} has no {CONFIG_FILE}: give the folder of a run.")
     return from_json(path.read_bytes(), path)
