@@ -45,10 +45,12 @@ RUNS: dict[str, study.Changes] = {
     "best_seed_2": BEST | {"seed": 2},
     "best_seed_3": BEST | {"seed": 3},
     "best_twenty_epochs": BEST | {"max_epochs": 20},
+    "best_twenty_epochs_seed_2": BEST | {"max_epochs": 20, "seed": 2},
+    "best_twenty_epochs_seed_3": BEST | {"max_epochs": 20, "seed": 3},
     "best_forty_epochs": BEST | {"max_epochs": 40},
     "best_forty_epochs_seed_2": BEST | {"max_epochs": 40, "seed": 2},
     "best_forty_epochs_seed_3": BEST | {"max_epochs": 40, "seed": 3},
-    "best_120_epochs": BEST | {"max_epochs": 120},
+    "best_100_epochs": BEST | {"max_epochs": 100},
 }
 GOLDEN_TESTS = ("losses", "lars", "encoder", "knn", "augmentations", "crops")
 GOLDEN_SECONDS = 100.0
