@@ -64,7 +64,7 @@ def our_rows(visit: Visit, reserve: float = 0.0) -> dict[str, Row]:
     accuracy = partial(partial, gpu_rows.accuracy, visit)
     return {
         "train_step": Row(partial(gpu_rows.train_step, visit, visit.sizes.patch_size), 65),
-        "profile": Row(partial(gpu_rows.profile, visit), 25),
+        "profile": Row(partial(gpu_rows.profile, visit, visit.sizes.patch_size), 25),
         "best": Row(accuracy("best"), 110),
         "best_seed_2": Row(accuracy("best_seed_2"), 50),
         "best_seed_3": Row(accuracy("best_seed_3"), 50),
@@ -80,6 +80,7 @@ def our_rows(visit: Visit, reserve: float = 0.0) -> dict[str, Row]:
         "seed_3_recommended": Row(accuracy("seed_3"), 20),
         "other_numbers": Row(partial(gpu_rows.other_numbers, visit), 45),
         "small_train_step": Row(partial(gpu_rows.train_step, visit, visit.sizes.small_patch_size), 65),
+        "small_profile": Row(partial(gpu_rows.profile, visit, visit.sizes.small_patch_size), 25),
         "flags": Row(partial(gpu_rows.flags, visit), 150),
         "embedding_rates": Row(partial(gpu_rows.embedding_rates, visit), 45),
         **{name: Row(partial(gpu_rows.speed, visit, partial(BENCHMARKS[name].work, "ours")), 15) for name in SPEEDS},

@@ -145,9 +145,9 @@ def train_step(visit: Visit, patch_size: int) -> Values:
     }
 
 
-def profile(visit: Visit) -> Values:
+def profile(visit: Visit, patch_size: int) -> Values:
     """Milliseconds and number of kernels of each kind in six train steps; empty without a GPU."""
-    work, folder, steps = ours.train_step(visit.sizes, visit.sizes.patch_size), visit.results / "profile", 6
+    work, folder, steps = ours.train_step(visit.sizes, patch_size), visit.results / f"profile_{patch_size}", 6
     work()
     with jax.profiler.trace(str(folder)):
         for _ in range(steps):
