@@ -195,14 +195,13 @@ def test_four_processes_resume_the_run_of_one_lose_one_and_one_resumes_theirs(st
 @pytest.mark.long
 def test_two_processes_measure_what_one_does(start, alone, tmp_path):
     folders = [shutil.copytree(alone / "embeddings", tmp_path / name) for name in ("ours", "theirs")]
-    options = EvaluationConfig(linear_epochs=5)
-    codes, outputs, errors = finish(
-        start("eval.py", "--embeddings", folders[0], "--linear-epochs", options.linear_epochs, processes=2, devices=2)
-    )
+    options = EvaluationConfig(linear_epochs=5, logistic=True)
+    arguments = "--embeddings", folders[0], "--linear-epochs", options.linear_epochs, "--logistic"
+    codes, outputs, errors = finish(start("eval.py", *arguments, processes=2, devices=2))
     assert codes == [0, 0], errors
     evaluate(EvaluateOptions(embeddings=str(folders[1]), evaluation=options), write_report=lambda *_: None)
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in folders)
-    assert set(ours) == {"kNN", "effective rank", "linear", "linear, best epoch on test"}
+    assert set(ours) == {"kNN", "effective rank", "linear", "linear, best epoch on test", "logistic"}
     for name, accuracy in ours.items():
         assert accuracy == pytest.approx(theirs[name], abs=0.011), name
     assert "linear" in outputs[0]
