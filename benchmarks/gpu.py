@@ -94,7 +94,7 @@ def our_rows(visit: Visit, reserve: float = 0.0) -> dict[str, Row]:
         "best_forty_epochs_seed_3": Row(accuracy("best_forty_epochs_seed_3"), 200),
         "best_forty_epochs_published": Row(accuracy("best_forty_epochs", "random"), 50),
         "best_100_epochs": Row(accuracy("best_100_epochs"), 450),
-        "small_100_epochs": Row(accuracy("small_100_epochs"), 300),
+        "pretrained_100_epochs": Row(accuracy("pretrained_100_epochs"), 300),
         "thirty_epochs": Row(accuracy("thirty_epochs"), 420),
         "thirty_epochs_published": Row(accuracy("thirty_epochs", "random"), 60),
         "golden": Row(partial(gpu_rows.golden_tests, visit), 60),

@@ -68,10 +68,10 @@ def table(lines: Sequence[Line], size: Sizes) -> str:
     found = {line["row"]: line for line in lines if "error" not in line}
     failed = {line["row"]: line["error"] for line in lines if line["row"] not in found}
     parts = [_environment(lines), _goals(found), _against_pytorch(found, size), _accuracies(found)]
-    for name in ("profile", "small_profile"):
-        if kernels := found.get(name, {}).get("kernels"):
+    for row in ("profile", "small_profile"):
+        if kernels := found.get(row, {}).get("kernels"):
             kinds = {name: profile_table.Kind(**kind) for name, kind in kernels.items()}
-            parts.append(f"Kernels of the train step (row {name}):\n\n{profile_table.table(kinds)}")
+            parts.append(f"Kernels of the train step (row {row}):\n\n{profile_table.table(kinds)}")
     parts.append("\n".join(f"{name} failed: {error}" for name, error in failed.items()))
     return "\n\n".join(part for part in parts if part)
 

@@ -165,7 +165,7 @@ def test_exported_weights_are_not_taken_for_a_run(command, tmp_path, capsys):
         command_line.main([command, *(["--workdir"] if command == "eval" else []), str(weights)])
     assert ended.value.code == 2
     argument = "--workdir" if command == "eval" else "RUN"
-    remedy = f"of exported weights, `empssl import {weights} --workdir RUN` makes one"
+    remedy = f"if it holds weights, `empssl import {weights} --workdir RUN` makes one"
     assert capsys.readouterr().err == f"error: {argument} {weights} is a file, not the folder of a run: {remedy}.\n"
 
 

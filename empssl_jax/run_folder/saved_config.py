@@ -62,7 +62,7 @@ def load_config(workdir: Path, argument: str = "--workdir") -> Config:
     check_not_pretrained(workdir, argument)
     if workdir.is_file():
         command = f"`empssl import {workdir} --workdir RUN` makes one"
-        raise UserError(f"{argument} {workdir} is a file, not the folder of a run: of exported weights, {command}.")
+        raise UserError(f"{argument} {workdir} is a file, not the folder of a run: if it holds weights, {command}.")
     if not path.is_file():
         raise UserError(f"{argument} {workdir} has no {CONFIG_FILE}: give the folder of a run.")
     return from_json(path.read_bytes(), path)
