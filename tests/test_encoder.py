@@ -13,7 +13,8 @@ from flax import nnx
 from empssl_jax.config import ModelConfig
 from empssl_jax.method import encoder as models
 from empssl_jax.method import losses
-from empssl_jax.method.resnet import BACKBONES, Convolution
+from empssl_jax.method.batch_norm import BatchNorm
+from empssl_jax.method.resnet import BACKBONES, Convolution, normalised
 
 KEY = jax.random.key(0)
 CONFIG = ModelConfig(hidden_dim=64, projection_dim=32, precision="float32")
@@ -164,6 +165,22 @@ def test_convolutions_equal_the_general_one(side, stride):
     g = jax.random.normal(jax.random.key(2), y.shape)
     for mine, theirs in zip((y, *pull_back(g)), (expected, *general_pull_back(g)), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "stride"), [(8, 2), (2, 1)])
+def test_with_running_statistics_a_convolution_includes_its_norm(side, stride):
+    """The output is that of the textbook formula, in float64, after the convolution."""
+    convolution, norm = Convolution(6, 5, 3, stride, jnp.float32), BatchNorm(5, None)
+    draws = np.random.default_rng(0)
+    convolution.kernel[...] = jnp.asarray(draws.normal(size=(3, 3, 6, 5)), jnp.float32)
+    mean, scale, bias = draws.normal(size=(3, 5))
+    var = draws.uniform(0.1, 4, 5)
+    for array, values in zip((norm.mean, norm.var, norm.scale, norm.bias), (mean, var, scale, bias), strict=True):
+        array[...] = jnp.asarray(values, jnp.float32)
+    norm.eval()
+    x = jax.random.normal(KEY, (7, side, side, 6))
+    expected = (np.asarray(convolution(x), np.float64) - mean) / np.sqrt(var + 1e-5) * scale + bias
+    np.testing.assert_allclose(normalised(x, convolution, norm), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_stem_starts_as_in_the_references():

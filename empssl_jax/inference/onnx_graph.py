@@ -24,7 +24,16 @@ from empssl_jax.method.batch_norm import BatchNorm
 from empssl_jax.method.crops import Interpolation, crop_side, resize_matrix
 from empssl_jax.method.encoder import Encoder, EncoderState, encoder_graph
 from empssl_jax.method.patches import grid_offsets
-from empssl_jax.method.resnet import BACKBONES, BasicBlock, Bottleneck, Convolution, ResNet, cell_means, stage_dims
+from empssl_jax.method.resnet import (
+    BACKBONES,
+    BasicBlock,
+    Bottleneck,
+    Convolution,
+    ProjectionShortcut,
+    ResNet,
+    cell_means,
+    stage_dims,
+)
 
 OPSET, FORMAT_VERSION = 17, 8  # of 2022, which more programs read than newer ones
 MAX_BYTES = 2**31 - 1  # of one file
@@ -171,7 +180,7 @@ def _block(graph: Graph, x: str, block: BasicBlock | Bottleneck) -> str:
     y = _convolve(graph, y, block.conv2, block.norm2)
     if isinstance(block, Bottleneck):
         y = _convolve(graph, graph.add("Relu", y), block.conv3, block.norm3)
-    if isinstance(block.shortcut, nnx.Sequential):
+    if isinstance(block.shortcut, ProjectionShortcut):
         convolution, norm = block.shortcut.layers
         x = _convolve(graph, x, cast(Convolution, convolution), cast(BatchNorm, norm))
     return graph.add("Relu", graph.add("Add", y, x))

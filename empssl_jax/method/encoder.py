@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from empssl_jax.config import EmbeddedLayer, ModelConfig
 from empssl_jax.method.batch_norm import BatchNorm
-from empssl_jax.method.resnet import ZEROS, ResNet, cell_means
+from empssl_jax.method.resnet import ResNet, cell_means
 
 CIFAR_STEM = "['backbone']['stem']"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -39,10 +39,10 @@ class Encoder(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, axis_name: str | None = None, remat: bool = False):
-        dtype = DTYPES[config.precision]
+        dtype, zeros = DTYPES[config.precision], jax.nn.initializers.zeros
 
         def linear(features_in: int, features_out: int, use_bias: bool = False) -> nnx.Linear:
-            options = {"kernel_init": ZEROS, "use_bias": use_bias, "dtype": dtype, "rngs": nnx.Rngs(0)}
+            options = {"kernel_init": zeros, "use_bias": use_bias, "dtype": dtype, "rngs": nnx.Rngs(0)}
             return nnx.Linear(features_in, features_out, **options)
 
         self.backbone = ResNet(config, dtype=dtype, axis_name=axis_name, remat=remat)

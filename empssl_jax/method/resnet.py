@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +17,37 @@ from empssl_jax.config.options import BackboneName
 from empssl_jax.method.batch_norm import BatchNorm
 from empssl_jax.method.xla_cpu import convolution_to_2x2
 
-ZEROS = jax.nn.initializers.zeros  # for kernels, which `encoder.init_encoder` draws
 
-
-class Convolution(nnx.Conv):
+class Convolution(nnx.Module):
     """A convolution without bias, with torch's padding."""
 
     def __init__(self, features_in: int, features_out: int, size: int, stride: int, dtype: DTypeLike):
-        super().__init__(
-            features_in,
-            features_out,
-            kernel_size=(size, size),
-            strides=stride,
-            padding=(size - 1) // 2,
-            use_bias=False,
-            dtype=dtype,
-            kernel_init=ZEROS,
-            rngs=nnx.Rngs(0),
-        )
-        self.stride = stride
+        self.kernel = nnx.Param(jnp.zeros((size, size, features_in, features_out)))  # `encoder.init_encoder` draws it
+        self.stride, self.padding, self.dtype = stride, (size - 1) // 2, dtype
 
-    def __call__(self, inputs: Float[Array, "N H W I"], out_sharding: Any = None) -> Float[Array, "N h w O"]:
-        if self.kernel_size == (3, 3) and inputs.shape[1:3] == (2 * self.stride, 2 * self.stride):  # see xla_cpu.py
-            return convolution_to_2x2(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride)
-        return super().__call__(inputs, out_sharding=out_sharding)
+    def __call__(self, x: Float[Array, "N H W I"]) -> Float[Array, "N h w O"]:
+        return self.convolve(x, self.kernel[...])
+
+    def convolve(self, x: Float[Array, "N H W I"], kernel: Float[Array, "size size I O"]) -> Float[Array, "N h w O"]:
+        """The convolution with another kernel."""
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if kernel.shape[:2] == (3, 3) and x.shape[1:3] == (2 * self.stride, 2 * self.stride):  # see xla_cpu.py
+            return convolution_to_2x2(x, kernel, self.stride)
+        strides, padding = (self.stride, self.stride), [(self.padding, self.padding)] * 2
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def normalised(x: Float[Array, "N H W I"], convolution: Convolution, norm: BatchNorm) -> Float[Array, "N h w O"]:
+    """`norm(convolution(x))`.
+
+    With running statistics, the norm's slope is part of the kernel, and its offset is a bias. cuDNN's convolution then
+    also adds the bias and the block's shortcut and applies the ReLU, so the map is not read and written again.
+    """
+    if not norm.use_running_average:
+        return norm(convolution(x))
+    slope, offset = norm.running_slope_and_offset()
+    y = convolution.convolve(x, convolution.kernel[...] * slope)
+    return y + offset.astype(y.dtype)
 
 
 class BasicBlock(nnx.Module):
@@ -56,8 +63,8 @@ class BasicBlock(nnx.Module):
         self.shortcut = _shortcut(features_in, features_out, stride, dtype, axis_name)
 
     def __call__(self, x: Float[Array, "N H W I"]) -> Float[Array, "N h w O"]:
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
+        y = nnx.relu(normalised(x, self.conv1, self.norm1))
+        y = normalised(y, self.conv2, self.norm2)
         return nnx.relu(y + self.shortcut(x))
 
 
@@ -80,9 +87,9 @@ class Bottleneck(nnx.Module):
         self.shortcut = _shortcut(features_in, features_out, stride, dtype, axis_name)
 
     def __call__(self, x: Float[Array, "N H W I"]) -> Float[Array, "N h w O"]:
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        y = nnx.relu(self.norm2(self.conv2(y)))
-        y = self.norm3(self.conv3(y))
+        y = nnx.relu(normalised(x, self.conv1, self.norm1))
+        y = nnx.relu(normalised(y, self.conv2, self.norm2))
+        y = normalised(y, self.conv3, self.norm3)
         return nnx.relu(y + self.shortcut(x))
 
 
@@ -91,7 +98,19 @@ def _shortcut(
 ) -> Callable[[Array], Array]:
     if stride == 1 and features_in == features_out:
         return nnx.identity
-    return nnx.Sequential(Convolution(features_in, features_out, 1, stride, dtype), BatchNorm(features_out, axis_name))
+    return ProjectionShortcut(features_in, features_out, stride, dtype, axis_name)
+
+
+class ProjectionShortcut(nnx.Module):
+    """The shortcut of a block that changes the shape of the map: a normalised 1x1 convolution."""
+
+    def __init__(self, features_in: int, features_out: int, stride: int, dtype: DTypeLike, axis_name: str | None):
+        convolution = Convolution(features_in, features_out, 1, stride, dtype)
+        self.layers = nnx.List([convolution, BatchNorm(features_out, axis_name)])
+
+    def __call__(self, x: Float[Array, "N H W I"]) -> Float[Array, "N h w O"]:
+        convolution, norm = self.layers
+        return normalised(x, cast(Convolution, convolution), cast(BatchNorm, norm))
 
 
 class Backbone(NamedTuple):
@@ -152,7 +171,7 @@ class ResNet(nnx.Module):
     def stage_maps(self, x: Float[Array, "N H W 3"]) -> list[Float[Array, "N _ _ _"]]:
         """Each stage's last map."""
         x = self.normalise_channels(x)
-        x = nnx.relu(self.norm(self.stem(x)))
+        x = nnx.relu(normalised(x, self.stem, self.norm))
         if self.has_pooling:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         kind = BACKBONES[self.backbone]
