@@ -123,7 +123,7 @@ def make_row(
 def environment() -> dict[str, Any]:
     """The machine, the versions and the commit that were measured."""
     versions = {}
-    for package in ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "faiss-cpu"):
+    for package in ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "faiss-cpu", "libtpu"):
         if has(package.split("-")[0]):
             versions[package] = importlib.metadata.version(package)
     return {

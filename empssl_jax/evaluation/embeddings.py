@@ -79,11 +79,11 @@ def make_embed(config: Config, mesh: Mesh) -> Embed:
     Configs with equal patches, encoders and embeddings share one compiled function, whatever their seeds.
     """
     seed = to_devices(np.array(config.training.seed, np.int32), replicated(mesh))
-    return functools.partial(_compiled_embed(config.model, config.patches, config.evaluation.embedding, mesh), seed)
+    return functools.partial(compiled_embed(config.model, config.patches, config.evaluation.embedding, mesh), seed)
 
 
 @functools.cache
-def _compiled_embed(
+def compiled_embed(
     model: ModelConfig, patches: PatchConfig, options: EmbeddingConfig, mesh: Mesh
 ) -> Callable[..., Float[Array, "B E"]]:
     graph, num_cells = encoder_graph(model), options.cells**2
