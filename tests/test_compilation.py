@@ -58,7 +58,7 @@ def run(number, linear, **options):
 
 run(1, {})
 other = dict(learning_rate=0.1, weight_decay=1e-3, momentum=0.5, trust_coefficient=0.01, invariance_coefficient=100.0)
-other |= dict(coding_rate_eps=0.3, seed=7, max_epochs=2, warmup_epochs=0.5)
+other |= dict(coding_rate_eps=0.3, seed=7, max_epochs=2, warmup_epochs=0.5, schedule="linear")
 run(2, dict(linear_learning_rate=0.1, linear_weight_decay=1e-3), **other)
 jax.clear_caches()
 run(3, {}, learning_rate=0.2, seed=8, max_epochs=3)

@@ -208,17 +208,22 @@ def test_pieces_change_nothing_where_their_statistics_are_those_of_the_batch(bat
     assert largest_difference((ours["var"] - 0.9) * 63 / 64, (theirs["var"] - 0.9) * 31 / 32) < 1e-5
 
 
-def test_the_schedule_is_a_half_cosine_over_all_steps():
-    hyperparameters = Hyperparameters.of(TrainingConfig(max_epochs=2, learning_rate=0.3), 6)
-    expected = [0.15 * (1 + math.cos(math.pi * t / 12)) for t in range(12)]
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_learning_rate_falls_to_0_over_all_steps(schedule):
+    """Along a half cosine or a line."""
+    hyperparameters = Hyperparameters.of(TrainingConfig(max_epochs=2, learning_rate=0.3, schedule=schedule), 6)
+    left = [(1 + math.cos(math.pi * t / 12)) / 2 if schedule == "cosine" else 1 - t / 12 for t in range(12)]
+    expected = [0.3 * fraction for fraction in left]
     np.testing.assert_allclose([float(learning_rate(t, hyperparameters)) for t in range(12)], expected, rtol=1e-5)
 
 
-def test_warm_up_rises_linearly_then_falls():
-    config = TrainingConfig(max_epochs=2, warmup_epochs=0.5, learning_rate=0.3)
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_warm_up_rises_linearly_then_falls(schedule):
+    config = TrainingConfig(max_epochs=2, warmup_epochs=0.5, learning_rate=0.3, schedule=schedule)
     rates = [float(learning_rate(t, Hyperparameters.of(config, 8))) for t in range(17)]
     np.testing.assert_allclose(rates[:5], [0.06, 0.12, 0.18, 0.24, 0.3], rtol=1e-5)
     assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[10] == pytest.approx(0.15, rel=1e-5)  # half of the way
     assert rates[16] == pytest.approx(0.0, abs=1e-7)
 
 

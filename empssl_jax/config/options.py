@@ -122,8 +122,10 @@ class TrainingConfig(Checked):
     accumulate: int = int_field(1, 1, 1000)
     # Passes over the training images.
     max_epochs: int = int_field(1, 1, 100_000)
-    # Peak learning rate; it decays to 0 along a half cosine.
+    # Peak learning rate.
     learning_rate: float = float_field(0.3, 1e-9)
+    # How the learning rate decays to 0: along a half cosine, as published, or linearly.
+    schedule: Literal["cosine", "linear"] = "cosine"
     # Epochs of linear warm-up of the learning rate.
     warmup_epochs: float = float_field(0.0, 0.0)
     # L2 penalty on kernels.

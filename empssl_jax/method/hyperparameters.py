@@ -5,21 +5,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from empssl_jax.config import TrainingConfig
 from empssl_jax.config.errors import require
 
 
 class Hyperparameters(NamedTuple):
-    """Seed, schedule, optimizer and loss, as scalars in int32 and float32: arrays of JAX or of NumPy."""
+    """Seed, schedule, optimizer and loss, as scalars: arrays of JAX or of NumPy."""
 
     seed: Int[Array, ""]
     steps_per_epoch: Int[Array, ""]
     warmup_steps: Int[Array, ""]
     warmup_per_step: Float[Array, ""]  # fraction of the warm-up
     warmup_rise: Float[Array, ""]  # of the learning rate during the warm-up
-    radians_per_step: Float[Array, ""]  # of the half cosine after the warm-up
+    is_linear: Bool[Array, ""]  # whether the decay after the warm-up is linear, not a half cosine
+    radians_per_step: Float[Array, ""]  # of this decay; all of it takes pi
     learning_rate: Float[Array, ""]  # at the peak
     weight_decay: Float[Array, ""]
     momentum: Float[Array, ""]
@@ -42,6 +43,7 @@ class Hyperparameters(NamedTuple):
             warmup_steps=np.int32(warmup_steps),
             warmup_per_step=np.float32(1) / np.float32(max(warmup_steps, 1)),
             warmup_rise=np.float32(config.learning_rate - first_rate),
+            is_linear=np.bool_(config.schedule == "linear"),
             radians_per_step=np.float32(np.pi) * reciprocal,
             learning_rate=np.float32(config.learning_rate),
             weight_decay=np.float32(config.weight_decay),
@@ -61,12 +63,14 @@ def count_all_steps(steps_per_epoch: int, max_epochs: int) -> int:
 
 
 def learning_rate(step: int | Int[Array, ""], hyperparameters: Hyperparameters) -> Float[Array, ""]:
-    """A half cosine from the peak to 0 over all steps, after a linear warm-up if there is one.
+    """A half cosine or a line from the peak to 0 over all steps, after a linear warm-up if there is one.
 
     The warm-up begins above 0. At a rate of 0, LARS's clipping would let the whole gradient into its momentum, and the
     next steps, at a higher rate, would make the encoder collapse.
     """
     rising = hyperparameters.learning_rate - hyperparameters.warmup_rise * (1 - step * hyperparameters.warmup_per_step)
     angle = jnp.minimum((step - hyperparameters.warmup_steps) * hyperparameters.radians_per_step, jnp.pi)
-    falling = 0.5 * hyperparameters.learning_rate * (1 + jnp.cos(angle))
+    half_cosine = 0.5 * hyperparameters.learning_rate * (1 + jnp.cos(angle))
+    line = hyperparameters.learning_rate * (1 - angle / jnp.pi)
+    falling = jnp.where(hyperparameters.is_linear, line, half_cosine)
     return jnp.where(step < hyperparameters.warmup_steps, rising, falling)
