@@ -1,12 +1,10 @@
 """Memory and time of a train step against --accumulate, for the options of a training command.
 
-    python -m benchmarks.accumulate --config configs/imagenet100.py --precision bfloat16 --loop
     python -m benchmarks.accumulate --config configs/digits.py --steps 5
 
-The memory is XLA's own count for one device of this machine, by compilation alone. On CPU, XLA computes bfloat16
-convolutions in float32, which takes more memory than on a GPU. It also runs the pieces without a loop, unless --loop is
-given: then the program is the one for accelerators. With --steps, that many steps of each row are timed, by the clock
-and by the processor time of all threads, which other programs on the machine disturb less.
+The memory is XLA's own count for one device of this machine, by compilation alone; benchmarks.aot has that of a GPU.
+With --steps, that many steps of each row are timed, by the clock and by the processor time of all threads, which other
+programs on the machine disturb less.
 """
 
 import dataclasses
@@ -14,12 +12,9 @@ import statistics
 import sys
 from dataclasses import dataclass
 
-import jax
-
 from benchmarks.measure import run_times, temporary_bytes
 from benchmarks.train_step import compile_step, step_arguments, work_of
 from empssl_jax.config.config_files import first_options, parse_train_options
-from empssl_jax.method import train_step
 from empssl_jax.method.encoder import with_known_precision
 from empssl_jax.runtime.devices import device_mesh
 from empssl_jax.runtime.user_errors import user_errors_exit
@@ -33,8 +28,6 @@ class Options:
 
     # Steps to time of each row.
     steps: int = 0
-    # Run the pieces in a loop, as on accelerators.
-    loop: bool = False
 
 
 def main(arguments: list[str]) -> None:
@@ -42,8 +35,6 @@ def main(arguments: list[str]) -> None:
     options, rest = first_options(Options, arguments)
     config, mesh = parse_train_options(rest), device_mesh(1)
     config = dataclasses.replace(config, model=with_known_precision(config.model))
-    if options.loop:
-        train_step.sequential_map = jax.lax.map
     columns = ["--accumulate", "temporary MB", *["seconds", "processor seconds"] * bool(options.steps)]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for pieces in PIECES:

@@ -19,9 +19,9 @@ As in the authors' code, crops have a quarter of the image's area and a random a
 to patches of 224x224 pixels. The authors' code crops the original files; here, images are first resized to 256x256
 pixels, which take 25 GB on disk.
 
-A step has 2,000 patches of 224x224 pixels. XLA's CPU compiler counts 57 GB of temporary memory in float32, so it should
-fit into 80 GB; bfloat16, the default on GPUs, should take less. By the same count, --accumulate 5 needs 12 GB, and
---train-patches 200 --accumulate 10 needs 57 GB, by proportion (docs/performance.md). It has not been run yet.
+A step has 2,000 patches of 224x224 pixels. By the count of XLA's compiler for an H200, it needs 18 GB of memory in
+bfloat16, the default on GPUs, and 35 GB in float32. --train-patches 200 --accumulate 10 needs 30 GB
+(docs/performance.md). It has not been run yet.
 """
 
 from empssl_jax.config import Config, DataConfig, ModelConfig, PatchConfig, RunConfig
