@@ -44,6 +44,8 @@ RUNS: dict[str, study.Changes] = {
     "best": BEST,
     "best_seed_2": BEST | {"seed": 2},
     "best_seed_3": BEST | {"seed": 3},
+    "best_linear_schedule": BEST | {"schedule": "linear"},
+    "best_twenty_epochs_linear_schedule": BEST | {"max_epochs": 20, "schedule": "linear"},
     "best_twenty_epochs": BEST | {"max_epochs": 20},
     "best_twenty_epochs_seed_2": BEST | {"max_epochs": 20, "seed": 2},
     "best_twenty_epochs_seed_3": BEST | {"max_epochs": 20, "seed": 3},

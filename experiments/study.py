@@ -81,6 +81,7 @@ STAGES: Changes = {"embedded_layer": "stages"}
 # Batches and epochs are relative to the size's own, so that rows mean the same at every size.
 TRAINING = {
     "base": Experiment({}, "0"),
+    "linear schedule": Experiment({"schedule": "linear"}, "+0.8, as in long runs"),
     "half the batch": Experiment({"batch_size": 0.5}, "+1: twice as many steps"),
     "10 patches, twice the epochs": Experiment({"train_patches": 10, "max_epochs": 2.0}, "+0.8, as in long runs"),
     "half the batch, 10 patches, twice the epochs": Experiment(
