@@ -30,7 +30,7 @@ from benchmarks.train_step import compile_step
 from empssl_jax.config import Config
 from empssl_jax.config.config_files import first_options, parse_train_options
 from empssl_jax.config.errors import UserError
-from empssl_jax.evaluation.embeddings import compiled_embed
+from empssl_jax.evaluation.embeddings import batch_size_of, compiled_embed
 from empssl_jax.method.encoder import encoder_template, with_known_precision
 from empssl_jax.runtime.user_errors import user_errors_exit
 
@@ -53,11 +53,11 @@ class Options:
 def on_each_device(config: Config, mesh: Mesh) -> Config:
     """The config with its batches on each device, and the precision of the devices."""
     training, evaluation = config.training, config.evaluation
-    images, embedded = (size * mesh.size for size in (training.batch_size, evaluation.embedding_batch_size))
+    embedded = batch_size_of(evaluation, mesh) * (mesh.size if evaluation.embedding_batch_size else 1)
     return dataclasses.replace(
         config,
         model=with_known_precision(config.model),
-        training=dataclasses.replace(training, batch_size=images),
+        training=dataclasses.replace(training, batch_size=training.batch_size * mesh.size),
         evaluation=dataclasses.replace(evaluation, embedding_batch_size=embedded),
     )
 
@@ -67,7 +67,7 @@ def compile_program(config: Config, program: Program, mesh: Mesh) -> jax.stages.
     if program == "train step":
         return compile_step(config, mesh)
     embed: Any = compiled_embed(config.model, config.patches, config.evaluation.embedding, mesh)
-    size, side = config.evaluation.embedding_batch_size, config.data.image_size or IMAGE_SIDE
+    size, side = batch_size_of(config.evaluation, mesh), config.data.image_size or IMAGE_SIDE
     seed, images, indices = np.int32(0), np.empty((size, side, side, 3), np.uint8), np.empty(size, np.int32)
     return embed.lower(seed, encoder_template(config.model), images, indices).compile()
 
@@ -101,7 +101,7 @@ def measure(config: Config, program: Program, topology: str, mesh: Mesh) -> dict
         "device_kind": device.device_kind,
         "devices": mesh.size,
         "hosts": len({device.process_index for device in mesh.devices.flat}),
-        "images": config.training.batch_size if is_step else config.evaluation.embedding_batch_size,
+        "images": config.training.batch_size if is_step else batch_size_of(config.evaluation, mesh),
         "precision": config.model.precision,
         "compile_cpu_seconds": round(time.process_time() - start, 1),
         "memory_bytes": _memory(compiled.memory_analysis()),

@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 from PIL import Image
 
 from empssl_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, PatchConfig
@@ -307,3 +309,9 @@ def test_two_classes_of_one_name_stay_two_if_both_files_have_them(tmp_path):
         np.savez(tmp_path / f"{split}.npz", embeddings=np.eye(2), labels=np.array([1, -1]), class_names=["cat", "cat"])
     bank, test = embedding_files.load_both_embeddings(tmp_path)
     assert (bank.num_classes, bank.labels.tolist(), test.labels.tolist()) == (2, [1, -1], [1, -1])
+
+
+@pytest.mark.parametrize(("platform", "given", "expected"), [("cpu", None, 250), ("gpu", None, 2000), ("gpu", 7, 7)])
+def test_the_batch_size_is_the_option_s_or_that_of_the_devices(platform, given, expected):
+    mesh = mock.Mock(spec=Mesh, devices=np.array([mock.Mock(platform=platform)] * 2), size=2)
+    assert embeddings.batch_size_of(EvaluationConfig(embedding_batch_size=given), mesh) == expected

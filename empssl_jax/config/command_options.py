@@ -88,7 +88,7 @@ class EmbedOptions(Checked):
     # Checkpoint to use: its step, the newest ("latest"), or the one with the lowest loss ("best").
     step: CheckpointChoice = "latest"
     # Images embedded at a time, over all devices.
-    embedding_batch_size: int = int_field(EvaluationConfig.embedding_batch_size, 1, 100_000)
+    embedding_batch_size: int | None = int_field(EvaluationConfig.embedding_batch_size, 1, 100_000)
 
     embedding: OmitArgPrefixes[EmbeddingConfig] = dataclasses.field(default_factory=EmbeddingConfig)
 

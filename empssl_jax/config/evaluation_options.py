@@ -97,8 +97,8 @@ class LabelConfig(Checked):
 class EvaluationConfig(LabelConfig, EmbeddingConfig):
     """How images are embedded and embeddings measured."""
 
-    # Images embedded at a time, over all devices.
-    embedding_batch_size: int = int_field(250, 1, 100_000)
+    # Images embedded at a time, over all devices. Default: 250 on CPU, 1,000 for each GPU or TPU.
+    embedding_batch_size: int | None = int_field(None, 1, 100_000)
     # Also embed the mirrored training images, which kNN and the classifiers then learn from too, and for --logistic the
     # mirrored test images: logistic regression adds the scores of both kinds.
     mirror: bool = False

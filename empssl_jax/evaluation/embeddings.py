@@ -201,7 +201,7 @@ def embed_split(
 
     `save` is called with the embeddings of the images, and again with those of the mirrored images too, once computed.
     """
-    arguments = options.embedding_batch_size, mesh
+    arguments = batch_size_of(options, mesh), mesh
     if known is None:
         known = embed_dataset(embed, encoder_state, images, *arguments, name)
         save(known)
@@ -210,6 +210,16 @@ def embed_split(
         known = known._replace(mirrored=mirrored.embeddings)
         save(known)
     return known
+
+
+def batch_size_of(options: EvaluationConfig, mesh: Mesh) -> int:
+    """Images to embed at a time, over all devices: the option's number or its default.
+
+    An H200 embeds 1.4 times as many patches a second with 1,000 images at a time as with 250. On CPU, small batches
+    show progress sooner.
+    """
+    by_default = 250 if mesh.devices.flat[0].platform == "cpu" else 1000 * mesh.size
+    return options.embedding_batch_size or by_default
 
 
 def embed_dataset(

@@ -17,7 +17,7 @@ from empssl_jax.config import Config, EvaluationConfig
 from empssl_jax.config.errors import DivergenceError
 from empssl_jax.data.datasets import Datasets, ImageDataset, first_of_each_class, spread
 from empssl_jax.evaluation.effective_rank import effective_rank
-from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, embed_images, make_embed
+from empssl_jax.evaluation.embeddings import Embeddings, LabelledEmbeddings, batch_size_of, embed_images, make_embed
 from empssl_jax.evaluation.evaluate import measure_knn
 from empssl_jax.method.encoder import EncoderState
 from empssl_jax.run_folder.metrics import MetricsWriter
@@ -52,7 +52,8 @@ def online_probe(config: Config, datasets: Datasets, last_step: int, mesh: Mesh)
 
     def embeddings(encoder: EncoderState, images: ImageDataset) -> LabelledEmbeddings:
         indices = np.arange(len(images.labels), dtype=np.int32)
-        embedded = embed_images(embed, encoder, images.images.__getitem__, indices, options.embedding_batch_size, mesh)
+        batch_size = batch_size_of(options, mesh)
+        embedded = embed_images(embed, encoder, images.images.__getitem__, indices, batch_size, mesh)
         return LabelledEmbeddings(embedded, images.labels, images.class_names)
 
     def measure(encoder: EncoderState) -> Accuracy:

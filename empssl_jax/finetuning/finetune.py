@@ -18,7 +18,13 @@ from empssl_jax.config.command_options import RUN, FinetuneOptions
 from empssl_jax.config.errors import DivergenceError, UserError, counted
 from empssl_jax.data.datasets import Datasets, ImageDataset, load_datasets
 from empssl_jax.evaluation.accuracy import classifier_accuracy, print_unknown_classes
-from empssl_jax.evaluation.embeddings import LabelledEmbeddings, embed_images, make_embed, whole_image_size
+from empssl_jax.evaluation.embeddings import (
+    LabelledEmbeddings,
+    batch_size_of,
+    embed_images,
+    make_embed,
+    whole_image_size,
+)
 from empssl_jax.evaluation.few_labels import chosen_rows, random_of_each_class
 from empssl_jax.evaluation.logistic import fit_classifier
 from empssl_jax.evaluation.measured_images import measured_images
@@ -159,7 +165,7 @@ def _numbers(options: FinetuneOptions, num_images: int) -> Numbers:
 
 def _make_embed(config: Config, mesh: Mesh) -> Embed:
     """The function (encoder, images, rows) -> embeddings of these images."""
-    embed, batch_size = make_embed(config, mesh), config.evaluation.embedding_batch_size
+    embed, batch_size = make_embed(config, mesh), batch_size_of(config.evaluation, mesh)
 
     def embed_rows(encoder: EncoderState, dataset: ImageDataset, rows: Int[np.ndarray, " K"]) -> np.ndarray:
         indices = rows.astype(np.int32)

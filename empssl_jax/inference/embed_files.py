@@ -19,10 +19,12 @@ from empssl_jax.config.errors import UserError, counted, one_line
 from empssl_jax.data.decoded_images import VERSION
 from empssl_jax.data.decoding import UnreadableError, decode_or_reason
 from empssl_jax.data.image_files import Files, list_images, look_at
+from empssl_jax.evaluation.embeddings import batch_size_of
 from empssl_jax.inference.image_encoder import ImageEncoder, load
 from empssl_jax.run_folder.digests import array_digests
 from empssl_jax.run_folder.workdir import locked
 from empssl_jax.runtime.atomic_write import atomic_write, check_output, write_text
+from empssl_jax.runtime.devices import device_mesh
 from empssl_jax.runtime.progress import image_progress
 
 BATCHES = 4  # in a part, which is what an interruption loses at most
@@ -110,7 +112,7 @@ def _begin(folder: Path, encoder: ImageEncoder, files: Files) -> None:
 
 def _embed_parts(encoder: ImageEncoder, files: Files, folder: Path, title: str) -> dict[Path, Sequence[str]]:
     """The files of all parts, with their reasons. Those in the folder are kept, whatever their sizes."""
-    size, start = BATCHES * encoder.config.evaluation.embedding_batch_size, 0
+    size, start = BATCHES * batch_size_of(encoder.config.evaluation, device_mesh()), 0
     reasons: dict[Path, Sequence[str]] = {}  # and not the embeddings, which may not fit into memory
     with image_progress(title, len(files)) as bar, ThreadPoolExecutor() as threads:
         while start < len(files):

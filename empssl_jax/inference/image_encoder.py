@@ -16,7 +16,7 @@ from empssl_jax.config.command_options import CheckpointChoice, ImportOptions
 from empssl_jax.config.errors import UserError, counted, one_line, require
 from empssl_jax.config.pretrained import pretrained_file
 from empssl_jax.data.decoding import to_pixels
-from empssl_jax.evaluation.embeddings import embed_images, embedding_dim, make_embed
+from empssl_jax.evaluation.embeddings import batch_size_of, embed_images, embedding_dim, make_embed
 from empssl_jax.evaluation.trained_encoder import restore_encoder
 from empssl_jax.inference.import_weights import read_run
 from empssl_jax.method.encoder import EncoderState
@@ -85,7 +85,7 @@ class ImageEncoder:
             self.state,
             lambda numbers: np.stack([self._prepare(listed[number], number) for number in numbers]),
             positions,
-            evaluation.embedding_batch_size,
+            batch_size_of(evaluation, self._mesh),
             self._mesh,
             progress,
         )
