@@ -1,4 +1,4 @@
-"""Compiles the real programs for accelerators that this machine lacks, and reports what the compilers know of them.
+"""Compiles the real programs for accelerators that this machine lacks, and reports what the compilers know.
 
     python -m benchmarks.aot --topology v5e:2x4 --topology v5e:8x8
     python -m benchmarks.aot --topology h200:1 --config configs/cifar10_best.py --program embedding
