@@ -38,7 +38,7 @@ def mesh_of(topology: str) -> Mesh:
     if topology.startswith("h200"):
         gpus = re.fullmatch(r"h200:([1-9]\d*)", topology)
         if gpus is None:
-            raise UserError(f"--topology {topology!r} is no number of GPUs: give one like h200:8.")
+            raise UserError(f"--topology {topology!r} does not give a number of GPUs above 0: write it as in h200:8.")
         jax.devices()  # loads the plugins
         options = {"target_config": H200.read_text(), "topology": f"1x1x{gpus[1]}"}
         devices = topologies.get_topology_desc(platform="cuda", **options).devices

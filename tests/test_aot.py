@@ -127,8 +127,8 @@ def test_an_unknown_topology_is_an_error_of_one_sentence(topology):
     pytest.importorskip("jax_cuda12_plugin")
     done = run("--topology", "v5e:2x4", "--topology", topology)
     assert done.returncode == 2
-    reason = "is no number of GPUs" if topology == "h200:0" else "is refused by libtpu (INVALID_ARGUMENT"
-    assert done.stderr.startswith(f"error: --topology '{topology}' {reason}")
+    reasons = {"h200:0": "does not give a number of GPUs above 0", "nonsense": "is refused by libtpu (INVALID_ARGUMENT"}
+    assert done.stderr.startswith(f"error: --topology '{topology}' {reasons[topology]}")
     assert len(done.stderr.splitlines()) == 1
 
 

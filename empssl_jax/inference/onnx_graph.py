@@ -187,6 +187,7 @@ def _block(graph: Graph, x: str, block: BasicBlock | Bottleneck) -> str:
 
 
 def _convolve(graph: Graph, x: str, convolution: Convolution, norm: BatchNorm) -> str:
+    """As `resnet.normalised` with running statistics."""
     slope, offset = norm.running_slope_and_offset()
     kernel = jnp.transpose(convolution.kernel[...] * slope, (3, 2, 0, 1))  # to (O, I, kh, kw)
     pads, strides = [convolution.padding] * 4, [convolution.stride] * 2
