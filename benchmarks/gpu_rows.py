@@ -54,7 +54,9 @@ RUNS: dict[str, study.Changes] = {
     "best_forty_epochs_seed_3": BEST | {"max_epochs": 40, "seed": 3},
     "best_100_epochs": BEST | {"max_epochs": 100},
     # A better encoder of the size that comes with the package; experiments/pretrained.py writes it.
-    "pretrained_100_epochs": BEST | dataclasses.asdict(read_config_file("cifar10_cpu").model) | {"max_epochs": 100},
+    "pretrained_100_epochs": BEST
+    | dataclasses.asdict(read_config_file("cifar10_cpu").model)
+    | {"schedule": read_config_file("cifar10_cpu").training.schedule, "max_epochs": 100},
 }
 GOLDEN_TESTS = ("losses", "lars", "encoder", "knn", "augmentations", "crops")
 GOLDEN_SECONDS = 100.0
