@@ -53,12 +53,12 @@ class Options:
 def on_each_device(config: Config, mesh: Mesh) -> Config:
     """The config with its batches on each device, and the precision of the devices."""
     training, evaluation = config.training, config.evaluation
-    embedded = batch_size_of(evaluation, mesh) * (mesh.size if evaluation.embedding_batch_size else 1)
+    given = evaluation.embedding_batch_size  # without it, the default is already for each device
     return dataclasses.replace(
         config,
         model=with_known_precision(config.model),
         training=dataclasses.replace(training, batch_size=training.batch_size * mesh.size),
-        evaluation=dataclasses.replace(evaluation, embedding_batch_size=embedded),
+        evaluation=dataclasses.replace(evaluation, embedding_batch_size=given and given * mesh.size),
     )
 
 

@@ -32,6 +32,9 @@ BEST: study.Changes = {
     "patch_size": study.RECIPE.patches.patch_size,
     "max_epochs": study.RECIPE.training.max_epochs,
 }
+# For a better encoder of the size that comes with the package; experiments/pretrained.py writes it.
+SMALL = read_config_file("cifar10_cpu")
+PACKAGED: study.Changes = dataclasses.asdict(SMALL.model) | {"schedule": SMALL.training.schedule}
 # Options of the default recipe, one epoch on CIFAR-10, that each training changes.
 RUNS: dict[str, study.Changes] = {
     "default": {},
@@ -53,10 +56,7 @@ RUNS: dict[str, study.Changes] = {
     "best_forty_epochs_seed_2": BEST | {"max_epochs": 40, "seed": 2},
     "best_forty_epochs_seed_3": BEST | {"max_epochs": 40, "seed": 3},
     "best_100_epochs": BEST | {"max_epochs": 100},
-    # A better encoder of the size that comes with the package; experiments/pretrained.py writes it.
-    "pretrained_100_epochs": BEST
-    | dataclasses.asdict(read_config_file("cifar10_cpu").model)
-    | {"schedule": read_config_file("cifar10_cpu").training.schedule, "max_epochs": 100},
+    "pretrained_100_epochs": BEST | PACKAGED | {"max_epochs": 100},
 }
 GOLDEN_TESTS = ("losses", "lars", "encoder", "knn", "augmentations", "crops")
 GOLDEN_SECONDS = 100.0
