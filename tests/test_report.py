@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from html.parser import HTMLParser
+from unittest import mock
 
 import numpy as np
 import PIL.Image
@@ -34,7 +35,7 @@ from empssl_jax.method.patches import multi_patch
 from empssl_jax.method.random_keys import training_patches_key
 from empssl_jax.report import charts, findings, pictures, remarks, tables, write_report
 from empssl_jax.report.page import render
-from empssl_jax.report.run import read_run
+from empssl_jax.report.run import Run, read_run
 from empssl_jax.run_folder import saved_config
 from empssl_jax.run_folder.results import add_results, on_dataset
 
@@ -332,6 +333,15 @@ def test_guessing_among_few_classes_is_reported_although_there_are_many_names(tm
     call_classes(tmp_path / "run", embeddings, [f"class {number}" for number in range(1000)])
     (text,) = [text for warns, text in texts(tmp_path / "run") if warns and "guessing" in text]
     assert "with 10 classes" in text
+
+
+@pytest.mark.parametrize(("correct", "verb"), [(4, "may be"), (3, "is"), (2, "is")])
+def test_an_accuracy_within_the_margin_above_guessing_is_not_called_guessing(correct, verb):
+    """Of 6 images of two classes, guessing gets 3; 4 are too few to say more."""
+    run = mock.Mock(spec=Run, class_sizes=[3, 3], has_other_images=False, datasets=datasets())
+    found = mock.Mock(spec=findings.Findings, accuracy=correct / 6, confusion=np.diag([correct, 6 - correct]))
+    (remark,) = remarks._about_predictions(run, found)
+    assert remark == (True, f"kNN {verb} no better than guessing ({100 * correct / 6:.1f} % with 2 classes).")
 
 
 def test_the_number_of_training_images_is_that_of_the_run_and_not_of_the_embeddings(tmp_path):

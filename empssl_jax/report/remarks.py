@@ -90,7 +90,8 @@ def _about_predictions(run: Run, findings: Findings | None) -> Iterator[Remark]:
     classes, accuracy = len(run.class_sizes), findings.accuracy
     tested = int(findings.confusion.sum())
     if accuracy < 1 / classes + margin(max(accuracy, 1 / classes), tested):
-        yield Remark(True, f"kNN is no better than guessing ({percent(accuracy)} with {classes} classes).")
+        verb = "may be" if accuracy > 1 / classes else "is"
+        yield Remark(True, f"kNN {verb} no better than guessing ({percent(accuracy)} with {classes} classes).")
     if run.has_other_images:
         yield Remark(
             False,
